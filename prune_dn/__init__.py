@@ -1,0 +1,1 @@
+"""prune_dn: channel pruning for DenseNets."""

@@ -1,0 +1,301 @@
+"""The named DenseNets: papers' and torchvision's, with or without MFM."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+
+from prune_dn.errors import ConfigError
+from prune_dn.models.config import DenseNetConfig, LayerConfig, Stem, TransitionConfig
+from prune_dn.models.densenet import DenseNet
+from prune_dn.models.mfm import MFM_KINDS
+
+MFM = str | Mapping[str, str] | None
+
+
+def densenet(
+    block_config: Sequence[int] = (6, 12, 24, 16),
+    growth_rate: int = 32,
+    *,
+    num_init_features: int | None = None,
+    bn_size: int | None = 4,
+    compression: float = 0.5,
+    num_classes: int = 1000,
+    in_channels: int = 3,
+    stem: Stem = "imagenet",
+    drop_rate: float = 0.0,
+    mfm: MFM = None,
+    memory_efficient: bool = False,
+) -> DenseNet:
+    """Any DenseNet (arXiv:1608.06993).
+
+    `bn_size=None` makes basic layers (no bottleneck); `num_init_features=None` is twice the growth
+    rate, as in the paper; `compression` is the share of channels that a transition keeps.
+
+    `mfm` puts Max-Feature-Map on parts of the net. The convs there keep their filters, and the MFM
+    thins what they pass on: of `growth_rate` newly made maps 2/1 leaves a half, 3/2 two thirds.
+    A mapping goes from names or patterns to a kind, `{"denseblock3.*": "2/1", "transition1":
+    "3/2"}`; the preset `"middle_and_last"` puts 2/1 on five dense layers, evenly from the middle
+    of the net to its last. A transition's filters are rounded down to whole MFM units.
+
+    Raises ConfigError for impossible widths, or a pattern that matches nothing.
+
+    >>> net = densenet([2, 2], 8, stem="cifar", num_classes=10, mfm={"denseblock1.*": "2/1"})
+    >>> net.config.blocks[0][0].out_channels
+    4
+    """
+    if not 0.0 < compression <= 1.0:
+        raise ConfigError(f"compression is {compression!r}; it must lie in (0, 1]")
+    for name, value in (
+        ("growth_rate", growth_rate),
+        *((f"block_config[{i}]", n) for i, n in enumerate(block_config)),
+    ):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"{name} is {value!r}; it must be an integer of at least 1")
+    width = 2 * growth_rate if num_init_features is None else num_init_features
+    kinds = _mfm_kinds(block_config, mfm)
+    init, blocks, transitions = width, [], []
+    for b, depth in enumerate(block_config, start=1):
+        layers = []
+        for i in range(1, depth + 1):
+            kind = kinds.get(f"denseblock{b}.denselayer{i}")
+            out = _after_mfm(growth_rate, kind)
+            if kind is not None and growth_rate % MFM_KINDS[kind][0]:
+                raise ConfigError(
+                    f"denseblock{b}.denselayer{i}: mfm {kind} needs a growth rate that is a "
+                    f"multiple of {MFM_KINDS[kind][0]}, not {growth_rate}"
+                )
+            layers.append(
+                LayerConfig(
+                    f"denselayer{i}",
+                    out,
+                    None if bn_size is None else bn_size * growth_rate,
+                    mfm=kind,
+                )
+            )
+            width += out
+        blocks.append(tuple(layers))
+        if b < len(block_config):
+            kind = kinds.get(f"transition{b}")
+            width = _after_mfm(int(width * compression), kind)
+            transitions.append(TransitionConfig(width, mfm=kind))
+    config = DenseNetConfig(
+        num_init_features=init,
+        blocks=tuple(blocks),
+        transitions=tuple(transitions),
+        num_classes=num_classes,
+        in_channels=in_channels,
+        stem=stem,
+        drop_rate=drop_rate,
+    )
+    return DenseNet(config, memory_efficient=memory_efficient)
+
+
+def _after_mfm(filters: int, kind: str | None) -> int:
+    if kind is None:
+        return filters
+    siblings, survivors = MFM_KINDS[kind]
+    return filters // siblings * survivors
+
+
+def _mfm_kinds(block_config: Sequence[int], mfm: MFM) -> dict[str, str]:
+    """Which part gets which MFM."""
+    layers = [
+        f"denseblock{b}.denselayer{i}"
+        for b, depth in enumerate(block_config, start=1)
+        for i in range(1, depth + 1)
+    ]
+    names = layers + [f"transition{b}" for b in range(1, len(block_config))]
+    if mfm is None:
+        return {}
+    if mfm == "middle_and_last":
+        if len(layers) < 9:
+            raise ConfigError(
+                f"mfm='middle_and_last' takes five layers of the second half; {len(layers)} layers "
+                "are too few (at least 9): name the layers in a mapping instead"
+            )
+        middle, last = len(layers) // 2, len(layers) - 1
+        return {layers[round(middle + i * (last - middle) / 4)]: "2/1" for i in range(5)}
+    if not isinstance(mfm, Mapping):
+        raise ConfigError(
+            f"mfm is {mfm!r}; use None, 'middle_and_last' or a mapping like {{'transition1': '2/1'}}"
+        )
+    kinds: dict[str, str] = {}
+    for pattern, kind in mfm.items():
+        if kind not in MFM_KINDS:
+            raise ConfigError(f"mfm kind {kind!r} is unknown; choose one of {', '.join(MFM_KINDS)}")
+        matched = fnmatch.filter(names, pattern)
+        if not matched:
+            raise ConfigError(
+                f"mfm pattern {pattern!r} matches no part; the parts are {', '.join(names)}"
+            )
+        kinds.update(dict.fromkeys(matched, kind))
+    return kinds
+
+
+def _cifar(
+    block_config: Sequence[int],
+    growth_rate: int,
+    bn_size: int | None,
+    compression: float,
+    num_classes: int,
+    drop_rate: float,
+    mfm: MFM,
+    memory_efficient: bool,
+) -> DenseNet:
+    return densenet(
+        block_config,
+        growth_rate,
+        bn_size=bn_size,
+        compression=compression,
+        stem="cifar",
+        num_classes=num_classes,
+        drop_rate=drop_rate,
+        mfm=mfm,
+        memory_efficient=memory_efficient,
+    )
+
+
+def densenet40(
+    num_classes: int = 10,
+    *,
+    growth_rate: int = 12,
+    drop_rate: float = 0.0,
+    mfm: MFM = None,
+    memory_efficient: bool = False,
+) -> DenseNet:
+    """DenseNet-40 for 32x32 images: basic layers, no compression, 24 initial maps (as in the
+    Network Slimming port), 1.06 M parameters and 288 MMACs at growth rate 12."""
+    return _cifar(
+        (12, 12, 12), growth_rate, None, 1.0, num_classes, drop_rate, mfm, memory_efficient
+    )
+
+
+def densenet_bc100(
+    num_classes: int = 10,
+    *,
+    growth_rate: int = 12,
+    drop_rate: float = 0.0,
+    mfm: MFM = None,
+    memory_efficient: bool = False,
+) -> DenseNet:
+    """DenseNet-BC-100 for 32x32 images: bottlenecks, compression 0.5, 0.8 M parameters at k=12."""
+    return _cifar((16, 16, 16), growth_rate, 4, 0.5, num_classes, drop_rate, mfm, memory_efficient)
+
+
+def densenet_bc190(
+    num_classes: int = 10,
+    *,
+    growth_rate: int = 40,
+    drop_rate: float = 0.0,
+    mfm: MFM = None,
+    memory_efficient: bool = False,
+) -> DenseNet:
+    """DenseNet-BC-190 for 32x32 images: bottlenecks, compression 0.5, 25.6 M parameters at k=40."""
+    return _cifar((31, 31, 31), growth_rate, 4, 0.5, num_classes, drop_rate, mfm, memory_efficient)
+
+
+def _imagenet(
+    block_config: Sequence[int],
+    growth_rate: int,
+    num_classes: int,
+    in_channels: int,
+    drop_rate: float,
+    mfm: MFM,
+    memory_efficient: bool,
+) -> DenseNet:
+    return densenet(
+        block_config,
+        growth_rate,
+        num_classes=num_classes,
+        in_channels=in_channels,
+        drop_rate=drop_rate,
+        mfm=mfm,
+        memory_efficient=memory_efficient,
+    )
+
+
+def densenet121(
+    num_classes: int = 1000,
+    *,
+    in_channels: int = 3,
+    drop_rate: float = 0.0,
+    mfm: MFM = None,
+    memory_efficient: bool = False,
+) -> DenseNet:
+    """DenseNet-121 for 224x224 images, as torchvision's."""
+    return _imagenet(
+        (6, 12, 24, 16), 32, num_classes, in_channels, drop_rate, mfm, memory_efficient
+    )
+
+
+def densenet161(
+    num_classes: int = 1000,
+    *,
+    in_channels: int = 3,
+    drop_rate: float = 0.0,
+    mfm: MFM = None,
+    memory_efficient: bool = False,
+) -> DenseNet:
+    """DenseNet-161 for 224x224 images, as torchvision's."""
+    return _imagenet(
+        (6, 12, 36, 24), 48, num_classes, in_channels, drop_rate, mfm, memory_efficient
+    )
+
+
+def densenet169(
+    num_classes: int = 1000,
+    *,
+    in_channels: int = 3,
+    drop_rate: float = 0.0,
+    mfm: MFM = None,
+    memory_efficient: bool = False,
+) -> DenseNet:
+    """DenseNet-169 for 224x224 images, as torchvision's."""
+    return _imagenet(
+        (6, 12, 32, 32), 32, num_classes, in_channels, drop_rate, mfm, memory_efficient
+    )
+
+
+def densenet201(
+    num_classes: int = 1000,
+    *,
+    in_channels: int = 3,
+    drop_rate: float = 0.0,
+    mfm: MFM = None,
+    memory_efficient: bool = False,
+) -> DenseNet:
+    """DenseNet-201 for 224x224 images, as torchvision's."""
+    return _imagenet(
+        (6, 12, 48, 32), 32, num_classes, in_channels, drop_rate, mfm, memory_efficient
+    )
+
+
+def densenet264(
+    num_classes: int = 1000,
+    *,
+    in_channels: int = 3,
+    drop_rate: float = 0.0,
+    mfm: MFM = None,
+    memory_efficient: bool = False,
+) -> DenseNet:
+    """DenseNet-264 for 224x224 images (paper, table 1)."""
+    return _imagenet(
+        (6, 12, 64, 48), 32, num_classes, in_channels, drop_rate, mfm, memory_efficient
+    )
+
+
+BUILDERS = {
+    f.__name__: f
+    for f in (
+        densenet,
+        densenet40,
+        densenet_bc100,
+        densenet_bc190,
+        densenet121,
+        densenet161,
+        densenet169,
+        densenet201,
+        densenet264,
+    )
+}

@@ -1,0 +1,166 @@
+"""`DenseNetConfig`: a frozen, JSON-able description that rebuilds any (pruned) DenseNet exactly."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from prune_dn.errors import ConfigError
+from prune_dn.models.mfm import MFM_KINDS
+
+Stem = Literal["cifar", "imagenet"]
+Indices = tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """One dense layer.
+
+    `out_channels` counts the maps that join the stream, after MFM. `bottleneck` is the width of
+    the 1x1 conv, or None for a basic layer (norm1 + 3x3 conv1). `input_indices` are the stream
+    positions that the layer reads, rising; None = all. `name` stays the same when other layers go.
+    """
+
+    name: str
+    out_channels: int
+    bottleneck: int | None = None
+    input_indices: Indices = None
+    mfm: str | None = None
+
+    @property
+    def filters(self) -> int:
+        """How many filters the last conv of the layer has, before MFM."""
+        return filters_before_mfm(self.out_channels, self.mfm)
+
+
+@dataclass(frozen=True)
+class TransitionConfig:
+    """Norm, ReLU, 1x1 conv (then MFM), 2x2 average pooling between two blocks."""
+
+    out_channels: int
+    input_indices: Indices = None
+    mfm: str | None = None
+
+    @property
+    def filters(self) -> int:
+        """How many filters the conv has, before MFM."""
+        return filters_before_mfm(self.out_channels, self.mfm)
+
+
+@dataclass(frozen=True)
+class DenseNetConfig:
+    """Everything that a DenseNet is, but its weights.
+
+    `stem` is `"cifar"` (3x3 conv) or `"imagenet"` (7x7 stride 2 conv, norm, ReLU, 3x3 max pooling);
+    `classifier_indices` are the stream positions that the last norm and the classifier read.
+
+    >>> from prune_dn.models import densenet40
+    >>> config = densenet40().config
+    >>> config == DenseNetConfig.from_json(config.to_json())
+    True
+    """
+
+    num_init_features: int
+    blocks: tuple[tuple[LayerConfig, ...], ...]
+    transitions: tuple[TransitionConfig, ...]
+    num_classes: int = 1000
+    in_channels: int = 3
+    stem: Stem = "imagenet"
+    classifier_indices: Indices = None
+    drop_rate: float = 0.0
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        problems = list(_problems(self))
+        if problems:
+            raise ConfigError("this DenseNetConfig cannot be built:\n  " + "\n  ".join(problems))
+
+    def to_json(self) -> str:
+        """One line of JSON; `from_json` gives back an equal config."""
+        return json.dumps(dataclasses.asdict(self), separators=(",", ":"))
+
+    @staticmethod
+    def from_json(text: str) -> DenseNetConfig:
+        """Rebuild a config. Raises ConfigError for anything that `to_json` did not write."""
+        try:
+            data = json.loads(text)
+            blocks = tuple(tuple(LayerConfig(**_indices(x)) for x in b) for b in data.pop("blocks"))
+            transitions = tuple(TransitionConfig(**_indices(x)) for x in data.pop("transitions"))
+            return DenseNetConfig(blocks=blocks, transitions=transitions, **_indices(data))
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise ConfigError(f"not a DenseNetConfig in JSON: {error}") from error
+
+
+def filters_before_mfm(out_channels: int, mfm: str | None) -> int:
+    """The number of conv filters that give `out_channels` maps after MFM `mfm`."""
+    if mfm is None:
+        return out_channels
+    siblings, survivors = MFM_KINDS[mfm]
+    return out_channels // survivors * siblings
+
+
+def _indices(data: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: tuple(value) if key.endswith("_indices") and value is not None else value
+        for key, value in data.items()
+    }
+
+
+def _problems(config: DenseNetConfig) -> Any:
+    if config.stem not in ("cifar", "imagenet"):
+        yield f"stem is {config.stem!r}; choose 'cifar' or 'imagenet'"
+    for field in ("num_init_features", "num_classes", "in_channels"):
+        if not _is_width(getattr(config, field)):
+            yield f"{field} is {getattr(config, field)!r}; it must be an integer of at least 1"
+    if not 0.0 <= config.drop_rate < 1.0:
+        yield f"drop_rate is {config.drop_rate!r}; it must lie in [0, 1)"
+    if not config.blocks:
+        yield "there are no blocks; a DenseNet has at least one"
+    if len(config.transitions) != max(len(config.blocks) - 1, 0):
+        yield f"{len(config.blocks)} blocks need {len(config.blocks) - 1} transitions, not {len(config.transitions)}"
+        return
+    width = config.num_init_features
+    for b, block in enumerate(config.blocks, start=1):
+        names = [layer.name for layer in block]
+        for name in sorted({n for n in names if names.count(n) > 1}):
+            yield f"block {b} has two layers named {name!r}"
+        for layer in block:
+            where = f"block {b}, {layer.name}"
+            yield from _part_problems(where, layer, width)
+            if layer.bottleneck is not None and not _is_width(layer.bottleneck):
+                yield f"{where}: bottleneck is {layer.bottleneck!r}; it must be None or at least 1"
+            width += layer.out_channels if _is_width(layer.out_channels) else 0
+        if b <= len(config.transitions):
+            transition = config.transitions[b - 1]
+            yield from _part_problems(f"transition {b}", transition, width)
+            width = transition.out_channels if _is_width(transition.out_channels) else 0
+    yield from _index_problems("classifier_indices", config.classifier_indices, width)
+
+
+def _part_problems(where: str, part: LayerConfig | TransitionConfig, width: int) -> Any:
+    if not _is_width(part.out_channels):
+        yield f"{where}: out_channels is {part.out_channels!r}; it must be an integer of at least 1"
+    elif part.mfm is not None:
+        if part.mfm not in MFM_KINDS:
+            yield f"{where}: mfm is {part.mfm!r}; choose one of {', '.join(MFM_KINDS)} or None"
+        elif part.out_channels % MFM_KINDS[part.mfm][1]:
+            yield (
+                f"{where}: mfm {part.mfm} gives {MFM_KINDS[part.mfm][1]} maps per unit, "
+                f"so out_channels={part.out_channels} is not possible"
+            )
+    yield from _index_problems(f"{where}: input_indices", part.input_indices, width)
+
+
+def _index_problems(where: str, indices: Indices, width: int) -> Any:
+    if indices is None:
+        return
+    rising = all(a < b for a, b in itertools.pairwise(indices))
+    if not indices or not rising or indices[0] < 0 or indices[-1] >= width:
+        yield f"{where} must be rising positions in a stream of {width} channels, at least one"
+
+
+def _is_width(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

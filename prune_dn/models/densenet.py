@@ -1,0 +1,185 @@
+"""DenseNet (arXiv:1608.06993) with torchvision's keys, built from a `DenseNetConfig`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from prune_dn.models.config import DenseNetConfig, Indices, LayerConfig, TransitionConfig
+from prune_dn.models.mfm import MaxFeatureMap
+
+
+class ReadStream(nn.Module):
+    """Select the stream channels that a reader reads; positions are a constant index buffer.
+
+    (N, stream, H, W) -> (N, read, H, W). With `input_indices=None` the stream passes unchanged.
+    """
+
+    input_indices: Tensor | None
+
+    def __init__(self, input_indices: Indices) -> None:
+        super().__init__()
+        index = None if input_indices is None else torch.tensor(input_indices)
+        self.register_buffer("input_indices", index, persistent=False)
+
+    def forward(self, stream: Tensor) -> Tensor:
+        if self.input_indices is None:
+            return stream
+        return stream.index_select(1, self.input_indices)
+
+
+class DenseLayer(nn.Module):
+    """norm1, ReLU, conv1 (1x1), norm2, ReLU, conv2 (3x3); or norm1, ReLU, conv1 (3x3); then MFM."""
+
+    def __init__(
+        self, stream: int, layer: LayerConfig, *, drop_rate: float = 0.0, norm_eps: float = 1e-5
+    ) -> None:
+        super().__init__()
+        read = stream if layer.input_indices is None else len(layer.input_indices)
+        self.read = ReadStream(layer.input_indices)
+        self.norm1 = nn.BatchNorm2d(read, eps=norm_eps)
+        self.norm2: nn.BatchNorm2d | None = None
+        self.conv2: nn.Conv2d | None = None
+        if layer.bottleneck is None:
+            self.conv1 = nn.Conv2d(read, layer.filters, 3, padding=1, bias=False)
+        else:
+            self.conv1 = nn.Conv2d(read, layer.bottleneck, 1, bias=False)
+            self.norm2 = nn.BatchNorm2d(layer.bottleneck, eps=norm_eps)
+            self.conv2 = nn.Conv2d(layer.bottleneck, layer.filters, 3, padding=1, bias=False)
+        self.mfm = None if layer.mfm is None else MaxFeatureMap(layer.mfm)
+        self.drop_rate = drop_rate
+
+    def _first_conv(self, *sources: Tensor) -> Tensor:
+        return self.conv1(F.relu(self.norm1(self.read(torch.cat(sources, 1)))))
+
+    def forward(self, sources: list[Tensor], *, memory_efficient: bool = False) -> Tensor:
+        """`sources`: the block's input and the outputs of the layers before this one."""
+        if memory_efficient and torch.is_grad_enabled():
+            norm1 = self.norm1
+            out: Tensor = checkpoint(
+                self._first_conv,
+                *sources,
+                use_reentrant=False,
+                preserve_rng_state=False,
+                context_fn=lambda: (contextlib.nullcontext(), _scratch_statistics(norm1)),
+            )
+        else:
+            out = self._first_conv(*sources)
+        if self.norm2 is not None and self.conv2 is not None:
+            out = self.conv2(F.relu(self.norm2(out)))
+        if self.mfm is not None:
+            out = self.mfm(out)
+        return F.dropout(out, self.drop_rate, self.training) if self.drop_rate else out
+
+
+@contextlib.contextmanager
+def _scratch_statistics(norm: nn.Module) -> Iterator[None]:
+    """Let the recomputation update copies, so that running statistics move once per step."""
+    kept = dict(norm._buffers)
+    norm._buffers.update({k: None if v is None else v.clone() for k, v in kept.items()})
+    try:
+        yield
+    finally:
+        norm._buffers.update(kept)
+
+
+class DenseBlock(nn.Module):
+    """Dense layers, each reading the stream of everything before it. Returns the whole stream."""
+
+    def __init__(
+        self, stream: int, layers: tuple[LayerConfig, ...], *, drop_rate: float, norm_eps: float
+    ) -> None:
+        super().__init__()
+        for layer in layers:
+            module = DenseLayer(stream, layer, drop_rate=drop_rate, norm_eps=norm_eps)
+            self.add_module(layer.name, module)
+            stream += layer.out_channels
+
+    def forward(self, x: Tensor, *, memory_efficient: bool = False) -> Tensor:
+        sources = [x]
+        for layer in self.children():
+            sources.append(layer(sources, memory_efficient=memory_efficient))
+        return torch.cat(sources, 1)
+
+
+class Transition(nn.Module):
+    """norm, ReLU, 1x1 conv, (MFM), 2x2 average pooling."""
+
+    def __init__(self, stream: int, transition: TransitionConfig, *, norm_eps: float) -> None:
+        super().__init__()
+        indices = transition.input_indices
+        read = stream if indices is None else len(indices)
+        self.read = ReadStream(indices)
+        self.norm = nn.BatchNorm2d(read, eps=norm_eps)
+        self.conv = nn.Conv2d(read, transition.filters, 1, bias=False)
+        self.mfm = None if transition.mfm is None else MaxFeatureMap(transition.mfm)
+
+    def forward(self, stream: Tensor) -> Tensor:
+        out = self.conv(F.relu(self.norm(self.read(stream))))
+        if self.mfm is not None:
+            out = self.mfm(out)
+        return F.avg_pool2d(out, 2, 2)
+
+
+class DenseNet(nn.Module):
+    """The network that a `DenseNetConfig` describes: (N, in_channels, H, W) -> (N, num_classes).
+
+    `memory_efficient=True` recomputes each concatenation, norm and first conv in the backward pass
+    instead of keeping them: the same numbers, less memory, more time (arXiv:1707.06990).
+
+    >>> import torch
+    >>> from prune_dn.models import densenet40
+    >>> densenet40().eval()(torch.zeros(2, 3, 32, 32)).shape
+    torch.Size([2, 10])
+    """
+
+    def __init__(self, config: DenseNetConfig, *, memory_efficient: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.memory_efficient = memory_efficient
+        eps, width = config.norm_eps, config.num_init_features
+        features = nn.Sequential()
+        if config.stem == "cifar":
+            features.add_module(
+                "conv0", nn.Conv2d(config.in_channels, width, 3, padding=1, bias=False)
+            )
+        else:
+            features.add_module(
+                "conv0", nn.Conv2d(config.in_channels, width, 7, 2, padding=3, bias=False)
+            )
+            features.add_module("norm0", nn.BatchNorm2d(width, eps=eps))
+            features.add_module("relu0", nn.ReLU(inplace=True))
+            features.add_module("pool0", nn.MaxPool2d(3, 2, padding=1))
+        for b, layers in enumerate(config.blocks, start=1):
+            block = DenseBlock(width, layers, drop_rate=config.drop_rate, norm_eps=eps)
+            features.add_module(f"denseblock{b}", block)
+            width += sum(layer.out_channels for layer in layers)
+            if b <= len(config.transitions):
+                transition = config.transitions[b - 1]
+                features.add_module(f"transition{b}", Transition(width, transition, norm_eps=eps))
+                width = transition.out_channels
+        indices = config.classifier_indices
+        read = width if indices is None else len(indices)
+        self.features = features
+        self.read = ReadStream(indices)
+        features.add_module("norm5", nn.BatchNorm2d(read, eps=eps))
+        self.classifier = nn.Linear(read, config.num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name, module in self.features.named_children():
+            if name == "norm5":
+                x = self.read(x)
+            if isinstance(module, DenseBlock):
+                x = module(x, memory_efficient=self.memory_efficient)
+            else:
+                x = module(x)
+        return self.classifier(F.adaptive_avg_pool2d(F.relu(x), 1).flatten(1))
