@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -115,8 +117,10 @@ def _problems(config: DenseNetConfig) -> Any:
     for field in ("num_init_features", "num_classes", "in_channels"):
         if not _is_width(getattr(config, field)):
             yield f"{field} is {getattr(config, field)!r}; it must be an integer of at least 1"
-    if not 0.0 <= config.drop_rate < 1.0:
+    if not _is_number(config.drop_rate) or not 0.0 <= config.drop_rate < 1.0:
         yield f"drop_rate is {config.drop_rate!r}; it must lie in [0, 1)"
+    if not _is_number(config.norm_eps) or not 0.0 < config.norm_eps < math.inf:
+        yield f"norm_eps is {config.norm_eps!r}; it must be a number above 0"
     if not config.blocks:
         yield "there are no blocks; a DenseNet has at least one"
     if len(config.transitions) != max(len(config.blocks) - 1, 0):
@@ -128,6 +132,8 @@ def _problems(config: DenseNetConfig) -> Any:
         for name in sorted({n for n in names if names.count(n) > 1}):
             yield f"block {b} has two layers named {name!r}"
         for layer in block:
+            if re.fullmatch(r"denselayer\d+", str(layer.name)) is None:
+                yield f"block {b} has a layer named {layer.name!r}; names are denselayer1, ..."
             where = f"block {b}, {layer.name}"
             yield from _part_problems(where, layer, width)
             if layer.bottleneck is not None and not _is_width(layer.bottleneck):
@@ -157,9 +163,16 @@ def _part_problems(where: str, part: LayerConfig | TransitionConfig, width: int)
 def _index_problems(where: str, indices: Indices, width: int) -> Any:
     if indices is None:
         return
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in indices):
+        yield f"{where} must be integers"
+        return
     rising = all(a < b for a, b in itertools.pairwise(indices))
     if not indices or not rising or indices[0] < 0 or indices[-1] >= width:
         yield f"{where} must be rising positions in a stream of {width} channels, at least one"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_width(value: Any) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +23,9 @@ class ReadStream(nn.Module):
 
     def __init__(self, input_indices: Indices) -> None:
         super().__init__()
-        index = None if input_indices is None else torch.tensor(input_indices)
+        # The index is no weight: nothing loads it later, so it is real even in a model on "meta".
+        device = "cpu" if torch.get_default_device().type == "meta" else None
+        index = None if input_indices is None else torch.tensor(input_indices, device=device)
         self.register_buffer("input_indices", index, persistent=False)
 
     def forward(self, stream: Tensor) -> Tensor:
@@ -66,7 +67,7 @@ class DenseLayer(nn.Module):
                 *sources,
                 use_reentrant=False,
                 preserve_rng_state=False,
-                context_fn=lambda: (contextlib.nullcontext(), _scratch_statistics(norm1)),
+                context_fn=lambda: (contextlib.nullcontext(), _ScratchStatistics(norm1)),
             )
         else:
             out = self._first_conv(*sources)
@@ -77,15 +78,23 @@ class DenseLayer(nn.Module):
         return F.dropout(out, self.drop_rate, self.training) if self.drop_rate else out
 
 
-@contextlib.contextmanager
-def _scratch_statistics(norm: nn.Module) -> Iterator[None]:
-    """Let the recomputation update copies, so that running statistics move once per step."""
-    kept = dict(norm._buffers)
-    norm._buffers.update({k: None if v is None else v.clone() for k, v in kept.items()})
-    try:
-        yield
-    finally:
-        norm._buffers.update(kept)
+class _ScratchStatistics:
+    """Let a recomputation update copies, so that running statistics move once per step.
+
+    Entered once per backward pass, so again where the graph is retained.
+    """
+
+    def __init__(self, norm: nn.Module) -> None:
+        self.norm = norm
+
+    def __enter__(self) -> None:
+        self.kept = dict(self.norm._buffers)
+        self.norm._buffers.update(
+            {k: None if v is None else v.clone() for k, v in self.kept.items()}
+        )
+
+    def __exit__(self, *_: object) -> None:
+        self.norm._buffers.update(self.kept)
 
 
 class DenseBlock(nn.Module):
@@ -170,7 +179,7 @@ class DenseNet(nn.Module):
         features.add_module("norm5", nn.BatchNorm2d(read, eps=eps))
         self.classifier = nn.Linear(read, config.num_classes)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
                 nn.init.kaiming_normal_(module.weight)
         nn.init.zeros_(self.classifier.bias)
 
@@ -183,3 +192,13 @@ class DenseNet(nn.Module):
             else:
                 x = module(x)
         return self.classifier(F.adaptive_avg_pool2d(F.relu(x), 1).flatten(1))
+
+
+def build_empty(config: DenseNetConfig, *, memory_efficient: bool = False) -> DenseNet:
+    """A DenseNet without weights, to be filled by `load_state_dict(..., assign=True)`.
+
+    Parameters and norm buffers are on the meta device: no memory, no initialisation, no random
+    numbers used. The index buffers of the readers are real, on the CPU.
+    """
+    with torch.device("meta"):
+        return DenseNet(config, memory_efficient=memory_efficient)

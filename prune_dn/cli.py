@@ -1,0 +1,139 @@
+"""The command line: parse, call, print. Torch is imported inside the commands, so help is quick."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from prune_dn import cli_options as options
+from prune_dn.cli_options import app, example, read_recipe
+from prune_dn.console import show as _show
+from prune_dn.errors import PruneDNError
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None:
+    """Train, prune, fine-tune and export DenseNets."""
+
+
+@example(
+    "run recipes/quickstart.yaml", "run recipes/quickstart.yaml --set train.epochs=3 --dry-run"
+)
+def run(
+    recipe: options.RecipePath,
+    sets: options.Sets = None,
+    output_dir: options.OutputDir = None,
+    overwrite: options.Overwrite = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only check, and say what it would be.")
+    ] = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Carry out a recipe: train, prune, fine-tune, export, report. A stopped run goes on."""
+    from prune_dn import pipeline, report
+
+    read = read_recipe(recipe, sets, output_dir)
+    if dry_run:
+        facts = pipeline.dry_run(read)
+        _show(facts, as_json)
+        return
+    result = pipeline.run(read, overwrite=overwrite, progress=not as_json)
+    if _is_main():
+        table = report.stage_table(result.metrics)
+        _show(result.metrics, as_json, table=table)
+        _say(as_json, f"report: {result.output_dir / 'report.md'}")
+
+
+@example("train recipes/densenet40_cifar10.yaml --output-dir runs/dense")
+def train(
+    recipe: options.RecipePath,
+    sets: options.Sets = None,
+    output_dir: options.OutputDir = None,
+    overwrite: options.Overwrite = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Only the train part of a recipe; leaves dense.safetensors. `run` can go on from there."""
+    from prune_dn import pipeline, report
+
+    read = read_recipe(recipe, sets, output_dir)
+    result = pipeline.run(read, overwrite=overwrite, progress=not as_json, only_train=True)
+    if _is_main():
+        _show(result.metrics, as_json, table=report.stage_table(result.metrics))
+        _say(as_json, f"checkpoint: {result.output_dir / 'dense.safetensors'}")
+
+
+@example("validate recipes/quickstart.yaml")
+def validate(
+    recipe: options.RecipePath, sets: options.Sets = None, as_json: options.AsJson = False
+) -> None:
+    """Check a recipe: every mistake with its line. Nothing is read or run."""
+    read = read_recipe(recipe, sets, None)
+    from prune_dn.recipe import to_yaml
+
+    if as_json:
+        _show(read.model_dump(mode="json"), as_json)
+    else:
+        typer.echo(to_yaml(read), nl=False)
+        typer.echo(f"{recipe} is valid", err=True)
+
+
+@example("schema > recipe.schema.json")
+def schema() -> None:
+    """JSON Schema of recipes, for editors."""
+    from prune_dn.recipe import json_schema
+
+    _show(json_schema(), True)
+
+
+# Registers the commands on checkpoints; here, so that help lists the ones above first.
+from prune_dn import cli_checkpoints  # noqa: E402, F401
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry of `prune-dn`. Returns 0, 2 for bad input, 1 for anything else."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        typer.main.get_command(app).main(args=given, prog_name="prune-dn")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 1
+    except PruneDNError as error:
+        return _fail(f"error: {error}", 2, given)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        return _fail(f"error: {error}", 1, given)
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        return _fail(
+            f"unexpected error: {text}\nThis is a mistake in prune-dn or its surroundings; "
+            "`prune-dn --debug ...` shows where.",
+            1,
+            given,
+        )
+    return 0
+
+
+def _fail(message: str, code: int, arguments: Sequence[str]) -> int:
+    if "--debug" in arguments:
+        traceback.print_exc()
+    print(message, file=sys.stderr)
+    return code
+
+
+def _is_main() -> bool:
+    from accelerate import PartialState
+
+    return bool(PartialState().is_main_process)
+
+
+def _say(as_json: bool, text: str) -> None:
+    if not as_json:
+        typer.echo(text)

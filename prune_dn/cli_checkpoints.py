@@ -1,0 +1,212 @@
+"""The commands that work on a checkpoint: thin, `jobs` does the work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from prune_dn import cli_options as options
+from prune_dn.cli_options import example, read_recipe
+from prune_dn.console import show as _show
+
+
+@example(
+    "prune dense.safetensors --ratio 0.5 --unit macs -o small.safetensors",
+    "prune dense.safetensors --ratio 0.3 --protect 'features.denseblock1' -o small.safetensors",
+)
+def prune(
+    checkpoint: options.Checkpoint,
+    ratio: Annotated[float, typer.Option(help="The fraction to remove, between 0 and 1.")],
+    output: options.Output,
+    unit: Annotated[
+        str, typer.Option(help="What the ratio counts: channels, params, macs.")
+    ] = "channels",
+    criterion: Annotated[str, typer.Option(help="See `prune-dn criteria`.")] = "bn_scale",
+    scope: Annotated[
+        str, typer.Option(help="Rank over the whole net: global; or local.")
+    ] = "global",
+    units: Annotated[str, typer.Option(help="Of stream, bottleneck, edge.")] = "stream,bottleneck",
+    protect: Annotated[
+        list[str] | None, typer.Option(help="Modules that stay whole; may be given repeatedly.")
+    ] = None,
+    min_channels: Annotated[int, typer.Option(min=1, help="No width falls below.")] = 1,
+    round_to: Annotated[int, typer.Option(min=1, help="Cut widths become a multiple of.")] = 1,
+    image_size: options.ImageSize = None,
+    seed: options.Seed = 0,
+    plan_out: Annotated[Path | None, typer.Option(help="Also write the plan (JSON).")] = None,
+    recalibrate: Annotated[
+        int, typer.Option(min=0, help="Refresh norm statistics on so many batches of --data.")
+    ] = 0,
+    data: options.DataName = None,
+    data_root: options.DataRoot = "data",
+    mean: options.Mean = None,
+    std: options.Std = None,
+    normalize: options.Normalize = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Cut a trained DenseNet; the checkpoint itself stays as it is."""
+    from prune_dn import jobs
+
+    figures = jobs.prune_checkpoint(
+        checkpoint,
+        output,
+        ratio,
+        {
+            "unit": unit,
+            "criterion": criterion,
+            "scope": scope,
+            "units": _words(units),
+            "protect": tuple(protect or ()),
+            "min_channels": min_channels,
+            "round_to": round_to,
+            "seed": seed,
+        },
+        image_size=image_size,
+        plan_out=plan_out,
+        recalibrate=recalibrate,
+        data=jobs.DataOptions(data, data_root, image_size, mean, std, normalize, seed=seed),
+    )
+    _show(figures, as_json)
+
+
+@example(
+    "finetune small.safetensors --data cifar10 --epochs 3 --learning-rate 0.02 -o tuned.safetensors",
+    "finetune small.safetensors --recipe recipes/quickstart.yaml -o tuned.safetensors",
+)
+def finetune(
+    checkpoint: options.Checkpoint,
+    output: options.Output,
+    recipe: Annotated[Path | None, typer.Option(help="Use its data and finetune parts.")] = None,
+    sets: options.Sets = None,
+    epochs: Annotated[int | None, typer.Option(min=1)] = None,
+    learning_rate: Annotated[float | None, typer.Option()] = None,
+    batch_size: Annotated[int | None, typer.Option(min=2)] = None,
+    teacher: Annotated[Path | None, typer.Option(help="A checkpoint to distil from.")] = None,
+    data: options.DataName = None,
+    data_root: options.DataRoot = "data",
+    image_size: options.ImageSize = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    normalize: options.Normalize = None,
+    limit: options.Limit = None,
+    seed: options.Seed = 0,
+    as_json: options.AsJson = False,
+) -> None:
+    """Train a (pruned) checkpoint further."""
+    from prune_dn import jobs
+
+    fields = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size}
+    figures = jobs.finetune_checkpoint(
+        checkpoint,
+        output,
+        recipe=None if recipe is None else read_recipe(recipe, sets, None),
+        fields={key: value for key, value in fields.items() if value is not None},
+        teacher=teacher,
+        data=jobs.DataOptions(data, data_root, image_size, mean, std, normalize, limit, seed),
+        seed=seed,
+        progress=not as_json,
+    )
+    _show(figures, as_json)
+
+
+@example(
+    "evaluate runs/quickstart/pruned.safetensors",
+    "evaluate net.safetensors --data image_folder --data-root data/cifar10 --normalize cifar10",
+)
+def evaluate(
+    checkpoint: options.Checkpoint,
+    data: options.DataName = None,
+    data_root: options.DataRoot = "data",
+    image_size: options.ImageSize = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    normalize: options.Normalize = None,
+    split: Annotated[
+        str, typer.Option(help="test, or val (part of the training images).")
+    ] = "test",
+    recalibrate: Annotated[
+        int, typer.Option(min=0, help="First refresh norm statistics on so many training batches.")
+    ] = 0,
+    batch_size: Annotated[int, typer.Option(min=1)] = 256,
+    limit: options.Limit = None,
+    seed: options.Seed = 0,
+    as_json: options.AsJson = False,
+) -> None:
+    """Accuracy and loss of a checkpoint."""
+    from prune_dn import jobs
+
+    figures = jobs.evaluate_checkpoint(
+        checkpoint,
+        jobs.DataOptions(data, data_root, image_size, mean, std, normalize, limit, seed),
+        split=split,
+        recalibrate=recalibrate,
+        batch_size=batch_size,
+    )
+    _show(figures, as_json)
+
+
+@example("export pruned.safetensors -o net.onnx", "export pruned.safetensors -o net.pt2")
+def export(
+    checkpoint: options.Checkpoint,
+    output: options.Output,
+    image_size: options.ImageSize = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Write ONNX (.onnx), torch.export (.pt2) or a plain state dict (.pt), by OUTPUT's ending."""
+    from prune_dn import jobs
+
+    _show(jobs.export_checkpoint(checkpoint, output, image_size), as_json)
+
+
+@example("profile pruned.safetensors", "profile pruned.safetensors --batch-size 1 --json")
+def profile(
+    checkpoint: options.Checkpoint,
+    image_size: options.ImageSize = None,
+    batch_size: Annotated[list[int] | None, typer.Option(help="Default: 1 and 32.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs per latency figure.")] = 30,
+    as_json: options.AsJson = False,
+) -> None:
+    """Params and MACs per layer, and measured latency."""
+    from prune_dn import jobs
+
+    facts = jobs.profile_checkpoint(checkpoint, image_size, batch_size or [1, 32], repeats)
+    rows = [[r["name"], f"{r['params']:,}", f"{r['macs']:,}"] for r in facts["layers"]]
+    rows.append(["total", f"{facts['params']:,}", f"{facts['macs']:,}"])
+    latency = {
+        f"batch {x['batch_size']}": f"{x['median_ms']:.2f} ms (median of {x['n']}; 10 % "
+        f"{x['p10_ms']:.2f}, 90 % {x['p90_ms']:.2f})"
+        for x in facts["latency"]
+    }
+    lines = {"latency": latency, "machine": facts["latency"][0]["machine"]}
+    _show(facts, as_json, table=(["layer", "params", "MACs"], rows), lines=lines)
+
+
+@example("show runs/quickstart/pruned.safetensors", "show runs/quickstart/plan.json")
+def show(
+    file: Annotated[Path, typer.Argument(help="A checkpoint or a plan.", show_default=False)],
+    as_json: options.AsJson = False,
+) -> None:
+    """What a checkpoint or a plan holds."""
+    from prune_dn import jobs
+
+    facts, table = jobs.show_file(file)
+    hidden = ("layers", "config")
+    lines = {key: value for key, value in facts.items() if key not in hidden}
+    _show(facts, as_json, table=table, lines=lines)
+
+
+@example("criteria")
+def criteria(as_json: options.AsJson = False) -> None:
+    """The importance criteria that `prune` knows."""
+    from prune_dn.pruning import CRITERIA
+
+    lines = {
+        name: (f.__doc__ or "").strip().splitlines()[0] for name, f in sorted(CRITERIA.items())
+    }
+    _show(lines, as_json)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())

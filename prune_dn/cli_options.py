@@ -1,0 +1,63 @@
+"""What all commands share: the app, how a command is registered, and the common options."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="prune-dn",
+    help="Train, prune, fine-tune and export DenseNets.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
+Checkpoint = Annotated[
+    Path, typer.Argument(help="A checkpoint: .safetensors, or .pt state dict.", show_default=False)
+]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Replace a value; may be given repeatedly."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="The file to write.")]
+OutputDir = Annotated[Path | None, typer.Option(help="Instead of the recipe's output_dir.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace another run in output_dir.")]
+DataName = Annotated[
+    str | None, typer.Option("--data", help="Data set; default: the checkpoint's.")
+]
+DataRoot = Annotated[str, typer.Option(help="The folder that holds the data.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Use only so many images of each split.")]
+ImageSize = Annotated[int | None, typer.Option(min=1, help="Pixels; default: the checkpoint's.")]
+Mean = Annotated[str | None, typer.Option(help="Pixel means, such as 0.4914,0.4822,0.4465.")]
+Std = Annotated[str | None, typer.Option(help="Pixel standard deviations.")]
+Normalize = Annotated[str | None, typer.Option(help="Take mean and std of this data set.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of every random choice.")]
+
+
+def example(*lines: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a command whose help ends with an example."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        text = "\b\nExample" + ("s" if len(lines) > 1 else "") + ":\n"
+        text += "\n".join(f"  prune-dn {line}" for line in lines)
+        app.command(function.__name__.rstrip("_"), epilog=text)(function)
+        return function
+
+    return register
+
+
+def read_recipe(path: Path, sets: Sequence[str] | None, output_dir: Path | None) -> Any:
+    from prune_dn.recipe_file import load_recipe
+
+    overrides = list(sets or ())
+    if output_dir is not None:
+        overrides.append(f"output_dir={json.dumps(str(output_dir))}")
+    return load_recipe(path, overrides)

@@ -1,0 +1,285 @@
+"""What the commands do with a checkpoint: arguments in, files written, figures out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from prune_dn.checkpoint import load, read_info, save, save_state_dict
+from prune_dn.data import DATASETS, Datasets, load_datasets, make_loader
+from prune_dn.errors import DataError, ExportError, RecipeError
+from prune_dn.export import export_onnx, export_torch
+from prune_dn.latency import measure_latency
+from prune_dn.models import DenseNet
+from prune_dn.phases import check_fit, load_data
+from prune_dn.profiling import count, count_per_layer, default_image_size
+from prune_dn.pruning import Plan, apply_plan, make_plan, recalibrate_batch_norm_
+from prune_dn.recipe import Recipe
+from prune_dn.training import FitConfig, fit
+from prune_dn.training import evaluate as score
+
+Table = tuple[list[str], list[list[str]]]
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """The data that a command line names; what it leaves open comes from the checkpoint."""
+
+    name: str | None = None
+    root: str = "data"
+    image_size: int | None = None
+    mean: str | None = None
+    std: str | None = None
+    normalize: str | None = None
+    limit: int | None = None
+    seed: int = 0
+
+    def load(self, info: Mapping[str, Any], model: DenseNet, where: Path) -> Datasets:
+        """The data sets. Raises DataError when they are not named, or do not fit the net."""
+        known = info.get("data") or {}
+        name = self.name or known.get("name")
+        if name is None:
+            raise DataError(
+                f"{where} does not say what data it was trained on; add --data "
+                f"({', '.join(sorted(DATASETS))}) and --data-root"
+            )
+        mean, std = self._normalisation(known)
+        data = load_datasets(
+            name,
+            root=self.root,
+            image_size=self.image_size
+            or known.get("image_size")
+            or default_image_size(model.config),
+            seed=self.seed,
+            limit=self.limit,
+            mean=mean,
+            std=std,
+        )
+        check_fit(model, data.spec.num_classes, data.spec.in_channels, str(where), name)
+        return data
+
+    def _normalisation(self, known: Mapping[str, Any]) -> tuple[Any, Any]:
+        if (self.mean is None) != (self.std is None):
+            raise DataError("--mean and --std belong together; give both")
+        if self.mean is not None and self.std is not None:
+            return _numbers("--mean", self.mean), _numbers("--std", self.std)
+        if self.normalize is not None:
+            return normalisation_of(self.normalize)
+        return known.get("mean"), known.get("std")
+
+
+def prune_checkpoint(
+    checkpoint: Path,
+    output: Path,
+    ratio: float,
+    arguments: Mapping[str, Any],
+    *,
+    image_size: int | None,
+    plan_out: Path | None,
+    recalibrate: int,
+    data: DataOptions,
+) -> dict[str, Any]:
+    """Cut a checkpoint by `ratio`; `arguments` are those of `make_plan`."""
+    _output(output, ".safetensors")
+    model, info = load(checkpoint), read_info(checkpoint)
+    size = image_size or (info.get("data") or {}).get("image_size")
+    plan = make_plan(model, ratio, image_size=size, **arguments)
+    small = apply_plan(model, plan)
+    if recalibrate:
+        sets = data.load(info, small, checkpoint)
+        info["data"] = sets.spec.to_dict()
+        _recalibrate(small, sets, recalibrate, data.seed)
+    if plan_out is not None:
+        plan.save(plan_out)
+    save(small, output, info={**info, "pruned_from": checkpoint.name, "plan": plan.requested})
+    before, after = plan.achieved["before"], plan.achieved["after"]
+    return {
+        "output": str(output),
+        "unit": plan.achieved["unit"],
+        "requested": ratio,
+        "achieved": round(plan.achieved["ratio"], 6),
+        **{f"{key}_before": before[key] for key in before},
+        **{f"{key}_after": after[key] for key in after},
+        "file_bytes": output.stat().st_size,
+        "protected": plan.protected,
+    }
+
+
+def finetune_checkpoint(
+    checkpoint: Path,
+    output: Path,
+    *,
+    recipe: Recipe | None,
+    fields: Mapping[str, Any],
+    teacher: Path | None,
+    data: DataOptions,
+    seed: int,
+    progress: bool,
+) -> dict[str, Any]:
+    """Train a checkpoint further, by a recipe's `finetune` part or by options."""
+    _output(output, ".safetensors")
+    model, info = load(checkpoint), read_info(checkpoint)
+    base: dict[str, Any] = {}
+    if recipe is not None:
+        section = recipe.finetune or recipe.train
+        base = {} if section is None else section.model_dump()
+        sets = load_data(recipe.data, seed=recipe.seed)
+        check_fit(
+            model, sets.spec.num_classes, sets.spec.in_channels, str(checkpoint), sets.spec.name
+        )
+    else:
+        sets = data.load(info, model, checkpoint)
+    try:
+        config = FitConfig.model_validate({**base, **fields})
+    except ValidationError as error:
+        missing = [str(e["loc"][0]) for e in error.errors() if e["type"] == "missing"]
+        if missing:
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in missing)
+            raise RecipeError(f"{options} is missing; or give --recipe") from None
+        text = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise RecipeError(text) from None
+    before = score(model, sets.test)
+    result = fit(
+        model,
+        sets,
+        config,
+        seed=seed,
+        teacher=None if teacher is None else load(teacher),
+        progress=progress,
+        name="finetune",
+    )
+    after = score(model, sets.test)
+    history = {**(info.get("history") or {}), "finetune": result.history}
+    save(model, output, info={**info, "data": sets.spec.to_dict(), "history": history})
+    return {
+        "output": str(output),
+        "test_accuracy_before": before.accuracy,
+        "test_accuracy": after.accuracy,
+        "test_loss": after.loss,
+        "n": after.n,
+        "seconds": round(result.seconds, 1),
+    }
+
+
+def evaluate_checkpoint(
+    checkpoint: Path, data: DataOptions, *, split: str, recalibrate: int, batch_size: int
+) -> dict[str, Any]:
+    """Accuracy and loss on the test (or validation) images."""
+    if split not in ("test", "val"):
+        raise DataError(f"--split {split!r} is unknown; choose test or val")
+    model, info = load(checkpoint), read_info(checkpoint)
+    sets = data.load(info, model, checkpoint)
+    if recalibrate:
+        _recalibrate(model, sets, recalibrate, data.seed)
+    result = score(model, getattr(sets, split), batch_size=batch_size)
+    cost = count(model, sets.spec.image_size)
+    return {
+        "checkpoint": str(checkpoint),
+        "data": sets.spec.name,
+        "split": split,
+        "accuracy": result.accuracy,
+        "loss": result.loss,
+        "n": result.n,
+        "recalibrated_on_batches": recalibrate,
+        "params": cost.params,
+        "macs": cost.macs,
+    }
+
+
+def export_checkpoint(checkpoint: Path, output: Path, image_size: int | None) -> dict[str, Any]:
+    """Write the model in the format of `output`'s ending."""
+    model, info = load(checkpoint), read_info(checkpoint)
+    size = _image_size(model, info, image_size)
+    if output.suffix == ".onnx":
+        export_onnx(model, output, image_size=size)
+    elif output.suffix == ".pt2":
+        export_torch(model, output, image_size=size)
+    elif output.suffix in (".pt", ".pth"):
+        save_state_dict(model, output)
+    else:
+        raise ExportError(f"{output}: the ending says the format; use .onnx, .pt2 or .pt")
+    return {"output": str(output), "image_size": size, "file_bytes": output.stat().st_size}
+
+
+def profile_checkpoint(
+    checkpoint: Path, image_size: int | None, batch_sizes: Sequence[int], repeats: int
+) -> dict[str, Any]:
+    """Params, MACs and channels by layer, and measured eager latency."""
+    model, info = load(checkpoint), read_info(checkpoint)
+    size = _image_size(model, info, image_size)
+    latency = [
+        measure_latency(model, batch_size=batch, image_size=size, repeats=repeats, max_seconds=60.0)
+        for batch in batch_sizes
+    ]
+    return {
+        "checkpoint": str(checkpoint),
+        "image_size": size,
+        **dataclasses.asdict(count(model, size)),
+        "latency": [dataclasses.asdict(x) for x in latency],
+        "layers": [dataclasses.asdict(row) for row in count_per_layer(model, size)],
+    }
+
+
+def show_file(file: Path) -> tuple[dict[str, Any], Table]:
+    """The facts in a plan (.json) or a checkpoint, and its widths as a table."""
+    if file.suffix == ".json":
+        plan = Plan.load(file)
+        rows = [[r["name"], r["kind"], str(r["before"]), str(r["after"])] for r in plan.layers]
+        facts: dict[str, Any] = {
+            "plan": str(file),
+            "requested": plan.requested,
+            "achieved": plan.achieved,
+            "protected": plan.protected,
+            "layers": plan.layers,
+        }
+        return facts, (["unit group", "kind", "before", "after"], rows)
+    model, info = load(file), read_info(file)
+    config = model.config
+    size = _image_size(model, info, None)
+    layers = [dataclasses.asdict(row) for row in count_per_layer(model, size)]
+    facts = {
+        "checkpoint": str(file),
+        "classes": config.num_classes,
+        "in_channels": config.in_channels,
+        "stem": config.stem,
+        "layers_per_block": [len(block) for block in config.blocks],
+        "image_size": size,
+        **dataclasses.asdict(count(model, size)),
+        "info": info,
+        "config": json.loads(config.to_json()),
+    }
+    rows = [[r["name"], str(r["channels"] or ""), f"{r['params']:,}"] for r in layers]
+    return facts, (["layer", "channels", "params"], rows)
+
+
+def _image_size(model: DenseNet, info: Mapping[str, Any], given: int | None) -> int:
+    known = (info.get("data") or {}).get("image_size")
+    return given or known or default_image_size(model.config)
+
+
+def _recalibrate(model: DenseNet, sets: Datasets, batches: int, seed: int) -> None:
+    loader = make_loader(sets.train, 64, shuffle=True, seed=seed)
+    recalibrate_batch_norm_(model, loader, max_batches=batches)
+
+
+def _output(path: Path, ending: str) -> None:
+    if path.suffix != ending:
+        raise ExportError(f"{path}: a checkpoint is a {ending} file; name it {path.stem}{ending}")
+
+
+def _numbers(option: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise DataError(f"{option} {text!r}: give numbers with commas, 0.49,0.48,0.45") from None
+
+
+def normalisation_of(name: str) -> tuple[Any, Any]:
+    """Mean and std of a known data set."""
+    raise NotImplementedError

@@ -1,0 +1,173 @@
+"""Turn a DenseNet of torchvision or timm, or a state dict, into ours."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from prune_dn.errors import ConversionError
+from prune_dn.models.config import DenseNetConfig
+from prune_dn.models.densenet import DenseNet
+from prune_dn.models.state_dicts import (
+    clean_state_dict,
+    fill,
+    from_state_dict,
+    infer_config,
+    shorten,
+)
+
+__all__ = ["convert", "from_state_dict"]
+
+_KNOWN = ("torchvision.models.densenet.DenseNet", "timm.models.densenet.DenseNet")
+_CONV_FIELDS = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+_AVERAGE = ("avg", "fast", "fastavg")
+# What a module that has no weights may be, by the last part of its name.
+_PLAIN: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
+    "pool0": (
+        nn.MaxPool2d,
+        {"kernel_size": 3, "stride": 2, "padding": 1, "dilation": 1, "ceil_mode": False},
+    ),
+    "pool": (nn.AvgPool2d, {"kernel_size": 2, "stride": 2, "padding": 0, "ceil_mode": False}),
+    "head_drop": (nn.Dropout, {"p": 0.0}),
+    "drop": (nn.Identity, {}),
+    **{name: (nn.ReLU, {}) for name in ("act", "relu", "relu0", "relu1", "relu2")},
+}
+
+
+def convert(module: nn.Module) -> DenseNet:
+    """Our DenseNet with the weights of `module`, a DenseNet of torchvision or timm; ours unchanged.
+
+    The weights are copied. Train and eval modes, device, dtype, `requires_grad`, dropout,
+    `memory_efficient`, and eps and momentum of the norms are kept; hooks are not.
+
+    Raises ConversionError for wrapped models, variants with another stem, activation, norm or
+    pooling, and everything that is no DenseNet.
+    """
+    if isinstance(module, DenseNet):
+        return module
+    _check_class(module)
+    modules = dict(module.named_modules())
+    _refuse(module, _plain_differences(modules))
+    tensors = clean_state_dict(module.state_dict())
+    model = fill(_with_options(module, infer_config(tensors)), tensors)
+    _refuse(module, _conv_differences(modules, model))
+    model.memory_efficient = any(
+        getattr(m, "memory_efficient", False) or getattr(m, "grad_checkpointing", False)
+        for m in modules.values()
+    )
+    theirs = dict(module.named_parameters())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(theirs[name].requires_grad)
+    _copy_modes(modules, model)
+    return model
+
+
+def _check_class(module: Any) -> None:
+    for attribute in ("module", "_orig_mod"):
+        if isinstance(module, nn.Module) and isinstance(
+            getattr(module, attribute, None), nn.Module
+        ):
+            raise ConversionError(
+                f"the model is wrapped in {type(module).__name__}; unwrap it: "
+                f"pass model.{attribute} and wrap the result again"
+            )
+    known = [c for c in type(module).__mro__ if _class_path(c) in _KNOWN]
+    if not known:
+        raise ConversionError(
+            f"{_class_name(module)} is no DenseNet; pass a DenseNet of torchvision, timm or "
+            "prune_dn, or use from_state_dict for a state dict with torchvision's keys"
+        )
+    if getattr(type(module), "forward") is not getattr(known[0], "forward"):  # noqa: B009
+        raise ConversionError(
+            f"{_class_name(module)} changes the forward of {_class_path(known[0])}, so its answers "
+            "would not be kept; pass the plain DenseNet inside it"
+        )
+
+
+def _with_options(module: nn.Module, config: DenseNetConfig) -> DenseNetConfig:
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+    layers = [m for n, m in module.named_modules() if n.rpartition(".")[2].startswith("denselayer")]
+    eps = sorted({norm.eps for norm in norms} or {1e-5})
+    drops = sorted({float(layer.drop_rate) for layer in layers} or {0.0})
+    for what, values in (
+        ("norms with different eps", eps),
+        ("layers with different dropout", drops),
+    ):
+        if len(values) > 1:
+            raise ConversionError(
+                f"this {_class_name(module)} has {what} ({', '.join(map(str, values))}); "
+                "give them one value before you convert it"
+            )
+    return dataclasses.replace(config, norm_eps=eps[0], drop_rate=drops[0])
+
+
+def _plain_differences(modules: dict[str, nn.Module]) -> Iterator[str]:
+    """What norms and modules without weights compute in another way than ours."""
+    if "features.conv1" in modules:
+        yield "its stem has several convs (features.conv0, features.conv1)"
+    skipped: list[str] = ["global_pool"]
+    for name, module in modules.items():
+        kind, last = type(module).__name__, name.rpartition(".")[2]
+        if name == "global_pool" and getattr(module, "pool_type", kind) not in _AVERAGE:
+            yield f"global_pool is {getattr(module, 'pool_type', kind)!r}, not 'avg'"
+        elif any(name.startswith(f"{part}.") for part in skipped):
+            continue
+        elif last in _PLAIN:
+            expected, options = _PLAIN[last]
+            if type(module) is not expected:
+                skipped.append(name)
+                yield f"{name} is {kind}, not {expected.__name__}"
+                continue
+            for option, value in options.items():
+                found = getattr(module, option)
+                if found != value and found != (value, value):
+                    yield f"{name} has {option} {found}, not {value}"
+        elif last.startswith("norm"):
+            if type(module) is not nn.BatchNorm2d and kind != "BatchNormAct2d":
+                skipped.append(name)
+                yield f"{name} is {kind}, not BatchNorm2d"
+        elif last.startswith("conv") or name == "classifier":
+            needed = nn.Linear if name == "classifier" else nn.Conv2d
+            if type(module) is not needed:
+                skipped.append(name)
+                yield f"{name} is {kind}, not {needed.__name__}"
+        elif name != "global_pool" and not list(module.children()):
+            yield f"{name} ({kind}) is unknown"
+
+
+def _conv_differences(modules: dict[str, nn.Module], model: DenseNet) -> Iterator[str]:
+    for name, mine in model.named_modules():
+        if isinstance(mine, nn.Conv2d):
+            for field in _CONV_FIELDS:
+                value, needed = getattr(modules[name], field), getattr(mine, field)
+                if value != needed:
+                    yield f"{name} has {field} {value}, not {needed}"
+
+
+def _refuse(module: nn.Module, differences: Iterator[str]) -> None:
+    found = list(differences)
+    if found:
+        raise ConversionError(
+            f"this {_class_name(module)} is a variant that cannot be converted: {shorten(found, 3)}"
+        )
+
+
+def _copy_modes(modules: dict[str, nn.Module], model: DenseNet) -> None:
+    for name, mine in model.named_modules():
+        theirs = modules.get(name)
+        if theirs is None:  # a part that only we have follows its parent
+            theirs = modules[name.rpartition(".")[0]]
+        mine.training = theirs.training
+        if isinstance(mine, nn.BatchNorm2d) and isinstance(theirs, nn.BatchNorm2d):
+            mine.momentum = theirs.momentum
+
+
+def _class_name(module: Any) -> str:
+    return _class_path(type(module))
+
+
+def _class_path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"

@@ -1,0 +1,284 @@
+"""The phases of a run, each: read what is there, or make it, write it, record it."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from prune_dn.checkpoint import load, save, save_state_dict
+from prune_dn.data import Datasets, load_datasets, make_loader
+from prune_dn.errors import DataError
+from prune_dn.export import export_onnx, export_torch
+from prune_dn.latency import compare_latency, machine
+from prune_dn.models import DenseNet
+from prune_dn.profiling import count
+from prune_dn.pruning import Plan, apply_plan, make_plan, recalibrate_batch_norm_
+from prune_dn.recipe import DataSection, ModelSection, PruneSection, Recipe
+from prune_dn.report import write_report
+from prune_dn.run_folder import RunFolder
+from prune_dn.training import evaluate, fit
+
+PACKAGES = ("prune_dn", "torch", "torchvision", "accelerate", "numpy", "onnxruntime")
+
+
+def load_data(section: DataSection, *, seed: int) -> Datasets:
+    """The data that a recipe names."""
+    return load_datasets(**section.model_dump(), seed=seed)
+
+
+def build_model(section: ModelSection, data: Datasets, *, seed: int) -> DenseNet:
+    """A new net for these data, with weights from `seed`, or the one in the checkpoint.
+
+    Raises DataError when a checkpoint's classes or channels are not those of the data.
+    """
+    spec = data.spec
+    if section.checkpoint is not None:
+        model = load(section.checkpoint)
+        check_fit(model, spec.num_classes, spec.in_channels, section.checkpoint, spec.name)
+        model.memory_efficient = bool(section.memory_efficient)
+        return model
+    with torch.device("meta"):
+        shape = section.build(spec.num_classes)
+    config = dataclasses.replace(shape.config, in_channels=spec.in_channels)
+    torch.manual_seed(seed)
+    return DenseNet(config, memory_efficient=shape.memory_efficient)
+
+
+def check_fit(model: DenseNet, classes: int, channels: int, where: str, data: str) -> None:
+    """Raise DataError when the net cannot be used with these data."""
+    for name, has, needs in (
+        ("classes", model.config.num_classes, classes),
+        ("input channels", model.config.in_channels, channels),
+    ):
+        if has != needs:
+            raise DataError(
+                f"{where} has {has} {name}, the data set {data!r} has {needs}; use the data that "
+                "the net was trained on, or train a net for these data"
+            )
+
+
+def plan_round(
+    recipe: Recipe, model: DenseNet, dense: DenseNet, image_size: int, number: int
+) -> Plan:
+    """The plan of one round: `number`/`rounds` of the ratio in all, always against `dense`."""
+    section = recipe.prune
+    assert section is not None
+    return make_plan(
+        model,
+        section.pruning_ratio * number / section.rounds,
+        **section.model_dump(exclude={"pruning_ratio", "rounds", "recalibrate_batches", "seed"}),
+        seed=recipe.seed if section.seed is None else section.seed,
+        image_size=image_size,
+        baseline=dense.config,
+    )
+
+
+@dataclass
+class Phases:
+    """The phases, each: read what is there, or make it, write it, record it."""
+
+    recipe: Recipe
+    data: Datasets
+    folder: RunFolder
+    progress: bool
+
+    def __post_init__(self) -> None:
+        metrics, spec = self.folder.metrics, self.data.spec
+        metrics["name"] = Path(self.recipe.output_dir).name
+        metrics["data"] = spec.to_dict()
+        for key in ("stages", "history", "latency"):
+            metrics.setdefault(key, {})
+        metrics.setdefault("rounds", [])
+        self.environment = environment(self.recipe.seed)
+        self.folder.write_json("environment.json", self.environment)
+
+    def train(self, model: DenseNet) -> DenseNet:
+        """The dense net, trained unless the recipe only reads a checkpoint."""
+        file = "dense.safetensors"
+        if self.folder.done("train", [file]):
+            return self._load(file)
+        with self._phase("train"):
+            if self.recipe.train is not None:
+                self._fit(model, self.recipe.train, "train")
+            self._save(model, file)
+            self._score(model, "dense", file)
+        return model
+
+    def prune(
+        self, model: DenseNet, dense: DenseNet, section: PruneSection, number: int
+    ) -> tuple[Plan, DenseNet]:
+        """One round: plan, cut, score, recalibrate, score. The budget is against `dense`."""
+        one = section.rounds == 1
+        plan_file = "plan.json" if one else f"plan-{number}.json"
+        file = "recalibrated.safetensors" if one else f"recalibrated-{number}.safetensors"
+        if self.folder.done(f"prune-{number}", [plan_file, file]):
+            return Plan.load(self._path(plan_file)), self._load(file)
+        with self._phase(f"prune-{number}"):
+            plan = self._plan(model, dense, number)
+            self.folder.write(plan_file, plan.to_json() + "\n")
+            small = apply_plan(model, plan)
+            self._score(small, "pruned")
+            if section.recalibrate_batches:
+                self._recalibrate(small, section.recalibrate_batches)
+            self._save(small, file)
+            self._score(small, "recalibrated", file)
+            self.folder.metrics["stages"]["pruned"]["file_bytes"] = self._bytes(file)
+            done = {
+                "unit": section.unit,
+                "requested": plan.requested["pruning_ratio"],
+                "achieved": plan.achieved["ratio"],
+            }
+            self.folder.metrics["rounds"][number - 1 :] = [done]
+        return plan, small
+
+    def finetune(
+        self, model: DenseNet, dense: DenseNet, section: PruneSection, number: int
+    ) -> DenseNet:
+        """Train the cut net; after the last round it becomes pruned.safetensors."""
+        last = number == section.rounds
+        file = "pruned.safetensors" if last else f"finetuned-{number}.safetensors"
+        if self.folder.done(f"finetune-{number}", [file]):
+            return self._load(file)
+        with self._phase(f"finetune-{number}"):
+            if self.recipe.finetune is not None:
+                name = "finetune" if last else f"finetune-{number}"
+                self._fit(model, self.recipe.finetune, name, teacher=dense)
+            self._save(model, file)
+            self._score(model, "fine-tuned", file)
+        return model
+
+    def measure(self, nets: dict[str, DenseNet]) -> None:
+        """Eager latency of all nets, measured in turns."""
+        if self.folder.done("latency", []):
+            return
+        with self._phase("latency"):
+            self.folder.metrics["latency"] = self.folder.agree(
+                self._latency(nets) if self.folder.is_main else None
+            )
+
+    def export(self, model: DenseNet) -> None:
+        """The files that the recipe asks for, each verified before it gets its name."""
+        spec, wish = self.data.spec, self.recipe.export
+        files = {
+            "model.onnx": wish.onnx,
+            "model.pt2": wish.torch_export,
+            "pruned.pt": wish.state_dict,
+        }
+        if self.folder.done("export", [name for name, wanted in files.items() if wanted]):
+            return
+        with self._phase("export"):
+            if self.folder.is_main:
+                if wish.onnx:
+                    export_onnx(model, self._path("model.onnx"), image_size=spec.image_size)
+                if wish.torch_export:
+                    export_torch(model, self._path("model.pt2"), image_size=spec.image_size)
+                if wish.state_dict:
+                    save_state_dict(model, self._path("pruned.pt"))
+
+    def report(self, plans: list[dict[str, Any]]) -> None:
+        """report.md with its plots."""
+        if self.folder.is_main:
+            write_report(self.folder.path, self.folder.metrics, self.environment, plans)
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        torch.manual_seed(self.recipe.seed)
+        start = time.perf_counter()
+        yield
+        PartialState().wait_for_everyone()
+        self.folder.record(name, time.perf_counter() - start)
+
+    def _path(self, name: str) -> Path:
+        return self.folder.path / name
+
+    def _load(self, name: str) -> DenseNet:
+        model = load(self._path(name))
+        model.memory_efficient = bool(self.recipe.model.memory_efficient)
+        return model
+
+    def _bytes(self, name: str) -> int:
+        return int(self.folder.agree(self._path(name).stat().st_size if self.folder.is_main else 0))
+
+    def _fit(self, model: DenseNet, config: Any, name: str, **teacher: Any) -> None:
+        result = fit(
+            model,
+            self.data,
+            config,
+            output_dir=self.folder.path,
+            seed=self.recipe.seed,
+            name=name,
+            progress=self.progress,
+            **teacher,
+        )
+        self.folder.metrics["history"][name] = result.history
+
+    def _plan(self, model: DenseNet, dense: DenseNet, number: int) -> Plan:
+        """Decided by the main process, so that all cut the same."""
+        text = None
+        if self.folder.is_main:
+            size = self.data.spec.image_size
+            text = plan_round(self.recipe, model, dense, size, number).to_json()
+        return Plan.from_json(self.folder.agree(text))
+
+    def _recalibrate(self, model: DenseNet, batches: int) -> None:
+        size = 64 if self.recipe.finetune is None else self.recipe.finetune.batch_size
+        loader = make_loader(self.data.train, size, shuffle=True, seed=self.recipe.seed)
+        recalibrate_batch_norm_(model, loader, max_batches=batches)
+
+    def _save(self, model: DenseNet, file: str) -> None:
+        info = {"data": self.data.spec.to_dict(), "history": self.folder.metrics["history"]}
+        if self.folder.is_main:
+            save(model, self._path(file), info=info)
+
+    def _score(self, model: DenseNet, stage: str, file: str | None = None) -> None:
+        test, val = evaluate(model, self.data.test), evaluate(model, self.data.val)
+        self.folder.metrics["stages"][stage] = {
+            "test_accuracy": test.accuracy,
+            "test_loss": test.loss,
+            "n_test": test.n,
+            "val_accuracy": val.accuracy,
+            "n_val": val.n,
+            **dataclasses.asdict(count(model, self.data.spec.image_size)),
+            "file_bytes": None if file is None else self._bytes(file),
+        }
+
+    def _latency(self, nets: dict[str, DenseNet]) -> dict[str, list[dict[str, Any]]]:
+        spec, wish = self.data.spec, self.recipe.report
+        rows: dict[str, list[dict[str, Any]]] = {name: [] for name in nets}
+        for batch_size in wish.batch_sizes:
+            found = compare_latency(
+                nets,
+                batch_size=batch_size,
+                image_size=spec.image_size,
+                repeats=wish.repeats,
+                max_seconds=wish.max_seconds,
+            )
+            for name, latency in found.items():
+                rows[name].append(dataclasses.asdict(latency))
+        return rows
+
+
+def environment(seed: int) -> dict[str, Any]:
+    """Versions, machine, seed and command line, for the record."""
+    versions = {"python": platform.python_version()}
+    versions.update({name: metadata.version(name) for name in PACKAGES})
+    state = PartialState()
+    return {
+        "versions": versions,
+        "machine": f"{machine(state.device)}, {platform.system()}",
+        "processes": state.num_processes,
+        "seed": seed,
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }

@@ -1,0 +1,174 @@
+"""Parameters, MACs and channels of a DenseNet, in closed form from its description."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from prune_dn.errors import ConfigError
+from prune_dn.models import DenseNet, DenseNetConfig
+
+ImageSize = int | tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a network costs. One multiply-add of a convolution or linear layer is one MAC.
+
+    `channels` counts the channels of all norms, as Network Slimming does (arXiv:1708.06519): each
+    reader's inputs and each bottleneck. Cutting a share r everywhere removes a share r of them.
+    """
+
+    params: int
+    macs: int
+    channels: int
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """The cost of one module, by its name in the state dict."""
+
+    name: str
+    params: int
+    macs: int
+    channels: int
+
+
+class Widths(NamedTuple):
+    """The widths of one part: channels read, bottleneck (None = none), filters of its last conv."""
+
+    read: int
+    bottleneck: int | None
+    filters: int
+
+
+def count(model: DenseNet | DenseNetConfig, image_size: ImageSize | None = None) -> Cost:
+    """Parameters, MACs for one image, and norm channels. Nothing is run or changed.
+
+    `image_size` is in pixels, one number or (height, width); None = 32 (cifar) or 224 (imagenet).
+
+    >>> from prune_dn.models import densenet121
+    >>> count(densenet121().config)
+    Cost(params=7978856, macs=2834161664, channels=41824)
+    """
+    return total(count_per_layer(model, image_size))
+
+
+def count_per_layer(
+    model: DenseNet | DenseNetConfig, image_size: ImageSize | None = None
+) -> list[LayerCost]:
+    """The cost of each convolution, norm and linear layer, in the order in which they run."""
+    config = model.config if isinstance(model, DenseNet) else model
+    return list(cost_rows(config, widths_of(config), image_size))
+
+
+def total(rows: list[LayerCost]) -> Cost:
+    """The sum of the rows."""
+    return Cost(
+        sum(row.params for row in rows),
+        sum(row.macs for row in rows),
+        sum(row.channels for row in rows),
+    )
+
+
+def widths_of(config: DenseNetConfig) -> dict[str, Widths]:
+    """The widths of the stem, each dense layer, each transition and the classifier, by name."""
+    stream = config.num_init_features
+    widths = {"features.conv0": Widths(config.in_channels, None, stream)}
+    for b, block in enumerate(config.blocks, start=1):
+        for layer in block:
+            read = stream if layer.input_indices is None else len(layer.input_indices)
+            name = f"features.denseblock{b}.{layer.name}"
+            widths[name] = Widths(read, layer.bottleneck, layer.filters)
+            stream += layer.out_channels
+        if b <= len(config.transitions):
+            transition = config.transitions[b - 1]
+            indices = transition.input_indices
+            read = stream if indices is None else len(indices)
+            widths[f"features.transition{b}"] = Widths(read, None, transition.filters)
+            stream = transition.out_channels
+    indices = config.classifier_indices
+    read = stream if indices is None else len(indices)
+    widths["classifier"] = Widths(read, None, config.num_classes)
+    return widths
+
+
+def cost_rows(
+    config: DenseNetConfig, widths: Mapping[str, Widths], image_size: ImageSize | None = None
+) -> Iterator[LayerCost]:
+    """The cost of a net of this shape with these widths; a layer without widths is not there."""
+    pixels = block_pixels(config, image_size)
+    stem = widths["features.conv0"]
+    kernel = 3 if config.stem == "cifar" else 7
+    yield _conv("features.conv0", stem.read, stem.filters, kernel, stem_pixels(config, image_size))
+    if config.stem == "imagenet":
+        yield _norm("features.norm0", stem.filters)
+    for b, block in enumerate(config.blocks, start=1):
+        here = pixels[b - 1]
+        for layer in block:
+            name = f"features.denseblock{b}.{layer.name}"
+            if name not in widths:
+                continue
+            read, bottleneck, filters = widths[name]
+            yield _norm(f"{name}.norm1", read)
+            if bottleneck is None:
+                yield _conv(f"{name}.conv1", read, filters, 3, here)
+            else:
+                yield _conv(f"{name}.conv1", read, bottleneck, 1, here)
+                yield _norm(f"{name}.norm2", bottleneck)
+                yield _conv(f"{name}.conv2", bottleneck, filters, 3, here)
+        if b <= len(config.transitions):
+            read, _, filters = widths[f"features.transition{b}"]
+            yield _norm(f"features.transition{b}.norm", read)
+            yield _conv(f"features.transition{b}.conv", read, filters, 1, here)
+    read, _, classes = widths["classifier"]
+    yield _norm("features.norm5", read)
+    yield LayerCost("classifier", read * classes + classes, read * classes, 0)
+
+
+def default_image_size(config: DenseNetConfig) -> int:
+    """32 pixels for a cifar stem, 224 for an imagenet stem."""
+    return 32 if config.stem == "cifar" else 224
+
+
+def stem_pixels(config: DenseNetConfig, image_size: ImageSize | None) -> int:
+    """Output pixels of the first conv."""
+    height, width = _sides(config, image_size)
+    if config.stem == "imagenet":
+        height, width = (height - 1) // 2 + 1, (width - 1) // 2 + 1
+    return height * width
+
+
+def block_pixels(config: DenseNetConfig, image_size: ImageSize | None) -> list[int]:
+    """Pixels of each block's stream. Raises ConfigError where the image is too small."""
+    height, width = given = _sides(config, image_size)
+    if config.stem == "imagenet":
+        height, width = (height + 3) // 4, (width + 3) // 4
+    pixels = []
+    for _ in config.blocks:
+        if height < 1 or width < 1:
+            raise ConfigError(
+                f"images of {given[0]}x{given[1]} pixels are too small for "
+                f"{len(config.blocks)} blocks with a {config.stem} stem"
+            )
+        pixels.append(height * width)
+        height, width = height // 2, width // 2
+    return pixels
+
+
+def _sides(config: DenseNetConfig, image_size: ImageSize | None) -> tuple[int, int]:
+    size = default_image_size(config) if image_size is None else image_size
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if len(sides) != 2 or any(not isinstance(s, int) or s < 1 for s in sides):
+        raise ConfigError(f"image_size is {image_size!r}; give pixels, or (height, width)")
+    return sides
+
+
+def _conv(name: str, inputs: int, outputs: int, kernel: int, pixels: int) -> LayerCost:
+    params = inputs * outputs * kernel * kernel
+    return LayerCost(name, params, params * pixels, 0)
+
+
+def _norm(name: str, width: int) -> LayerCost:
+    return LayerCost(name, 2 * width, 0, width)

@@ -1,0 +1,16 @@
+"""Score, plan, cut."""
+
+from prune_dn.pruning.importance import CRITERIA, register_criterion
+from prune_dn.pruning.plan import Plan, make_plan
+from prune_dn.pruning.recalibrate import recalibrate_batch_norm_
+from prune_dn.pruning.surgery import apply_plan, prune
+
+__all__ = [
+    "CRITERIA",
+    "Plan",
+    "apply_plan",
+    "make_plan",
+    "prune",
+    "recalibrate_batch_norm_",
+    "register_criterion",
+]

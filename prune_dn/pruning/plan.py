@@ -1,0 +1,310 @@
+"""The decision: which units stay. A plan is data; `surgery` carries it out."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from prune_dn.errors import PruningError
+from prune_dn.files import write_text
+from prune_dn.models import DenseNetConfig
+from prune_dn.models.convert import convert
+from prune_dn.profiling import ImageSize, count, default_image_size
+from prune_dn.pruning import budget as budgets
+from prune_dn.pruning.importance import CRITERIA, importance
+from prune_dn.pruning.units import KINDS, Group, Mask, Part, Stream, Units
+
+FORMAT = "prune_dn.plan/1"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `make_plan` decided, JSON-able.
+
+    `keep_indices` maps each module that loses channels to those that stay: a conv's filters, or a
+    reader's norm's channels (present numbering; empty = the whole layer goes). `requested` holds
+    the arguments, `achieved` what they gave, `protected` why units could not be cut.
+    """
+
+    config_before: DenseNetConfig
+    config_after: DenseNetConfig
+    keep_indices: dict[str, tuple[int, ...]]
+    requested: dict[str, Any]
+    achieved: dict[str, Any]
+    protected: dict[str, str]
+
+    @property
+    def layers(self) -> list[dict[str, Any]]:
+        """One row per group of units: name, kind, and how many channels before and after."""
+        rows = []
+        for group in Units(self.config_before).groups:
+            size = group.size * (1 if group.kind == "edge" else group.siblings)
+            kept = self.keep_indices.get(group.name)
+            rows.append(
+                {
+                    "name": group.name,
+                    "kind": group.kind,
+                    "before": size,
+                    "after": size if kept is None else len(kept),
+                }
+            )
+        return rows
+
+    def to_json(self) -> str:
+        """The plan as indented JSON; `from_json` gives back an equal plan."""
+        data = {
+            "format": FORMAT,
+            "requested": self.requested,
+            "achieved": self.achieved,
+            "protected": self.protected,
+            "keep_indices": self.keep_indices,
+            "config_before": json.loads(self.config_before.to_json()),
+            "config_after": json.loads(self.config_after.to_json()),
+        }
+        return json.dumps(data, indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """Read what `to_json` wrote. Raises PruningError for anything else."""
+        try:
+            data = json.loads(text)
+            if data.pop("format") != FORMAT:
+                raise ValueError(f"its format is not {FORMAT!r}")
+            for side in ("config_before", "config_after"):
+                data[side] = DenseNetConfig.from_json(json.dumps(data[side]))
+            data["keep_indices"] = {k: tuple(v) for k, v in data["keep_indices"].items()}
+            return Plan(**data)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise PruningError(f"not a plan of prune_dn: {error}") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON, atomically."""
+        write_text(path, self.to_json() + "\n")
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Plan:
+        """Read a plan. Raises PruningError with the path when it is missing or no plan."""
+        try:
+            return Plan.from_json(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, PruningError) as error:
+            raise PruningError(f"cannot read the plan {os.fspath(path)}: {error}") from error
+
+
+def make_plan(
+    model: nn.Module,
+    pruning_ratio: float,
+    *,
+    unit: str = "channels",
+    criterion: str = "bn_scale",
+    scope: str = "global",
+    units: Iterable[str] = ("stream", "bottleneck"),
+    protect: Iterable[str] = (),
+    min_channels: int = 1,
+    round_to: int = 1,
+    image_size: ImageSize | None = None,
+    seed: int = 0,
+    baseline: DenseNetConfig | None = None,
+) -> Plan:
+    """Decide what to cut from a DenseNet (ours, torchvision's or timm's); nothing is changed.
+
+    `pruning_ratio` in (0, 1) is the share of `unit` (`channels` of norms, `params`, `macs` at
+    `image_size`) that goes, measured against `baseline`, or the model itself. `units` are the kinds
+    that may be cut: `stream`, `bottleneck`, `edge`. `scope` ranks over the whole net (`global`) or
+    cuts the same share of each module (`local`). A width that is cut becomes a multiple of
+    `round_to` (the kept count is rounded up; a channel that nobody reads goes all the same), and no
+    width falls below `min_channels`. Modules whose names, or whose parents' names, match a pattern
+    in `protect` keep all weights: neither what they make nor what they read is cut.
+
+    Raises PruningError for a request that is wrong, cannot be met, or would change nothing.
+
+    >>> from prune_dn.models import densenet40
+    >>> plan = make_plan(densenet40(), 0.5, unit="macs")
+    >>> round(plan.achieved["ratio"], 2)
+    0.5
+    """
+    net = convert(model)
+    kinds, patterns = _names(units, "units"), _names(protect, "protect")
+    _check(pruning_ratio, unit, criterion, scope, kinds, min_channels, round_to)
+    table = Units(net.config)
+    _check_rounding(table, kinds, round_to)
+    kept_back, protected = _protected(table, patterns)
+    may_go = ~kept_back
+    for group in table.groups:
+        if group.kind not in kinds:
+            may_go[group.units] = False
+    before = count(net, image_size)
+    whole = before if baseline is None else count(baseline, image_size)
+    target = (1.0 - pruning_ratio) * getattr(whole, unit)
+    if getattr(before, unit) <= target:
+        raise PruningError(
+            f"pruning_ratio={pruning_ratio} of {unit} is reached already: the net has "
+            f"{getattr(before, unit):,} of {getattr(whole, unit):,}; nothing would be cut"
+        )
+    budget = budgets.Budget(target, unit, scope, min_channels, round_to, image_size)  # type: ignore[arg-type]
+    keep = budgets.choose(table, importance(net, table, criterion, seed=seed), may_go, budget)
+    after = budgets.cost(table, keep, image_size)
+    requested = {
+        "pruning_ratio": pruning_ratio,
+        "unit": unit,
+        "criterion": criterion,
+        "scope": scope,
+        "units": list(kinds),
+        "protect": list(patterns),
+        "min_channels": min_channels,
+        "round_to": round_to,
+        "image_size": default_image_size(net.config) if image_size is None else image_size,
+        "seed": seed,
+    }
+    achieved = {
+        "unit": unit,
+        "ratio": 1.0 - getattr(after, unit) / getattr(whole, unit),
+        "baseline": dataclasses.asdict(whole),
+        "before": dataclasses.asdict(before),
+        "after": dataclasses.asdict(after),
+    }
+    keep_indices = dict(_keep_indices(table, keep))
+    return Plan(net.config, table.after(keep), keep_indices, requested, achieved, protected)
+
+
+def _names(values: Iterable[str], argument: str) -> tuple[str, ...]:
+    if isinstance(values, str):
+        raise PruningError(f"{argument}={values!r} is one string; give a list, [{values!r}]")
+    return tuple(values)
+
+
+def _check(
+    ratio: Any, unit: str, criterion: str, scope: str, kinds: tuple[str, ...], least: Any, step: Any
+) -> None:
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or math.isnan(ratio):
+        raise PruningError(f"pruning_ratio is {ratio!r}; it must be a number in (0, 1)")
+    if ratio == 0:
+        raise PruningError("pruning_ratio is 0: nothing would be cut; give the share to remove")
+    if not 0 < ratio < 1:
+        hint = f"; did you mean {ratio / 100}?" if 1 < ratio < 100 else ""
+        raise PruningError(f"pruning_ratio is {ratio!r}; it must lie in (0, 1){hint}")
+    choices: list[tuple[str, str, Iterable[str]]] = [
+        ("unit", unit, budgets.BUDGET_UNITS),
+        ("scope", scope, budgets.SCOPES),
+        ("criterion", criterion, sorted(CRITERIA)),
+        *(("units", kind, KINDS) for kind in kinds),
+    ]
+    for name, value, allowed in choices:
+        if value not in allowed:
+            raise PruningError(f"{name} {value!r} is unknown; choose from {', '.join(allowed)}")
+    if not kinds:
+        raise PruningError(f"units is empty: nothing may be cut; choose from {', '.join(KINDS)}")
+    for name, value in (("min_channels", least), ("round_to", step)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise PruningError(f"{name} is {value!r}; it must be an integer of at least 1")
+
+
+def _check_rounding(table: Units, kinds: tuple[str, ...], round_to: int) -> None:
+    widest = max((g.size for g in table.groups if g.kind in kinds), default=0)
+    if widest == 0:
+        raise PruningError(
+            f"units={list(kinds)}: this net has none of them (a basic layer has no bottleneck)"
+        )
+    if round_to > widest:
+        raise PruningError(
+            f"round_to={round_to} is larger than every width that may be cut (the widest is "
+            f"{widest}): nothing could go; choose a smaller multiple"
+        )
+
+
+def _protected(table: Units, patterns: tuple[str, ...]) -> tuple[Mask, dict[str, str]]:
+    """Units that stay, and per group how many and why."""
+    kept_back = np.zeros(table.size, dtype=bool)
+    reasons: dict[str, list[str]] = {}
+    matched: dict[str, str] = {}
+    names = [name for part in table.parts() for name in _modules(part)]
+    for pattern in patterns:
+        found = [name for name in names if any(fnmatch.fnmatchcase(n, pattern) for n in _ancestry(name))]
+        if not found:
+            raise PruningError(
+                f"protect pattern {pattern!r} matches no module; names look like "
+                f"{', '.join(names[:4])}, ..., {names[-1]}"
+            )
+        for name in found:
+            matched.setdefault(name, pattern)
+
+    def keep_back(group: Group, which: Mask, name: str) -> None:
+        if not kept_back[group.units][which].all():
+            reasons.setdefault(group.name, []).append(
+                f"{name} is protected by {matched[name]!r}"
+            )
+        kept_back[group.start + np.flatnonzero(which)] = True
+
+    for stream in table.streams:
+        for part in stream.readers:
+            for name in _reading_modules(part):
+                if name in matched and part.edges is not None:
+                    keep_back(part.edges, np.ones(part.edges.size, dtype=bool), name)
+                    for producer, which in _sources(stream, part):
+                        keep_back(producer, which, name)
+            for name in (f"{part.name}.conv1", f"{part.name}.norm2", f"{part.name}.conv2"):
+                if name in matched and part.bottleneck is not None:
+                    keep_back(part.bottleneck, np.ones(part.bottleneck.size, dtype=bool), name)
+        for part in stream.producers:
+            assert part.stream is not None
+            for name in (part.stream.name, "features.norm0" if part.edges is None else ""):
+                if name in matched:
+                    keep_back(part.stream, np.ones(part.stream.size, dtype=bool), name)
+    sizes = {g.name: (int(kept_back[g.units].sum()), g) for g in table.groups}
+    described = {
+        name: f"{sizes[name][0]} of {sizes[name][1].size} {sizes[name][1].kind} units stay: "
+        + "; ".join(dict.fromkeys(why))
+        for name, why in reasons.items()
+    }
+    return kept_back, described
+
+
+def _sources(stream: Stream, reader: Part) -> Iterator[tuple[Group, Mask]]:
+    """The units that make what a reader reads."""
+    read = np.zeros(stream.width, dtype=bool)
+    read[reader.positions] = True
+    for producer in stream.producers:
+        assert producer.stream is not None
+        which = read[producer.made()].any(axis=0)
+        if which.any():
+            yield producer.stream, which
+
+
+def _reading_modules(part: Part) -> tuple[str, ...]:
+    if part.name == "classifier":
+        return ("features.norm5", "classifier")
+    if part.is_dense_layer:
+        return (f"{part.name}.norm1", f"{part.name}.conv1")
+    return (f"{part.name}.norm", f"{part.name}.conv")
+
+
+def _modules(part: Part) -> tuple[str, ...]:
+    if part.edges is None:
+        return ("features.conv0", "features.norm0")
+    inner = () if part.bottleneck is None else (f"{part.name}.norm2", f"{part.name}.conv2")
+    return (*_reading_modules(part), *inner)
+
+
+def _ancestry(name: str) -> list[str]:
+    steps = name.split(".")
+    return [".".join(steps[: i + 1]) for i in range(len(steps))]
+
+
+def _keep_indices(table: Units, keep: Mask) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for group in table.groups:
+        kept = np.flatnonzero(keep[group.units])
+        if len(kept) < group.size:
+            siblings = 1 if group.kind == "edge" else group.siblings
+            filters = (np.arange(siblings)[:, None] * group.size + kept).ravel()
+            yield group.name, tuple(filters.tolist())
+
+

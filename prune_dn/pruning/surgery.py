@@ -1,0 +1,134 @@
+"""Carry out a plan: a new, smaller DenseNet with the weights that stay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from prune_dn.errors import PruningError
+from prune_dn.models import DenseNet
+from prune_dn.models.convert import convert
+from prune_dn.models.densenet import build_empty
+from prune_dn.profiling import ImageSize
+from prune_dn.pruning.plan import Plan, make_plan
+
+
+def prune(
+    model: nn.Module,
+    pruning_ratio: float,
+    *,
+    unit: str = "channels",
+    criterion: str = "bn_scale",
+    scope: str = "global",
+    units: Iterable[str] = ("stream", "bottleneck"),
+    protect: Iterable[str] = (),
+    min_channels: int = 1,
+    round_to: int = 1,
+    image_size: ImageSize | None = None,
+    seed: int = 0,
+) -> DenseNet:
+    """A smaller DenseNet: `make_plan`, then `apply_plan`; `model` stays as it is.
+
+    Takes our DenseNets, torchvision's and timm's. The arguments are those of `make_plan`, which
+    also says what was achieved. Fine-tune the result, or at least `recalibrate_batch_norm_` it.
+
+    >>> import torchvision
+    >>> small = prune(torchvision.models.densenet121(), 0.5)
+    >>> small.eval()(torch.zeros(1, 3, 64, 64)).shape
+    torch.Size([1, 1000])
+    """
+    net = convert(model)
+    plan = make_plan(
+        net,
+        pruning_ratio,
+        unit=unit,
+        criterion=criterion,
+        scope=scope,
+        units=units,
+        protect=protect,
+        min_channels=min_channels,
+        round_to=round_to,
+        image_size=image_size,
+        seed=seed,
+    )
+    return apply_plan(net, plan)
+
+
+def apply_plan(model: nn.Module, plan: Plan) -> DenseNet:
+    """The pruned net; `model` stays as it is.
+
+    Each module that remains keeps its name, its training flag, and its tensors' dtype, device,
+    memory format and `requires_grad`; nothing is shared with `model`. Hooks are not carried over.
+
+    Raises PruningError when the plan was made for a net of another shape.
+
+    >>> from prune_dn.models import densenet40
+    >>> from prune_dn.pruning import make_plan
+    >>> net = densenet40()
+    >>> small = apply_plan(net, make_plan(net, 0.5))
+    >>> small.config.num_init_features < net.config.num_init_features
+    True
+    """
+    net = convert(model)
+    if net.config != plan.config_before:
+        raise PruningError(
+            "this plan was made for a DenseNet of another shape; make a new plan for this model "
+            "(a plan fits only the net that it was made for, before the cut)"
+        )
+    small = build_empty(plan.config_after, memory_efficient=net.memory_efficient)
+    old_modules = dict(net.named_modules())
+    for name, new in small.named_modules():
+        old = old_modules[name]
+        new.training = old.training
+        if isinstance(new, nn.Conv2d | nn.BatchNorm2d | nn.Linear):
+            _fill_(new, old, plan, name)
+        elif name.endswith("read") and new._buffers.get("input_indices") is not None:
+            device = net.classifier.weight.device
+            new._buffers["input_indices"] = new._buffers["input_indices"].to(device)  # type: ignore[union-attr]
+    return small
+
+
+def _fill_(new: nn.Module, old: nn.Module, plan: Plan, name: str) -> None:
+    """Give `new` the rows and columns of `old` that stay."""
+    rows, columns = _kept(plan, name)
+    for key, parameter in old._parameters.items():
+        if parameter is not None:
+            cut = _select(parameter.detach(), rows, columns if key == "weight" else None)
+            new._parameters[key] = nn.Parameter(cut, requires_grad=parameter.requires_grad)
+    for key, buffer in old._buffers.items():
+        if buffer is not None:
+            new._buffers[key] = _select(buffer, rows if buffer.ndim else None, None)
+    if isinstance(new, nn.BatchNorm2d) and isinstance(old, nn.BatchNorm2d):
+        new.momentum = old.momentum
+
+
+def _kept(plan: Plan, name: str) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
+    """Kept outputs (rows) and inputs (columns) of a module; None = all."""
+    keep, parent = plan.keep_indices, name.rpartition(".")[0]
+    if name == "features.norm0":
+        return keep.get("features.conv0"), None
+    if name.endswith(".norm2"):
+        return keep.get(f"{parent}.conv1"), None
+    inputs = {
+        "features.conv0": None,
+        "classifier": keep.get("features.norm5"),
+        f"{parent}.conv1": keep.get(f"{parent}.norm1"),
+        f"{parent}.conv2": keep.get(f"{parent}.conv1"),
+        f"{parent}.conv": keep.get(f"{parent}.norm"),
+    }
+    return keep.get(name), inputs.get(name)
+
+
+def _select(
+    tensor: Tensor, rows: tuple[int, ...] | None, columns: tuple[int, ...] | None
+) -> Tensor:
+    """A copy of the named rows and columns, in the memory format of `tensor`."""
+    out = tensor
+    for dim, index in ((0, rows), (1, columns)):
+        if index is not None:
+            out = out.index_select(dim, torch.tensor(index, device=tensor.device))
+    if tensor.ndim == 4 and not tensor.is_contiguous():
+        return out.clone(memory_format=torch.channels_last)
+    return out.clone() if out is tensor else out

@@ -1,0 +1,224 @@
+"""The schema of a recipe: one YAML file that describes a whole run."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    model_validator,
+)
+
+from prune_dn.data import DATASETS
+from prune_dn.errors import ConfigError
+from prune_dn.models import BUILDERS, DenseNet
+from prune_dn.pruning import CRITERIA
+from prune_dn.training import FitConfig
+from prune_dn.yaml_lines import dump
+
+Count = Annotated[int, Field(ge=1)]
+
+
+def _choice(kind: str, registry: Mapping[str, Any]) -> Any:
+    """A string that must be in a registry; the JSON Schema lists what the registry holds."""
+
+    def check(value: str) -> str:
+        if value not in registry:
+            raise ValueError(f"is no {kind}; choose {', '.join(sorted(registry))}")
+        return value
+
+    return Annotated[
+        str, AfterValidator(check), WithJsonSchema({"type": "string", "enum": sorted(registry)})
+    ]
+
+
+def _check_ratio(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return value
+    if math.isnan(value):
+        raise ValueError("is not a number; give the fraction to remove, such as 0.5")
+    if value == 0:
+        raise ValueError("would remove nothing, a call with no effect; give a fraction such as 0.5")
+    if not 0 < value < 1:
+        raise ValueError("must lie between 0 and 1: it is the fraction to remove, such as 0.5")
+    return value
+
+
+def _check_mfm(value: Any) -> Any:
+    is_mapping = isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
+    if value is None or value == "middle_and_last" or is_mapping:
+        return value
+    raise ValueError(
+        "must be null, middle_and_last, or a mapping of names or patterns to 2/1 or 3/2, "
+        "such as {transition1: 2/1}"
+    )
+
+
+Ratio = Annotated[float, BeforeValidator(_check_ratio)]
+Mfm = Annotated[
+    Any,
+    BeforeValidator(_check_mfm),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "null"},
+                {"const": "middle_and_last"},
+                {"type": "object", "additionalProperties": {"enum": ["2/1", "3/2"]}},
+            ]
+        }
+    ),
+]
+
+
+class Section(BaseModel):
+    """Every part of a recipe: unknown keys and wrong types are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class ModelSection(Section):
+    """A builder by its name and the builder's own arguments, or a checkpoint."""
+
+    name: _choice("model", BUILDERS) | None = None  # type: ignore[valid-type]
+    checkpoint: Annotated[str, Field(min_length=1)] | None = None
+    block_config: Annotated[tuple[Count, ...], Field(min_length=1)] | None = None
+    growth_rate: Count | None = None
+    num_init_features: Count | None = None
+    bn_size: Count | None = None
+    compression: float | None = None
+    stem: Literal["cifar", "imagenet"] | None = None
+    drop_rate: float | None = None
+    mfm: Mfm = None
+    memory_efficient: bool | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelSection:
+        if (self.name is None) == (self.checkpoint is None):
+            raise ValueError("give either name (a builder) or checkpoint (a file)")
+        if self.checkpoint is not None:
+            extra = sorted(self.model_fields_set - {"checkpoint", "memory_efficient"})
+            if extra:
+                raise ValueError(f"a checkpoint brings its own shape; remove {', '.join(extra)}")
+            return self
+        known = inspect.signature(BUILDERS[self.name]).parameters  # type: ignore[index]
+        foreign = sorted(set(self._arguments()) - set(known))
+        if foreign:
+            takes = ", ".join(k for k in known if k not in ("num_classes", "in_channels"))
+            raise ValueError(f"{self.name} takes no {', '.join(foreign)}; it takes {takes}")
+        try:
+            with torch.device("meta"):
+                self.build()
+        except (ConfigError, TypeError) as error:  # TypeError: null where a number must be
+            raise ValueError(str(error)) from error
+        return self
+
+    def _arguments(self) -> dict[str, Any]:
+        given = self.model_fields_set - {"name", "checkpoint"}
+        return {key: getattr(self, key) for key in type(self).model_fields if key in given}
+
+    def build(self, num_classes: int = 10) -> DenseNet:
+        """The net that `name` and the arguments describe, with new random weights."""
+        assert self.name is not None
+        return BUILDERS[self.name](num_classes=num_classes, **self._arguments())
+
+
+class DataSection(Section):
+    """What `prune_dn.data.load_datasets` takes; classes and channels come from the data."""
+
+    name: _choice("data set", DATASETS)  # type: ignore[valid-type]
+    root: str = "data"
+    image_size: Count | None = None
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    augment: str | bool | None = None
+    download: bool = False
+    limit: Count | None = None
+    memory_budget_mb: Count = 4096
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
+class PruneSection(Section):
+    """What `prune_dn.make_plan` takes, and how often to prune."""
+
+    pruning_ratio: Ratio
+    unit: Literal["channels", "params", "macs"] = "channels"
+    criterion: _choice("criterion", CRITERIA) = "bn_scale"  # type: ignore[valid-type]
+    scope: Literal["global", "local"] = "global"
+    units: Annotated[tuple[Literal["stream", "bottleneck", "edge"], ...], Field(min_length=1)] = (
+        "stream",
+        "bottleneck",
+    )
+    protect: tuple[str, ...] = ()
+    min_channels: Count = 1
+    round_to: Count = 1
+    rounds: Count = 1
+    recalibrate_batches: Annotated[int, Field(ge=0)] = 50
+    seed: int | None = None
+
+
+class ExportSection(Section):
+    """Which files to leave beside the checkpoints."""
+
+    onnx: bool = True
+    torch_export: bool = False
+    state_dict: bool = True
+
+
+class ReportSection(Section):
+    """How the report measures latency."""
+
+    batch_sizes: tuple[Count, ...] = (1, 32)
+    repeats: Count = 30
+    max_seconds: Annotated[float, Field(gt=0)] | None = 60.0
+
+
+class Recipe(Section):
+    """A whole run: data, model, training, pruning, fine-tuning, export, report."""
+
+    model: ModelSection
+    data: DataSection
+    train: FitConfig | None = None
+    prune: PruneSection | None = None
+    finetune: FitConfig | None = None
+    export: ExportSection = ExportSection()
+    report: ReportSection = ReportSection()
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    output_dir: Annotated[str, Field(min_length=1)] = "runs/recipe"
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        if self.model.checkpoint is None and self.train is None:
+            raise ValueError(
+                "train is missing: a new model has random weights; add train, or start from "
+                "model.checkpoint"
+            )
+        if self.prune is None and self.train is None:
+            raise ValueError("there is nothing to do: add train or prune")
+        if self.prune is None and self.finetune is not None:
+            raise ValueError("finetune without prune: move its settings to train, or add prune")
+        if self.prune is not None and self.prune.rounds > 1 and self.finetune is None:
+            raise ValueError("prune.rounds above 1 fine-tunes between the rounds; add finetune")
+        return self
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The resolved recipe, every default written out; `parse_recipe` reads it back equal."""
+    data = recipe.model_dump(mode="json")
+    given = recipe.model.model_fields_set
+    data["model"] = {key: value for key, value in data["model"].items() if key in given}
+    return dump(data)
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of a recipe, for editors."""
+    schema = Recipe.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

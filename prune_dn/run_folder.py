@@ -1,0 +1,171 @@
+"""The folder of a run: whose recipe it holds, which phases are done, and the figures so far."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from prune_dn.errors import RecipeError
+from prune_dn.files import write_text
+from prune_dn.recipe import Recipe, to_yaml
+from prune_dn.yaml_lines import parse
+
+# Everything that a run may leave; --overwrite removes these and nothing else.
+ARTEFACTS = (
+    "metrics.json",
+    "report.md",
+    "environment.json",
+    "plan.json",
+    "plan-*.json",
+    "dense.safetensors",
+    "recalibrated.safetensors",
+    "recalibrated-*.safetensors",
+    "finetuned-*.safetensors",
+    "pruned.safetensors",
+    "pruned.pt",
+    "model.onnx",
+    "model.pt2",
+    "widths.png",
+    "training.png",
+    "train.*",
+    "finetune.*",
+    "finetune-*.*",
+)
+
+
+class RunFolder:
+    """State of one run: its path and `metrics`, which are saved after each phase.
+
+    A phase that is recorded and whose files all exist is not run again. When one has to run, what
+    came after it no longer counts. Only the main process writes; all see the same answers.
+    """
+
+    def __init__(self, recipe: Recipe, *, overwrite: bool = False) -> None:
+        self.path = Path(recipe.output_dir)
+        self.is_main = PartialState().is_main_process
+        self.metrics: dict[str, Any] = {"format": "prune_dn.metrics/1", "phases": {}}
+        self._visited: list[str] = []
+        self._lock = contextlib.ExitStack()
+        problem = self._open(recipe, overwrite) if self.is_main else None
+        problem, self.metrics = self.agree((problem, self.metrics))
+        if problem:
+            raise RecipeError(problem)
+
+    def agree(self, value: Any) -> Any:
+        """The main process's value, in every process."""
+        return broadcast_object_list([value])[0]
+
+    def done(self, phase: str, files: Iterable[str]) -> bool:
+        """Is this phase recorded, with all its files there?"""
+        here = phase in self.metrics["phases"] and all((self.path / f).exists() for f in files)
+        if not self.agree(here):
+            done = self.metrics["phases"]
+            self.metrics["phases"] = {p: done[p] for p in self._visited if p in done}
+            return False
+        self._visited.append(phase)
+        return True
+
+    def record(self, phase: str, seconds: float) -> None:
+        """Note that a phase is done and save the metrics."""
+        self._visited.append(phase)
+        self.metrics["phases"][phase] = {"seconds": round(seconds, 2)}
+        self.write_json("metrics.json", self.metrics)
+
+    def write_json(self, name: str, data: Any) -> None:
+        """Write one JSON file, atomically, from the main process."""
+        self.write(name, json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+    def write(self, name: str, text: str) -> None:
+        """Write one text file, atomically, from the main process."""
+        if self.is_main:
+            write_text(self.path / name, text)
+
+    def close(self) -> None:
+        """Let another run use the folder."""
+        self._lock.close()
+
+    def _open(self, recipe: Recipe, overwrite: bool) -> str | None:
+        """Take the folder, or say why not."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not self._lock.enter_context(_locked(self.path / ".lock")):
+                return f"output_dir {self.path} is in use by another run; wait for it to end"
+        except OSError as error:
+            return f"output_dir {self.path} cannot be used: {error.strerror}"
+        if overwrite:
+            for file in self._artefacts():
+                file.unlink()
+        else:
+            problem = self._other_recipe(recipe)
+            if problem:
+                return problem
+        for leftover in self.path.glob(".*.tmp*"):  # of a run that was killed
+            leftover.unlink()
+        self.write("recipe.yaml", to_yaml(recipe))
+        with contextlib.suppress(FileNotFoundError):
+            self.metrics = json.loads((self.path / "metrics.json").read_text(encoding="utf-8"))
+        return None
+
+    def _artefacts(self) -> list[Path]:
+        # metrics.json goes first: without it no phase counts as done
+        return sorted(
+            (f for f in self.path.iterdir() if any(fnmatch.fnmatch(f.name, a) for a in ARTEFACTS)),
+            key=lambda f: f.name != "metrics.json",
+        )
+
+    def _other_recipe(self, recipe: Recipe) -> str | None:
+        remedy = "choose a new output_dir (--output-dir), or replace it with --overwrite"
+        file = self.path / "recipe.yaml"
+        if not file.exists():
+            found = self._artefacts()
+            if found:
+                return f"{self.path} holds {found[0].name} but no recipe.yaml; {remedy}"
+            return None
+        there = _flat(parse(file.read_text(encoding="utf-8")).value)
+        here = _flat(parse(to_yaml(recipe)).value)
+        changed = [k for k in dict.fromkeys([*here, *there]) if here.get(k) != there.get(k)]
+        changed = [k for k in changed if k != "output_dir"]
+        if changed:
+            return (
+                f"{self.path} holds a run of another recipe (other values of: "
+                f"{', '.join(changed)}); {remedy}"
+            )
+        return None
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(value, dict) and value:
+        parts: dict[str, Any] = {}
+        for key, inner in value.items():
+            parts.update(_flat(inner, f"{path}.{key}" if path else key))
+        return parts
+    return {path: value}
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Hold a lock file while the process lives; False when another process holds it."""
+    if sys.platform == "win32":
+        yield True
+        return
+    import fcntl
+
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(handle)

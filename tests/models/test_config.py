@@ -1,0 +1,124 @@
+"""A config survives JSON, and says everything that is wrong with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given
+from strategies import pruned_configs
+
+from prune_dn.errors import ConfigError
+from prune_dn.models import DenseNetConfig, LayerConfig, TransitionConfig
+from prune_dn.models.config import filters_before_mfm
+
+GOOD = DenseNetConfig(
+    num_init_features=4,
+    blocks=((LayerConfig("denselayer1", 2), LayerConfig("denselayer2", 3, 8)), ()),
+    transitions=(TransitionConfig(6, mfm="3/2"),),
+    num_classes=10,
+)
+
+
+def layer(**changes: object) -> dict[str, object]:
+    first, second = GOOD.blocks[0]
+    return {"blocks": ((dataclasses.replace(first, **changes), second), ())}
+
+
+def transition(**changes: object) -> dict[str, object]:
+    return {"transitions": (dataclasses.replace(GOOD.transitions[0], **changes),)}
+
+
+@given(pruned_configs())
+def test_json_round_trip(config: DenseNetConfig) -> None:
+    text = config.to_json()
+    assert "\n" not in text
+    again = DenseNetConfig.from_json(text)
+    assert again == config and hash(again) == hash(config)
+    assert again.to_json() == text
+
+
+def test_json_is_plain_data() -> None:
+    data = json.loads(GOOD.to_json())
+    assert data["blocks"][0][1] == {
+        "name": "denselayer2",
+        "out_channels": 3,
+        "bottleneck": 8,
+        "input_indices": None,
+        "mfm": None,
+    }
+
+
+def test_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        GOOD.num_classes = 3  # type: ignore[misc]
+
+
+def test_filters_before_mfm() -> None:
+    assert [filters_before_mfm(4, kind) for kind in (None, "2/1", "3/2")] == [4, 8, 6]
+    assert GOOD.transitions[0].filters == 9
+    assert LayerConfig("denselayer1", 5, mfm="2/1").filters == 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"stem": "resnet"}, "stem is 'resnet'; choose 'cifar' or 'imagenet'"),
+        ({"num_init_features": 0}, "num_init_features is 0; it must be an integer of at least 1"),
+        ({"num_classes": 2.0}, "num_classes is 2.0; it must be an integer of at least 1"),
+        ({"in_channels": True}, "in_channels is True; it must be an integer of at least 1"),
+        ({"drop_rate": 1.0}, "drop_rate is 1.0; it must lie in [0, 1)"),
+        ({"drop_rate": float("nan")}, "drop_rate is nan; it must lie in [0, 1)"),
+        ({"drop_rate": "0.1"}, "drop_rate is '0.1'; it must lie in [0, 1)"),
+        ({"norm_eps": 0.0}, "norm_eps is 0.0; it must be a number above 0"),
+        ({"blocks": (), "transitions": ()}, "there are no blocks; a DenseNet has at least one"),
+        ({"transitions": ()}, "2 blocks need 1 transitions, not 0"),
+        (layer(name="denselayer2"), "block 1 has two layers named 'denselayer2'"),
+        (layer(name="a.b"), "block 1 has a layer named 'a.b'; names are denselayer1, ..."),
+        (layer(out_channels=0), "block 1, denselayer1: out_channels is 0; it must be an integer"),
+        (layer(bottleneck=0), "block 1, denselayer1: bottleneck is 0; it must be None or at least"),
+        (layer(mfm="2:1"), "block 1, denselayer1: mfm is '2:1'; choose one of 2/1, 3/2 or None"),
+        (
+            transition(out_channels=5),
+            "transition 1: mfm 3/2 gives 2 maps per unit, so out_channels=5 is not possible",
+        ),
+        (
+            transition(input_indices=(0, 9)),
+            "transition 1: input_indices must be rising positions in a stream of 9 channels",
+        ),
+        (layer(input_indices=()), "block 1, denselayer1: input_indices must be rising positions"),
+        (layer(input_indices=(1, 1)), "must be rising positions in a stream of 4 channels"),
+        (layer(input_indices=(-1, 1)), "must be rising positions in a stream of 4 channels"),
+        (layer(input_indices=(0, 1.5)), "block 1, denselayer1: input_indices must be integers"),
+        (
+            {"classifier_indices": (6,)},
+            "classifier_indices must be rising positions in a stream of 6",
+        ),
+    ],
+)
+def test_each_problem_is_named(changes: dict[str, object], text: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        dataclasses.replace(GOOD, **changes)
+    assert str(error.value).startswith("this DenseNetConfig cannot be built:\n  ")
+    assert text in str(error.value)
+
+
+def test_all_problems_at_once() -> None:
+    with pytest.raises(ConfigError) as error:
+        dataclasses.replace(GOOD, num_classes=0, drop_rate=-1.0, **layer(out_channels=-2))
+    assert len(str(error.value).splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "null", "[1]", "3", '{"blocks": 1}', '{"blocks": [], "transitions": []}']
+)
+def test_what_is_no_config(text: str) -> None:
+    with pytest.raises(ConfigError, match="not a DenseNetConfig in JSON: "):
+        DenseNetConfig.from_json(text)
+
+
+def test_unknown_fields_are_refused() -> None:
+    data = {**json.loads(GOOD.to_json()), "growth": 12}
+    with pytest.raises(ConfigError, match="growth"):
+        DenseNetConfig.from_json(json.dumps(data))

@@ -1,0 +1,270 @@
+"""The net against a slow forward, torchvision, and itself without recomputation."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import randomise_
+from strategies import pruned_configs
+from torch import Tensor, nn
+
+from prune_dn.models import DenseNet, DenseNetConfig, LayerConfig, TransitionConfig, densenet
+from prune_dn.models.densenet import ReadStream, build_empty
+
+
+def images(config: DenseNetConfig, batch: int = 2, seed: int = 1) -> Tensor:
+    side = 32 if config.stem == "imagenet" else 8
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, config.in_channels, side, side, generator=generator).double()
+
+
+def slow_forward(config: DenseNetConfig, weights: dict[str, Tensor], x: Tensor) -> Tensor:
+    """Read the config channel by channel; norms by their formula; no module of ours."""
+
+    def norm_relu(name: str, x: Tensor) -> Tensor:
+        w, b, mean, var = (
+            weights[f"{name}.{part}"].reshape(1, -1, 1, 1)
+            for part in ("weight", "bias", "running_mean", "running_var")
+        )
+        return ((x - mean) / (var + config.norm_eps).sqrt() * w + b).clamp(min=0)
+
+    def read(stream: list[Tensor], indices: tuple[int, ...] | None) -> Tensor:
+        chosen = range(len(stream)) if indices is None else indices
+        return torch.stack([stream[i] for i in chosen], 1)
+
+    def compete(x: Tensor, kind: str | None) -> list[Tensor]:
+        maps = list(x.unbind(1))
+        if kind is None:
+            return maps
+        siblings, survivors = (2, 1) if kind == "2/1" else (3, 2)
+        n = len(maps) // siblings
+        units = [torch.stack(maps[c::n]).sort(0, descending=True).values for c in range(n)]
+        return [unit[place] for place in range(survivors) for unit in units]
+
+    x = F.conv2d(x, weights["features.conv0.weight"], None, *(
+        (1, 1) if config.stem == "cifar" else (2, 3)
+    ))  # fmt: skip
+    if config.stem == "imagenet":
+        x = F.max_pool2d(norm_relu("features.norm0", x), 3, 2, 1)
+    stream = list(x.unbind(1))
+    for b, block in enumerate(config.blocks, start=1):
+        for layer in block:
+            name = f"features.denseblock{b}.{layer.name}"
+            x = norm_relu(f"{name}.norm1", read(stream, layer.input_indices))
+            if layer.bottleneck is None:
+                x = F.conv2d(x, weights[f"{name}.conv1.weight"], padding=1)
+            else:
+                x = torch.einsum("nchw,oc->nohw", x, weights[f"{name}.conv1.weight"][:, :, 0, 0])
+                x = norm_relu(f"{name}.norm2", x)
+                x = F.conv2d(x, weights[f"{name}.conv2.weight"], padding=1)
+            stream += compete(x, layer.mfm)
+        if b <= len(config.transitions):
+            t, name = config.transitions[b - 1], f"features.transition{b}"
+            x = norm_relu(f"{name}.norm", read(stream, t.input_indices))
+            x = torch.einsum("nchw,oc->nohw", x, weights[f"{name}.conv.weight"][:, :, 0, 0])
+            stream = [F.avg_pool2d(m, 2) for m in compete(x, t.mfm)]
+    x = norm_relu("features.norm5", read(stream, config.classifier_indices)).mean((2, 3))
+    return x @ weights["classifier.weight"].T + weights["classifier.bias"]
+
+
+@given(pruned_configs(), st.integers(0, 99))
+def test_forward_does_what_the_config_says(config: DenseNetConfig, seed: int) -> None:
+    net = randomise_(DenseNet(config).double().eval(), seed)
+    x = images(config)
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), slow_forward(config, net.state_dict(), x))
+
+
+def test_equals_torchvision() -> None:
+    theirs = torchvision.models.DenseNet(8, (2, 3, 1), 12, bn_size=3, num_classes=5).double().eval()
+    randomise_(theirs, 0)
+    ours = densenet((2, 3, 1), 8, num_init_features=12, bn_size=3, num_classes=5).double().eval()
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("name", ["densenet121", "densenet161", "densenet169", "densenet201"])
+def test_keys_and_shapes_are_torchvisions(name: str) -> None:
+    from prune_dn.models import BUILDERS
+
+    with torch.device("meta"):
+        theirs = getattr(torchvision.models, name)().state_dict()
+        ours = BUILDERS[name]().state_dict()
+    assert [(k, v.shape) for k, v in ours.items()] == [(k, v.shape) for k, v in theirs.items()]
+
+
+def test_every_parameter_gets_a_gradient() -> None:
+    net = densenet([2, 2], 6, stem="cifar", num_classes=4,
+                   mfm={"denseblock1.*": "2/1", "transition1": "3/2"})  # fmt: skip
+    F.cross_entropy(net(torch.randn(8, 3, 8, 8)), torch.arange(8) % 4).backward()
+    for name, parameter in net.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert parameter.grad.any(), name
+
+
+def test_reading_everything_is_no_gather() -> None:
+    stream = torch.randn(2, 4, 3, 3)
+    assert ReadStream(None)(stream) is stream
+    some = ReadStream((0, 3))
+    assert torch.equal(some(stream), stream[:, [0, 3]])
+    assert not some.state_dict()  # the config keeps the indices
+    assert some.double().input_indices.dtype == torch.int64
+
+
+# -- build_empty ---------------------------------------------------------------------------------
+
+
+@settings(max_examples=10)
+@given(pruned_configs())
+def test_build_empty_takes_any_weights(config: DenseNetConfig) -> None:
+    full = randomise_(DenseNet(config).eval(), 3)
+    before = torch.get_rng_state()
+    empty = build_empty(config, memory_efficient=True)
+    assert torch.equal(before, torch.get_rng_state())
+    assert empty.memory_efficient and all(p.is_meta for p in empty.parameters())
+    for name, buffer in empty.named_buffers():
+        assert buffer.is_meta != name.endswith("input_indices"), name
+    empty.load_state_dict(full.state_dict(), assign=True)
+    assert not any(t.is_meta for t in (*empty.parameters(), *empty.buffers()))
+    assert all(p.requires_grad for p in empty.parameters())
+    x = images(config).float()
+    with torch.no_grad():
+        assert torch.equal(empty.eval()(x), full(x))
+
+
+# -- memory_efficient ----------------------------------------------------------------------------
+
+UNEVEN = DenseNetConfig(
+    num_init_features=4,
+    blocks=(
+        (
+            LayerConfig("denselayer1", 3),
+            LayerConfig("denselayer2", 2, bottleneck=5, input_indices=(0, 2, 6)),
+            LayerConfig("denselayer4", 4, bottleneck=6, mfm="3/2"),
+        ),
+        (LayerConfig("denselayer1", 2, input_indices=(1, 2), mfm="2/1"),),
+    ),
+    transitions=(TransitionConfig(3, input_indices=(0, 1, 5, 9), mfm="2/1"),),
+    num_classes=3,
+    stem="cifar",
+    classifier_indices=(0, 2, 3),
+)
+
+
+def no_change(net: DenseNet) -> None:
+    pass
+
+
+def cumulative(net: DenseNet) -> None:
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+
+
+def freeze_norms(net: DenseNet) -> None:
+    for block in (net.features.denseblock1, net.features.denseblock2):
+        block.denselayer1.norm1.eval()
+        block.denselayer1.norm1.requires_grad_(False)
+
+
+def freeze_start(net: DenseNet) -> None:
+    net.features.conv0.requires_grad_(False)
+
+
+NETS: dict[str, tuple[DenseNetConfig, Callable[[DenseNet], None]]] = {
+    "uneven": (UNEVEN, no_change),
+    "dropout": (dataclasses.replace(UNEVEN, drop_rate=0.3), no_change),
+    "basic": (densenet([2, 2], 4, bn_size=None, stem="cifar", num_classes=3).config, no_change),
+    "bottleneck": (densenet([2, 2], 4, num_classes=3).config, no_change),
+    "momentum=None": (UNEVEN, cumulative),
+    "frozen norm": (UNEVEN, freeze_norms),
+    "frozen stem": (UNEVEN, freeze_start),
+}
+
+
+@pytest.mark.parametrize("name", list(NETS))
+def test_memory_efficient_is_the_same_training(name: str) -> None:
+    config, change = NETS[name]
+    plain = randomise_(DenseNet(config).double(), 5).train()
+    change(plain)
+    lean = copy.deepcopy(plain)
+    lean.memory_efficient = True
+    nets = (plain, lean)
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9) for net in nets]
+    batches_tracked = plain.features.denseblock1.denselayer2.norm1.num_batches_tracked
+    for step in range(3):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        for part in range(2):  # two batches per step
+            losses = []
+            for net in nets:
+                torch.manual_seed(10 * step + part)  # dropout
+                losses.append(F.cross_entropy(net(images(config, 4, step + part)),
+                                              torch.tensor([0, 1, 2, 0])))  # fmt: skip
+                losses[-1].backward()
+            assert torch.equal(*losses)
+        for (key, a), b in zip(plain.named_parameters(), lean.parameters(), strict=True):
+            if a.grad is None:
+                assert b.grad is None and not a.requires_grad, key
+            else:
+                torch.testing.assert_close(a.grad, b.grad, rtol=1e-12, atol=1e-14, msg=key)
+        for (key, a), b in zip(plain.named_buffers(), lean.buffers(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14, msg=key)
+        assert batches_tracked == 2 * (step + 1)
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+def test_memory_efficient_statistics_move_once_whatever_follows() -> None:
+    net = DenseNet(UNEVEN, memory_efficient=True).double()
+    tracked = net.features.denseblock1.denselayer2.norm1
+    with torch.no_grad():
+        net(images(UNEVEN))
+    assert tracked.num_batches_tracked == 1
+    loss = net(images(UNEVEN)).sum()
+    assert tracked.num_batches_tracked == 2
+    mean = tracked.running_mean.clone()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert tracked.num_batches_tracked == 2 and torch.equal(tracked.running_mean, mean)
+    net.eval()(images(UNEVEN)).sum().backward()
+    assert tracked.num_batches_tracked == 2 and torch.equal(tracked.running_mean, mean)
+
+
+def kept_bytes(net: DenseNet, x: Tensor) -> int:
+    """Bytes of the activations that the backward pass keeps, each storage once."""
+    own = {p.untyped_storage().data_ptr() for p in (*net.parameters(), *net.buffers())}
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = net(x).sum()
+    loss.backward()
+    return sum(kept.values())
+
+
+def test_memory_efficient_keeps_less_and_grows_linearly() -> None:
+    x = torch.randn(2, 3, 8, 8)
+
+    def build(depth: int, lean: bool) -> DenseNet:
+        return densenet([depth], 4, stem="cifar", num_classes=2, memory_efficient=lean)
+
+    shallow, deep = (kept_bytes(build(d, lean=True), x) for d in (8, 16))
+    assert deep < 2.2 * shallow
+    assert kept_bytes(build(16, lean=False), x) > 2.5 * deep

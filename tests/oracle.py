@@ -1,0 +1,57 @@
+"""The contract's other side: the dense net with masks on each reader's post-activation input."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from prune_dn.models import DenseNet
+from prune_dn.pruning import Plan
+
+
+def masked(net: DenseNet, plan: Plan) -> nn.Module:
+    """A copy of `net` whose readers get zero for every input that the plan takes from them.
+
+    Written against the plan's `keep_indices` only. A layer that goes whole makes stream channels
+    that nobody in the plan reads any more, so their masks are in the readers.
+    """
+    out = copy.deepcopy(net)
+    for name, module in out.named_modules():
+        parent, _, leaf = name.rpartition(".")
+        norm = {
+            "conv1": f"{parent}.norm1",
+            "conv": f"{parent}.norm",
+            "classifier": "features.norm5",
+        }.get(leaf)
+        if leaf == "conv2":
+            # keep_indices of conv1 are its filters, which conv2 reads
+            norm = f"{parent}.conv1"
+        kept = plan.keep_indices.get(norm or "")
+        if kept is None or not isinstance(module, nn.Conv2d | nn.Linear):
+            continue
+        mask = torch.zeros(module.weight.shape[1], dtype=module.weight.dtype)
+        mask[list(kept)] = 1
+        shape = (1, -1, 1, 1) if isinstance(module, nn.Conv2d) else (1, -1)
+        module.register_forward_pre_hook(
+            lambda _, inputs, mask=mask.reshape(shape): (inputs[0] * mask,)
+        )
+    return out
+
+
+def randomise_(net: nn.Module, seed: int) -> nn.Module:
+    """Random weights, scales, shifts and statistics, none of them special."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.copy_(torch.rand(module.weight.shape, generator=generator) + 0.1)
+                module.bias.copy_(torch.randn(module.bias.shape, generator=generator))
+                module.running_mean.copy_(torch.randn(module.bias.shape, generator=generator))
+                module.running_var.copy_(torch.rand(module.bias.shape, generator=generator) + 0.5)
+            elif isinstance(module, nn.Conv2d | nn.Linear):
+                spread = module.weight[0].numel() ** -0.5
+                noise = torch.randn(module.weight.shape, generator=generator)
+                module.weight.copy_(noise * spread)
+    return net

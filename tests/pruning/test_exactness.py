@@ -1,0 +1,149 @@
+"""The contract: a pruned net equals the dense net with masks on each reader's activated input."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import masked, randomise_
+
+from prune_dn.errors import PruningError
+from prune_dn.models import DenseNet, DenseNetConfig, LayerConfig, TransitionConfig
+from prune_dn.pruning import CRITERIA, Plan, apply_plan, make_plan
+from prune_dn.pruning.units import KINDS, Units
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> DenseNetConfig:
+    """Small, uneven DenseNets: basic and bottleneck layers, MFM anywhere, both stems."""
+    kinds = st.sampled_from([None, None, "2/1", "3/2"])
+    width = init = draw(st.integers(1, 5))
+    blocks, transitions = [], []
+    count = draw(st.integers(1, 3))
+    for b in range(count):
+        layers = []
+        for i in range(draw(st.integers(1, 3))):
+            mfm = draw(kinds)
+            out = draw(st.integers(1, 4)) * (2 if mfm == "3/2" else 1)
+            narrow = draw(st.none() | st.integers(1, 5))
+            layers.append(LayerConfig(f"denselayer{i + 1}", out, narrow, mfm=mfm))
+            width += out
+        blocks.append(tuple(layers))
+        if b < count - 1:
+            mfm = draw(kinds)
+            width = draw(st.integers(1, 4)) * (2 if mfm == "3/2" else 1)
+            transitions.append(TransitionConfig(width, mfm=mfm))
+    return DenseNetConfig(
+        num_init_features=init,
+        blocks=tuple(blocks),
+        transitions=tuple(transitions),
+        num_classes=3,
+        in_channels=draw(st.sampled_from([1, 3])),
+        stem=draw(st.sampled_from(["cifar", "imagenet"])),
+    )
+
+
+requests = st.fixed_dictionaries(
+    {
+        "pruning_ratio": st.floats(0.02, 0.9),
+        "unit": st.sampled_from(["channels", "params", "macs"]),
+        "criterion": st.sampled_from(sorted(CRITERIA)),
+        "scope": st.sampled_from(["global", "local"]),
+        "units": st.lists(st.sampled_from(KINDS), min_size=1, max_size=3, unique=True),
+        "min_channels": st.integers(1, 2),
+        "round_to": st.sampled_from([1, 1, 1, 2, 3]),
+        "seed": st.integers(0, 3),
+    }
+)
+
+
+def images(net: DenseNet) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(7)
+    side = 32 if net.config.stem == "imagenet" else 8
+    return torch.randn(3, net.config.in_channels, side, side, generator=generator).double()
+
+
+def plan_or_none(net: DenseNet, **request: object) -> Plan | None:
+    try:
+        return make_plan(net, image_size=images(net).shape[-1], **request)  # type: ignore[arg-type]
+    except PruningError as error:
+        assert any(w in str(error) for w in ("cannot bring", "round_to", "has none of them"))
+        return None
+
+
+@given(configs(), requests, requests, st.integers(0, 99))
+def test_masked_equals_pruned_over_two_rounds(config, first, second, seed) -> None:
+    net = DenseNet(config).double().eval()
+    randomise_(net, seed)
+    x = images(net)
+    for request in (first, second):
+        plan = plan_or_none(net, **request)
+        if plan is None:
+            return
+        small = apply_plan(net, plan)
+        expected = masked(net, plan)(x)
+        torch.testing.assert_close(small(x), expected, rtol=1e-9, atol=1e-9)
+        net = small
+
+
+@given(configs(), requests, st.integers(0, 99))
+def test_masked_equals_pruned_in_training_mode(config, request, seed) -> None:
+    net = DenseNet(config).double().train()
+    randomise_(net, seed)
+    plan = plan_or_none(net, **request)
+    if plan is None:
+        return
+    small, reference = apply_plan(net, plan), masked(net, plan)
+    x = images(net)
+    torch.testing.assert_close(small(x), reference(x), rtol=1e-7, atol=1e-7)
+    small(x).square().sum().backward()
+    reference(x).square().sum().backward()
+    torch.testing.assert_close(
+        small.classifier.bias.grad, reference.classifier.bias.grad, rtol=1e-6, atol=1e-6
+    )
+
+
+@given(configs(), requests)
+def test_the_plan_describes_what_surgery_makes(config, request) -> None:
+    net = DenseNet(config).eval()
+    randomise_(net, 1)
+    before = copy.deepcopy(net.state_dict())
+    plan = plan_or_none(net, **request)
+    if plan is None:
+        return
+    small = apply_plan(net, plan)
+    assert small.config == plan.config_after
+    assert DenseNetConfig.from_json(small.config.to_json()) == small.config
+    assert Plan.from_json(plan.to_json()) == plan
+    parameters = sum(p.numel() for p in small.parameters())
+    assert parameters == plan.achieved["after"]["params"]
+    fresh = DenseNet(small.config)
+    assert {k: v.shape for k, v in fresh.state_dict().items()} == {
+        k: v.shape for k, v in small.state_dict().items()
+    }
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+@given(configs(), st.data())
+def test_closing_is_idempotent_and_only_cuts(config, data) -> None:
+    units = Units(config)
+    drawn = data.draw(st.lists(st.booleans(), min_size=units.size, max_size=units.size))
+    import numpy as np
+
+    keep = np.array(drawn, dtype=bool)
+    closed = units.close(keep)
+    assert (closed <= keep).all()
+    assert (units.close(closed) == closed).all()
+
+
+def test_a_plan_for_another_net_is_refused() -> None:
+    from prune_dn.models import densenet
+
+    one = densenet([2], 4, stem="cifar", num_classes=3)
+    other = densenet([3], 4, stem="cifar", num_classes=3)
+    with pytest.raises(PruningError, match="made for a DenseNet of another shape"):
+        apply_plan(other, make_plan(one, 0.3))

@@ -1,0 +1,350 @@
+"""The command line: exit codes, one clear message, JSON and nothing else, figures that are true."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from prune_dn import cli, jobs
+from prune_dn.checkpoint import load, read_info, save, save_state_dict
+from prune_dn.cli_options import app
+from prune_dn.data import load_datasets
+from prune_dn.models import densenet
+from prune_dn.profiling import count
+from prune_dn.pruning import Plan, apply_plan
+
+RECIPE = """\
+model: {name: densenet, block_config: [2, 2], growth_rate: 4, bn_size: 2, stem: cifar}
+data: {name: digits, image_size: 8, limit: 64}
+train: {epochs: 1, batch_size: 16, learning_rate: 0.05}
+prune: {pruning_ratio: 0.4, unit: macs, recalibrate_batches: 2}
+finetune: {epochs: 1, batch_size: 16, learning_rate: 0.05}
+export: {onnx: false}
+report: {batch_sizes: [1], repeats: 2}
+"""
+COMMANDS = [command.name for command in app.registered_commands]
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run `prune-dn` in a folder of its own; gives (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = cli.main([str(a) for a in arguments])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    (tmp_path / "tiny.yaml").write_text(RECIPE)
+    return tmp_path / "tiny.yaml"
+
+
+@pytest.fixture
+def net(tmp_path: Path) -> Path:
+    """A checkpoint that knows its data."""
+    torch.manual_seed(1)
+    model = densenet((2, 2), 4, bn_size=2, stem="cifar", num_classes=10, in_channels=1)
+    spec = load_datasets("digits", image_size=8).spec
+    save(model, tmp_path / "net.safetensors", info={"data": spec.to_dict()})
+    return tmp_path / "net.safetensors"
+
+
+def bad(result: tuple[int, str, str], message: str) -> None:
+    """Exit code 2, nothing on stdout, the message and no traceback on stderr."""
+    code, out, err = result
+    assert code == 2, err
+    assert out == ""
+    assert "Traceback" not in err
+    assert re.search(message, err), err
+
+
+def document(result: tuple[int, str, str]) -> Any:
+    code, out, err = result
+    assert code == 0, err
+    return json.loads(out)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(run: Run, command: str) -> None:
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    assert re.search(rf"^  +prune-dn {command}( |$)", out, re.M)
+
+
+def test_no_command_prints_the_commands(run: Run) -> None:
+    _, out, err = run()
+    assert all(command in out + err for command in COMMANDS)
+
+
+def test_run_then_show_what_it_left(run: Run, recipe: Path) -> None:
+    code, out, err = run("run", recipe)
+    assert code == 0, err
+    assert "fine-tuned" in out and "report: runs/tiny/report.md" in out
+    metrics = json.loads(Path("runs/tiny/metrics.json").read_text())
+    assert f"{metrics['stages']['dense']['params']:,}" in out
+    assert document(run("run", recipe, "--json")) == metrics
+    facts = document(run("show", "runs/tiny/plan.json", "--json"))
+    assert facts["achieved"]["after"]["macs"] == metrics["stages"]["pruned"]["macs"]
+    assert document(run("show", "runs/tiny/pruned.safetensors", "--json"))["info"]["data"]
+    scored = document(run("evaluate", "runs/tiny/pruned.safetensors", "--limit", 64, "--json"))
+    assert scored["accuracy"] == metrics["stages"]["fine-tuned"]["test_accuracy"]
+    bad(run("run", recipe, "--set", "seed=5"), r"holds a run of another recipe .*: seed\)")
+    bad(run("train", recipe, "--set", "seed=5"), "--overwrite")
+
+
+def test_train_only(run: Run, recipe: Path) -> None:
+    code, out, err = run("train", recipe, "--output-dir", "elsewhere")
+    assert code == 0, err
+    assert "checkpoint: elsewhere/dense.safetensors" in out
+    assert load("elsewhere/dense.safetensors").config.num_classes == 10
+
+
+def test_dry_run_trains_nothing(run: Run, recipe: Path) -> None:
+    facts = document(run("run", recipe, "--dry-run", "--json", "--set", "prune.pruning_ratio=0.6"))
+    assert facts["requested"] == 0.6 <= facts["achieved"]
+    assert not Path("runs").exists()
+    code, out, _ = run("run", recipe, "--dry-run")
+    assert code == 0 and "output_dir: runs/tiny" in out
+
+
+def test_validate_and_schema(run: Run, recipe: Path) -> None:
+    code, out, err = run("validate", recipe, "--set", "seed=3")
+    assert code == 0 and "is valid" in err
+    assert "seed: 3" in out
+    assert document(run("validate", recipe, "--json"))["prune"]["pruning_ratio"] == 0.4
+    assert document(run("schema"))["properties"]["prune"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["train.epoch=3"],
+            r"--set train.epoch=3: train.epoch: unknown key \(did you mean 'epochs'",
+        ),
+        (["train.epochs=x"], "train.epochs: 'x' is not an integer"),
+        (["prune.pruning_ratio=0"], "0 would remove nothing, a call with no effect"),
+        (["prune.pruning_ratio=1"], "1 must lie between 0 and 1"),
+        (["prune.pruning_ratio=.nan"], "nan is not a number"),
+        (["prune.pruning_ratio='50'"], "'50' is not a number; write it without quotes"),
+        (["prune.round_to=64"], "round_to=64 is larger than every width"),
+        (["prune.protect=[nobody]"], "protect pattern 'nobody' matches no module"),
+        (["data.name=image_folder", "data.root=nowhere"], "nowhere"),
+        (["data.name=cifar10", "data.root=nowhere"], "nowhere"),
+        (["model={checkpoint: none.safetensors}"], "cannot read none.safetensors"),
+    ],
+)
+@pytest.mark.parametrize("command", [["run"], ["run", "--dry-run"]], ids=["run", "dry"])
+def test_bad_recipe(
+    run: Run, recipe: Path, overrides: list[str], message: str, command: list[str]
+) -> None:
+    sets = [x for o in overrides for x in ("--set", o)]
+    bad(run(*command, recipe, *sets), message)
+    assert not Path("runs/tiny/dense.safetensors").exists() or "prune" in overrides[0]
+
+
+def test_bad_recipe_file(run: Run, tmp_path: Path) -> None:
+    bad(run("run", "none.yaml"), "none.yaml: there is no such recipe")
+    (tmp_path / "empty.yaml").write_text("")
+    bad(run("validate", "empty.yaml"), "empty.yaml: the recipe is empty")
+    (tmp_path / "two.yaml").write_text("seed: 1\nseed: 2\nmodle: 3\n")
+    code, _, err = run("validate", "two.yaml")
+    assert code == 2
+    assert "two.yaml:2: duplicate key 'seed'" in err
+    assert "two.yaml:3: modle: unknown key (did you mean 'model'?)" in err
+
+
+@pytest.mark.parametrize(
+    "arguments", [("bogus",), ("prune", "x"), ("run",), ("run", "--nope", "x")]
+)
+def test_usage_errors(run: Run, arguments: tuple[str, ...]) -> None:
+    bad(run(*arguments), "Usage: prune-dn")
+
+
+def test_prune(run: Run, net: Path) -> None:
+    command = ["prune", net, "--ratio", 0.5, "--unit", "macs", "-o", "small.safetensors"]
+    found = document(run(*command, "--plan-out", "plan.json", "--json"))
+    small = load("small.safetensors")
+    assert found["macs_after"] == count(small, 8).macs <= found["macs_before"] / 2
+    assert found["macs_before"] == count(load(net), 8).macs
+    assert found["file_bytes"] == Path("small.safetensors").stat().st_size
+    plan = Plan.load("plan.json")
+    assert plan.requested["image_size"] == 8
+    expected = apply_plan(load(net), plan).state_dict()
+    assert all(torch.equal(v, expected[k]) for k, v in small.state_dict().items())
+    assert read_info("small.safetensors")["data"]["name"] == "digits"
+    code, out, _ = run(*command)
+    assert code == 0 and "achieved: 0.5" in out
+
+
+def test_prune_can_recalibrate(run: Run, net: Path) -> None:
+    command = ["prune", net, "--ratio", 0.5, "-o"]
+    document(run(*command, "a.safetensors", "--json"))
+    document(run(*command, "b.safetensors", "--recalibrate", 1, "--json"))
+    first, second = load("a.safetensors").state_dict(), load("b.safetensors").state_dict()
+    different = {k for k in first if not torch.equal(first[k], second[k])}
+    assert different and all("running_" in k for k in different)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ratio", 0], "pruning_ratio is 0"),
+        (["--ratio", 1], r"pruning_ratio is 1.0; it must lie in \(0, 1\)"),
+        (["--ratio", 50], "did you mean 0.5"),
+        (["--ratio", "nan"], "pruning_ratio is nan"),
+        (["--ratio", "half"], "Invalid value for '--ratio'"),
+        (["--ratio", 0.5, "--unit", "flops"], "unit 'flops' is unknown; choose from channels"),
+        (["--ratio", 0.5, "--criterion", "l3"], "criterion 'l3' is unknown; choose from bn_scale"),
+        (["--ratio", 0.5, "--units", "edges"], "units 'edges' is unknown"),
+        (["--ratio", 0.5, "--protect", "nobody"], "protect pattern 'nobody' matches no module"),
+        (["--ratio", 0.5, "--round-to", 64], "round_to=64 is larger than every width"),
+        (["--ratio", 0.5, "-o", "small.onnx"], "a checkpoint is a .safetensors file"),
+    ],
+)
+def test_prune_with_bad_arguments(run: Run, net: Path, arguments: list[Any], message: str) -> None:
+    bad(run("prune", net, "-o", "small.safetensors", *arguments), message)
+    assert not Path("small.safetensors").exists()
+
+
+@pytest.mark.parametrize("command", ["evaluate", "profile", "show", "export", "prune", "finetune"])
+def test_bad_checkpoint(run: Run, net: Path, tmp_path: Path, command: str) -> None:
+    extra = {
+        "prune": ["--ratio", 0.5, "-o", "x.safetensors"],
+        "export": ["-o", "x.onnx"],
+        "finetune": ["-o", "x.safetensors"],
+    }.get(command, [])
+    bad(run(command, "none.safetensors", *extra), "cannot read none.safetensors: No such file")
+    (tmp_path / "cut.safetensors").write_bytes(net.read_bytes()[:-100])
+    bad(run(command, "cut.safetensors", *extra), "cut.safetensors is truncated")
+    torch.save({"fc.weight": torch.zeros(2, 2)}, tmp_path / "other.pt")
+    bad(run(command, "other.pt", *extra), "other.pt")
+    assert not list(tmp_path.glob("x.*"))
+
+
+def test_evaluate(run: Run, net: Path) -> None:
+    found = document(run("evaluate", net, "--json"))
+    data = load_datasets("digits", image_size=8)
+    model = load(net).eval()
+    with torch.no_grad():
+        right = [
+            int(model(data.test[i][0][None]).argmax()) == int(data.test[i][1])
+            for i in range(len(data.test))
+        ]
+    assert found["n"] == len(data.test)
+    assert found["accuracy"] == pytest.approx(sum(right) / len(right))
+    assert document(run("evaluate", net, "--split", "val", "--json"))["n"] == len(data.val)
+    changed = document(run("evaluate", net, "--recalibrate", 2, "--json"))
+    assert changed["loss"] != found["loss"]
+    bad(run("evaluate", net, "--split", "train"), "choose test or val")
+
+
+def test_evaluate_a_foreign_checkpoint(run: Run, net: Path) -> None:
+    save_state_dict(load(net), "plain.pt")
+    bad(run("evaluate", "plain.pt"), r"does not say what data .* add --data")
+    options = ["--data", "digits", "--image-size", 8]
+    usual = document(run("evaluate", "plain.pt", *options, "--json"))
+    assert usual["loss"] == document(run("evaluate", net, "--json"))["loss"]
+    other = document(run("evaluate", "plain.pt", *options, "--mean", "0.9", "--std", "2", "--json"))
+    assert other["loss"] != usual["loss"]
+    bad(run("evaluate", "plain.pt", *options, "--mean", "0.9"), "--mean and --std belong together")
+    bad(
+        run("evaluate", "plain.pt", *options, "--mean", "a", "--std", "1"),
+        "give numbers with commas",
+    )
+    bad(run("evaluate", "plain.pt", "--data", "digit"), "digit")
+    bad(run("evaluate", "plain.pt", *options, "--normalize", "cifer10"), "cifar10")
+
+
+def test_evaluate_with_the_wrong_number_of_classes(run: Run, tmp_path: Path) -> None:
+    save(densenet((2,), 4, stem="cifar", num_classes=3, in_channels=1), tmp_path / "3.safetensors")
+    bad(
+        run("evaluate", "3.safetensors", "--data", "digits"),
+        "3.safetensors has 3 classes, the data set 'digits' has 10",
+    )
+
+
+def test_finetune(run: Run, net: Path, recipe: Path) -> None:
+    options = ["--epochs", 1, "--learning-rate", 0.05, "--batch-size", 16, "--limit", 64]
+    found = document(run("finetune", net, *options, "-o", "tuned.safetensors", "--json"))
+    again = document(run("evaluate", "tuned.safetensors", "--limit", 64, "--json"))
+    assert found["test_accuracy"] == again["accuracy"]
+    before = document(run("evaluate", net, "--limit", 64, "--json"))
+    assert found["test_accuracy_before"] == before["accuracy"]
+    document(run("finetune", net, *options, "--teacher", net, "-o", "t.safetensors", "--json"))
+    document(run("finetune", net, "--recipe", recipe, "-o", "r.safetensors", "--json"))
+    assert len(read_info("r.safetensors")["history"]["finetune"]) == 1
+    bad(
+        run("finetune", net, "--epochs", "x", "-o", "y.safetensors"), "Invalid value for '--epochs'"
+    )
+    bad(
+        run("finetune", net, "--epochs", 1, "--learning-rate", -1, "-o", "y.safetensors"),
+        "learning_rate",
+    )
+
+
+@pytest.mark.parametrize("ending", [".onnx", ".pt2", ".pt"])
+def test_export(run: Run, net: Path, ending: str) -> None:
+    found = document(run("export", net, "-o", f"out{ending}", "--json"))
+    assert found["file_bytes"] == Path(f"out{ending}").stat().st_size
+    assert found["image_size"] == 8
+
+
+def test_export_to_an_unknown_format(run: Run, net: Path) -> None:
+    bad(run("export", net, "-o", "out.tflite"), r"use \.onnx, \.pt2 or \.pt")
+
+
+def test_profile(run: Run, net: Path) -> None:
+    found = document(run("profile", net, "--batch-size", 2, "--repeats", 2, "--json"))
+    assert sum(row["macs"] for row in found["layers"]) == found["macs"] == count(load(net), 8).macs
+    assert [(x["batch_size"], x["n"]) for x in found["latency"]] == [(2, 2)]
+    code, out, _ = run("profile", net, "--batch-size", 1, "--repeats", 1)
+    assert code == 0
+    assert f"{found['params']:,}" in out and "batch 1: " in out
+
+
+def test_show_and_criteria_for_people(run: Run, net: Path) -> None:
+    code, out, _ = run("show", net)
+    assert code == 0 and "features.denseblock2.denselayer2.conv2" in out
+    assert set(document(run("criteria", "--json"))) >= {"bn_scale", "l1", "l2", "random"}
+    Path("no.json").write_text("{}")
+    bad(run("show", "no.json"), "not a plan of prune_dn")
+
+
+def test_what_nobody_expects(run: Run, net: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("by chance")
+
+    monkeypatch.setattr(jobs, "show_file", broken)
+    code, out, err = run("show", net)
+    assert (code, out) == (1, "")
+    assert "unexpected error: ZeroDivisionError: by chance" in err
+    assert "--debug" in err and "Traceback" not in err
+    code, _, err = run("--debug", "show", net)
+    assert code == 1 and "Traceback" in err
+
+
+def test_a_folder_that_cannot_be_written(run: Run, net: Path) -> None:
+    Path("file").write_text("")
+    code, out, err = run("prune", net, "--ratio", 0.5, "-o", "file/small.safetensors")
+    assert (code, out) == (1, "")
+    assert "file" in err and "Traceback" not in err
+
+
+def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
+    from prune_dn.console import show
+
+    show({"a": [float("nan"), (1.0, float("inf"))]}, True)
+    assert json.loads(capsys.readouterr().out) == {"a": [None, [1.0, None]]}

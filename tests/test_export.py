@@ -1,0 +1,196 @@
+"""Exported files give the model's answers at any batch size, or do not exist."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from oracle import randomise_
+
+from prune_dn.errors import ConversionError, ExportError
+from prune_dn.export import OnnxReport, export_onnx, export_torch
+from prune_dn.models import DenseNet, DenseNetConfig, LayerConfig, TransitionConfig, densenet
+
+UNEVEN = DenseNetConfig(
+    num_init_features=4,
+    blocks=(
+        (LayerConfig("denselayer2", 4, 6, (0, 3), "3/2"), LayerConfig("denselayer3", 3)),
+        (LayerConfig("denselayer1", 2, mfm="2/1"),),
+    ),
+    transitions=(TransitionConfig(3, input_indices=(1, 4, 8)),),
+    num_classes=5,
+    in_channels=1,
+    stem="cifar",
+    classifier_indices=(0, 2, 4),
+)
+
+
+def uneven(seed: int = 0) -> DenseNet:
+    return randomise_(DenseNet(UNEVEN), seed)
+
+
+def session(path: Path) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+
+def run(path: Path, x: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(session(path).run(["logits"], {"input": x.numpy()})[0])
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[DenseNet, Path, OnnxReport, str]:
+    """A net in an odd state, its ONNX file, the report, and the state as text before."""
+    net = uneven().double().train()
+    net.memory_efficient = True
+    net.features.transition1.eval()
+    net.features.conv0.weight.requires_grad_(False)
+    before = state_of(net)
+    path = tmp_path_factory.mktemp("onnx") / "new" / "net.onnx"
+    return net, path, export_onnx(net, path, image_size=(8, 12)), before
+
+
+def state_of(net: DenseNet) -> str:
+    modes = {name: module.training for name, module in net.named_modules()}
+    tensors = {name: (t.dtype, t.sum().item()) for name, t in net.state_dict().items()}
+    grads = {name: p.requires_grad for name, p in net.named_parameters()}
+    return repr((net.memory_efficient, modes, tensors, grads))
+
+
+def test_onnx_gives_the_same_logits_at_any_batch(
+    exported: tuple[DenseNet, Path, OnnxReport, str],
+) -> None:
+    net, path, report, before = exported
+    assert state_of(net) == before
+    plain = uneven().eval()
+    for batch in (1, 2, 5):
+        x = torch.randn(batch, 1, 8, 12)
+        with torch.no_grad():
+            torch.testing.assert_close(run(path, x), plain(x), rtol=0, atol=1e-5)
+    assert report.path == path and report.batches == (1, 7)
+    assert report.size_bytes == path.stat().st_size
+    assert 0 <= report.max_abs_error < 1e-5
+
+
+def test_onnx_file_is_one_clean_file(exported: tuple[DenseNet, Path, OnnxReport, str]) -> None:
+    _, path, _, _ = exported
+    assert os.listdir(path.parent) == ["net.onnx"]
+    onnx.checker.check_model(str(path), full_check=True)
+    (given,), (made,) = session(path).get_inputs(), session(path).get_outputs()
+    assert (given.name, given.shape, given.type) == ("input", ["batch", 1, 8, 12], "tensor(float)")
+    assert (made.name, made.shape) == ("logits", ["batch", 5])
+    text = path.read_bytes()
+    assert b"densenet.py" not in text and str(Path.cwd()).encode() not in text
+
+
+def test_onnx_folds_the_norms_that_follow_a_conv(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    net = randomise_(densenet([2, 1], 4, num_classes=3), 1)
+    capfd.readouterr()
+    export_onnx(net, tmp_path / "net.onnx", image_size=33)
+    assert capfd.readouterr() == ("", "")  # nothing is printed
+    ops = Counter(node.op_type for node in onnx.load(tmp_path / "net.onnx").graph.node)
+    readers = 3 + 1 + 1  # norm1 of each layer, the transition, the last norm
+    assert ops["BatchNormalization"] == readers
+    assert ops["Conv"] == 1 + 2 * 3 + 1
+    with torch.no_grad():
+        x = torch.randn(3, 3, 33, 33)
+        torch.testing.assert_close(run(tmp_path / "net.onnx", x), net.eval()(x), rtol=0, atol=1e-5)
+
+
+def test_onnx_opset(tmp_path: Path) -> None:
+    net = densenet([1], 4, stem="cifar", num_classes=2)
+    export_onnx(net, tmp_path / "net.onnx", image_size=8, opset=18)
+    assert [x.version for x in onnx.load(tmp_path / "net.onnx").opset_import if not x.domain] == [
+        18
+    ]
+
+
+def test_another_answer_is_no_file(
+    exported: tuple[DenseNet, Path, OnnxReport, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, path, _, _ = exported
+    program = SimpleNamespace(model_proto=onnx.load(path))
+    monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: program)
+    (tmp_path / "net.onnx").write_bytes(b"before")
+    export_onnx(uneven(), tmp_path / "same.onnx", image_size=(8, 12))  # the same weights
+    with pytest.raises(ExportError) as error:
+        export_onnx(uneven(seed=1), tmp_path / "net.onnx", image_size=(8, 12))
+    text = str(error.value)
+    assert "the ONNX file differs from the model at batch 1: largest error" in text
+    numbers = text.partition("largest error ")[2].split()
+    assert float(numbers[0]) > 1e-4 * float(numbers[5].rstrip(";"))
+    assert "allowed is 0.0001 of that" in text
+    assert (tmp_path / "net.onnx").read_bytes() == b"before"
+    assert sorted(os.listdir(tmp_path)) == ["net.onnx", "same.onnx"]
+    # one weight that is wrong by a little
+    changed = onnx.load(path)
+    weight = max(changed.graph.initializer, key=lambda t: len(t.raw_data))
+    values = np.frombuffer(weight.raw_data, dtype=np.float32) * 1.01
+    weight.raw_data = values.astype(np.float32).tobytes()
+    program.model_proto = changed
+    with pytest.raises(ExportError, match="differs from the model"):
+        export_onnx(uneven(), tmp_path / "new.onnx", image_size=(8, 12))
+    export_onnx(uneven(), tmp_path / "new.onnx", image_size=(8, 12), tolerance=0.1)
+    # a file that is none
+    program.model_proto = onnx.ModelProto()
+    with pytest.raises(ExportError, match="onnxruntime cannot read the exported file"):
+        export_onnx(uneven(), tmp_path / "none.onnx", image_size=(8, 12))
+    assert not (tmp_path / "none.onnx").exists()
+
+
+def test_torch_export(tmp_path: Path) -> None:
+    net = uneven().train()
+    net.memory_efficient = True
+    before = state_of(net)
+    report = export_torch(net, tmp_path / "net.pt2", image_size=8)
+    assert state_of(net) == before
+    assert os.listdir(tmp_path) == ["net.pt2"]
+    assert (
+        report.max_abs_error < 1e-5 and report.size_bytes == (tmp_path / "net.pt2").stat().st_size
+    )
+    again = torch.export.load(tmp_path / "net.pt2").module()
+    net.eval()
+    for batch in (1, 5):
+        x = torch.randn(batch, 1, 8, 8)
+        with torch.no_grad():
+            torch.testing.assert_close(again(x), net(x), rtol=0, atol=1e-5)
+    assert b"densenet.py" not in (tmp_path / "net.pt2").read_bytes()
+    calls = {str(node.target) for node in torch.export.load(tmp_path / "net.pt2").graph.nodes}
+    assert not any("checkpoint" in call for call in calls)  # no recomputation in it
+
+
+def test_errors_before_any_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "net.onnx"
+    with pytest.raises(ExportError, match="cannot run on images of 1x1 pixels: "):
+        export_onnx(uneven(), path, image_size=1)
+    with pytest.raises(ExportError, match="in_channels is 3, but the model takes 1"):
+        export_onnx(uneven(), path, image_size=8, in_channels=3)
+    broken = uneven()
+    broken.classifier.bias.data[0] = float("nan")
+    with pytest.raises(ExportError, match="the model's own logits are not finite"):
+        export_onnx(broken, path, image_size=8)
+    with pytest.raises(ConversionError, match="is no DenseNet"):
+        export_onnx(torch.nn.ReLU(), path, image_size=8)  # type: ignore[arg-type]
+    with pytest.raises(ExportError, match=r"net.onnx must end in .pt2"):
+        export_torch(uneven(), path, image_size=8)
+
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("no such operator")
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    monkeypatch.setattr(torch.export, "export", fail)
+    with pytest.raises(ExportError, match="could not export the model to ONNX: no such operator"):
+        export_onnx(uneven(), path, image_size=8)
+    with pytest.raises(ExportError, match=r"torch.export could not export .* no such operator"):
+        export_torch(uneven(), tmp_path / "net.pt2", image_size=8)
+    assert os.listdir(tmp_path) == []

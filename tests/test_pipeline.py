@@ -1,0 +1,320 @@
+"""The whole job on tiny data: its figures are recomputed, its phases resume, a kill breaks nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import platform
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from prune_dn import phases, pipeline
+from prune_dn.checkpoint import load, read_info, save
+from prune_dn.data import make_loader
+from prune_dn.errors import DataError, PruneDNError, RecipeError
+from prune_dn.models import densenet
+from prune_dn.profiling import count
+from prune_dn.pruning import Plan, apply_plan
+from prune_dn.recipe import Recipe
+from prune_dn.recipe_file import load_recipe, parse_recipe
+
+TINY = """\
+model: {name: densenet, block_config: [2, 2], growth_rate: 4, bn_size: 2, stem: cifar}
+data: {name: digits, image_size: 8, limit: 64}
+train: {epochs: 2, batch_size: 16, learning_rate: 0.05}
+prune: {pruning_ratio: 0.4, unit: macs, recalibrate_batches: 2}
+finetune: {epochs: 1, batch_size: 16, learning_rate: 0.05}
+report: {batch_sizes: [2], repeats: 2}
+"""
+LEFT = {
+    "recipe.yaml",
+    "environment.json",
+    "plan.json",
+    "dense.safetensors",
+    "recalibrated.safetensors",
+    "pruned.safetensors",
+    "pruned.pt",
+    "metrics.json",
+    "model.onnx",
+    "report.md",
+    "widths.png",
+    "training.png",
+    "train.jsonl",
+    "finetune.jsonl",
+}
+
+
+def tiny(folder: Path, *overrides: str) -> Recipe:
+    return parse_recipe(TINY, overrides=[f"output_dir={json.dumps(str(folder))}", *overrides])
+
+
+def go(recipe: Recipe, **how: bool) -> pipeline.RunResult:
+    torch.set_num_threads(1)
+    return pipeline.run(recipe, progress=False, **how)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> pipeline.RunResult:
+    return go(tiny(tmp_path_factory.mktemp("run") / "tiny"))
+
+
+def same_weights(first: Path, second: Path) -> bool:
+    a, b = load(first).state_dict(), load(second).state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def accuracy(file: Path, images: torch.utils.data.Dataset) -> float:
+    """Slow and plain."""
+    model, right, n = load(file).eval(), 0, 0
+    with torch.no_grad():
+        for x, y in make_loader(images, 1):
+            right, n = right + int(model(x).argmax(1).item() == y.item()), n + 1
+    return right / n
+
+
+def test_what_is_left(finished: pipeline.RunResult) -> None:
+    names = {file.name for file in finished.output_dir.iterdir()}
+    assert names >= LEFT
+    assert not [name for name in names if ".tmp" in name]
+
+
+def test_figures_are_those_of_the_files(finished: pipeline.RunResult) -> None:
+    folder, stages = finished.output_dir, finished.metrics["stages"]
+    assert json.loads((folder / "metrics.json").read_text()) == finished.metrics
+    test = phases.load_data(tiny(folder).data, seed=0).test
+    for stage, name in (
+        ("dense", "dense"),
+        ("recalibrated", "recalibrated"),
+        ("fine-tuned", "pruned"),
+    ):
+        file = folder / f"{name}.safetensors"
+        assert stages[stage]["test_accuracy"] == pytest.approx(accuracy(file, test))
+        assert stages[stage]["n_test"] == len(test)
+        assert stages[stage]["macs"] == count(load(file), 8).macs
+        assert stages[stage]["file_bytes"] == file.stat().st_size
+    assert stages["pruned"]["macs"] == stages["fine-tuned"]["macs"]
+    achieved = 1 - stages["pruned"]["macs"] / stages["dense"]["macs"]
+    assert finished.metrics["rounds"] == [
+        {"unit": "macs", "requested": 0.4, "achieved": pytest.approx(achieved)}
+    ]
+    assert achieved >= 0.4
+    plain = torch.load(folder / "pruned.pt", weights_only=True)
+    assert all(torch.equal(v, plain[k]) for k, v in finished.model.state_dict().items())
+
+
+def test_the_checkpoint_stands_alone(finished: pipeline.RunResult) -> None:
+    info = read_info(finished.output_dir / "pruned.safetensors")
+    assert info["data"]["name"] == "digits" and len(info["data"]["classes"]) == 10
+    assert len(info["history"]["train"]) == 2 and len(info["history"]["finetune"]) == 1
+
+
+def test_the_plan_gives_the_pruned_net(finished: pipeline.RunResult) -> None:
+    folder = finished.output_dir
+    plan = Plan.load(folder / "plan.json")
+    assert apply_plan(load(folder / "dense.safetensors"), plan).config == finished.model.config
+
+
+def test_environment_and_resolved_recipe(finished: pipeline.RunResult) -> None:
+    folder = finished.output_dir
+    found = json.loads((folder / "environment.json").read_text())
+    assert found["versions"]["python"] == platform.python_version()
+    assert str(torch.__version__).startswith(found["versions"]["torch"].split("+")[0])
+    assert found["seed"] == 0 and found["machine"]
+    assert load_recipe(folder / "recipe.yaml") == tiny(folder)
+
+
+def test_finished_phases_are_read_not_run(
+    finished: pipeline.RunResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("fit", "evaluate", "make_plan", "export_onnx", "compare_latency"):
+        monkeypatch.setattr(phases, name, None)  # a call would be an error
+    again = go(tiny(finished.output_dir))
+    assert again.metrics == finished.metrics
+    assert torch.equal(again.model.classifier.weight, finished.model.classifier.weight)
+
+
+def test_a_lost_file_is_made_again_the_same(finished: pipeline.RunResult, tmp_path: Path) -> None:
+    names = ("dense", "recalibrated", "pruned")
+    first = go(tiny(tmp_path / "a"))
+    assert all(
+        same_weights(
+            first.output_dir / f"{n}.safetensors", finished.output_dir / f"{n}.safetensors"
+        )
+        for n in names
+    )
+    (first.output_dir / "recalibrated.safetensors").unlink()
+    before = (first.output_dir / "dense.safetensors").stat().st_mtime_ns
+    go(tiny(tmp_path / "a"))
+    assert (first.output_dir / "dense.safetensors").stat().st_mtime_ns == before
+    assert same_weights(
+        first.output_dir / "pruned.safetensors", finished.output_dir / "pruned.safetensors"
+    )
+
+
+def test_another_recipe_in_a_used_folder(finished: pipeline.RunResult, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"other values of: prune\.pruning_ratio.*--overwrite"):
+        go(tiny(finished.output_dir, "prune.pruning_ratio=0.3"))
+    folder = tmp_path / "used"
+    go(tiny(folder), only_train=True)
+    (folder / "notes.txt").write_text("mine")
+    result = go(tiny(folder, "train.epochs=1"), overwrite=True)
+    assert len(result.metrics["history"]["train"]) == 1
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_a_folder_with_artefacts_of_nobody(tmp_path: Path) -> None:
+    (tmp_path / "metrics.json").write_text("{}")
+    with pytest.raises(RecipeError, match=r"holds metrics\.json but no recipe\.yaml"):
+        go(tiny(tmp_path))
+
+
+def test_two_runs_cannot_share_a_folder(tmp_path: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    with (tmp_path / ".lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        with pytest.raises(RecipeError, match="in use by another run"):
+            go(tiny(tmp_path))
+
+
+def test_output_dir_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RecipeError, match="cannot be used"):
+        go(tiny(tmp_path / "file"))
+
+
+def test_only_train_then_the_rest(tmp_path: Path, finished: pipeline.RunResult) -> None:
+    part = go(tiny(tmp_path / "tiny"), only_train=True)
+    assert list(part.metrics["stages"]) == ["dense"]
+    assert (tmp_path / "tiny" / "report.md").exists()
+    assert not (tmp_path / "tiny" / "plan.json").exists()
+    whole = go(tiny(tmp_path / "tiny"))
+    assert whole.metrics["stages"] == finished.metrics["stages"]
+
+
+def test_rounds_count_against_the_dense_net(tmp_path: Path) -> None:
+    result = go(tiny(tmp_path, "prune.rounds=2", "export.onnx=false"))
+    dense, small = result.metrics["stages"]["dense"], result.metrics["stages"]["fine-tuned"]
+    first, second = (Plan.load(tmp_path / f"plan-{n}.json") for n in (1, 2))
+    assert second.config_before == first.config_after
+    assert [r["requested"] for r in result.metrics["rounds"]] == [0.2, 0.4]
+    for plan, asked in ((first, 0.2), (second, 0.4)):
+        left = plan.achieved["after"]["macs"] / dense["macs"]
+        assert asked <= 1 - left < asked + 0.15
+    assert small["macs"] == second.achieved["after"]["macs"]
+    assert {"finetuned-1.safetensors", "recalibrated-2.safetensors"} <= {
+        f.name for f in tmp_path.iterdir()
+    }
+
+
+def test_from_a_checkpoint_without_training(tmp_path: Path, finished: pipeline.RunResult) -> None:
+    dense = finished.output_dir / "dense.safetensors"
+    recipe = tiny(tmp_path / "b", f"model={{checkpoint: {dense}}}", "train=null", "finetune=null")
+    result = go(recipe)
+    stages, reference = result.metrics["stages"], finished.metrics["stages"]
+    assert stages["dense"]["test_accuracy"] == reference["dense"]["test_accuracy"]
+    assert stages["fine-tuned"]["test_accuracy"] == stages["recalibrated"]["test_accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("classes", "channels", "message"),
+    [(3, 1, "has 3 classes, the data set 'digits' has 10"), (10, 3, "has 3 input channels")],
+)
+def test_checkpoint_that_does_not_fit_the_data(
+    tmp_path: Path, classes: int, channels: int, message: str
+) -> None:
+    net = densenet((2,), 4, stem="cifar", num_classes=classes, in_channels=channels)
+    save(net, tmp_path / "other.safetensors")
+    recipe = tiny(tmp_path / "o", f"model={{checkpoint: {tmp_path / 'other.safetensors'}}}")
+    with pytest.raises(DataError, match=message):
+        go(recipe)
+    assert not (tmp_path / "o").exists()
+
+
+def test_impossible_request_fails_in_dry_run_too(tmp_path: Path) -> None:
+    recipe = tiny(tmp_path / "x", "prune.round_to=64")
+    with pytest.raises(PruneDNError, match="round_to=64 is larger than every width"):
+        pipeline.dry_run(recipe)
+    with pytest.raises(PruneDNError, match="round_to=64 is larger than every width"):
+        go(recipe)
+
+
+def test_dry_run_says_sizes_and_leaves_nothing(tmp_path: Path) -> None:
+    facts = pipeline.dry_run(tiny(tmp_path / "d"))
+    assert not (tmp_path / "d").exists()
+    assert facts["dense"]["macs"] * 0.6 >= facts["pruned"]["macs"]
+    assert set(facts["images"]) == {"train", "val", "test"}
+
+
+def test_kill_at_any_moment_then_finish_the_same(
+    tmp_path: Path, finished: pipeline.RunResult
+) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["prune_dn.pipeline"])
+    recipe, killed = tiny(tmp_path / "tiny"), 0
+
+    def start() -> multiprocessing.process.BaseProcess:
+        process = context.Process(target=go, args=(recipe,))
+        process.start()
+        return process
+
+    pause = 0.4
+    for _ in range(40):
+        process = start()
+        process.join(pause)
+        if process.exitcode is not None:
+            break
+        process.kill()
+        process.join()
+        killed += 1
+        check_whole(tmp_path / "tiny")
+        pause += 0.35 * math.modf(killed * 0.618)[0]
+    else:
+        process = start()
+        process.join(120)
+    assert process.exitcode == 0
+    assert killed >= 3
+    for name in ("dense", "recalibrated", "pruned"):
+        assert same_weights(
+            tmp_path / "tiny" / f"{name}.safetensors",
+            finished.output_dir / f"{name}.safetensors",
+        )
+    stages = json.loads((tmp_path / "tiny" / "metrics.json").read_text())["stages"]
+    assert stages == finished.metrics["stages"]
+    left = {f.name for f in (tmp_path / "tiny").iterdir()}
+    assert left >= LEFT and not [name for name in left if ".tmp" in name]
+
+
+def check_whole(folder: Path) -> None:
+    """Every file that has its final name can be read."""
+    import onnx
+    from PIL import Image
+
+    for file in folder.iterdir() if folder.exists() else ():
+        if file.name.startswith("."):
+            continue
+        if file.suffix == ".json":
+            json.loads(file.read_text())
+        elif file.suffix == ".jsonl":
+            assert all(json.loads(line) for line in file.read_text().splitlines())
+        elif file.suffix == ".safetensors":
+            load(file)
+        elif file.suffix == ".pt":
+            torch.load(file, weights_only=True)
+        elif file.suffix == ".onnx":
+            onnx.checker.check_model(onnx.load(file))
+        elif file.suffix == ".yaml":
+            load_recipe(file)
+        elif file.suffix == ".png":
+            Image.open(file).load()
+        elif file.suffix == ".md":
+            assert "Where and with what" in file.read_text()
+
+
+def test_time_is_recorded(finished: pipeline.RunResult) -> None:
+    done = finished.metrics["phases"]
+    assert list(done) == ["train", "prune-1", "finetune-1", "latency", "export"]
+    assert all(0 <= phase["seconds"] < time.monotonic() for phase in done.values())

@@ -1,0 +1,232 @@
+"""Recipes: every mistake is found at once, with its line; what is right survives a round trip."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from prune_dn.errors import RecipeError
+from prune_dn.recipe import Recipe, json_schema, to_yaml
+from prune_dn.recipe_file import load_recipe, parse_recipe
+
+GOOD = """\
+model:
+  name: densenet
+  block_config: [2, 2]
+  growth_rate: 4
+  stem: cifar
+data:
+  name: digits
+train:
+  epochs: 2
+  learning_rate: 1e-2
+prune:
+  pruning_ratio: 0.5
+finetune:
+  epochs: 1
+"""
+
+
+def problems(text: str, *overrides: str) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(text, overrides=overrides)
+    return str(caught.value).splitlines()
+
+
+def replaced(old: str, new: str) -> str:
+    assert old in GOOD
+    return GOOD.replace(old, new)
+
+
+def test_good_recipe_and_its_defaults() -> None:
+    recipe = parse_recipe(GOOD, name="mine")
+    assert recipe.train is not None and recipe.prune is not None
+    assert recipe.train.learning_rate == 0.01
+    assert recipe.model.block_config == (2, 2)
+    assert recipe.prune.units == ("stream", "bottleneck")
+    assert (recipe.seed, recipe.output_dir) == (0, "runs/mine")
+
+
+@pytest.mark.parametrize("name", ["plain", "everything", "checkpoint"])
+def test_resolved_recipe_reads_back_equal(name: str) -> None:
+    text = {
+        "plain": GOOD,
+        "everything": replaced("stem: cifar", "stem: cifar\n  mfm: {denseblock1.*: 2/1}")
+        + "seed: 3\noutput_dir: 'no'\nexport: {onnx: false}\nreport: {batch_sizes: [2]}\n",
+        "checkpoint": "model: {checkpoint: 1e-4}\ndata: {name: digits}\nprune: {pruning_ratio: 0.1}"
+        "".replace("1e-4", "'1e-4'"),
+    }[name]
+    recipe = parse_recipe(text)
+    resolved = to_yaml(recipe)
+    assert parse_recipe(resolved) == recipe
+    assert to_yaml(parse_recipe(resolved)) == resolved
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "message"),
+    [
+        ("epochs: 2", "epochs: three", 9, "train.epochs: 'three' is not an integer"),
+        ("epochs: 2", "epochs: 2.5", 9, "train.epochs: 2.5 is not an integer"),
+        ("epochs: 2", "epochs: true", 9, "train.epochs: true is not an integer"),
+        ("epochs: 2", 'epochs: "2"', 9, "'2' is not an integer; write it without quotes"),
+        ("epochs: 2", "epoch: 2", 9, "train.epoch: unknown key (did you mean 'epochs'?); the keys"),
+        (
+            "prune:",
+            "prun:",
+            11,
+            "prun: unknown key (did you mean 'prune'?); the keys here are model",
+        ),
+        ("name: digits", "name: digit", 7, "'digit' is no data set; choose "),
+        ("name: digits", "name: digit", 7, "(did you mean 'digits'?)"),
+        (
+            "name: densenet",
+            "name: densnet",
+            2,
+            "model.name: 'densnet' is no model; choose densenet",
+        ),
+        ("stem: cifar", "stem: cifr", 5, "choose 'cifar' or 'imagenet' (did you mean 'cifar'?)"),
+        ("stem: cifar", "num_classes: 3", 5, "the number of classes comes from the data"),
+        ("[2, 2]", "[2, 0]", 3, "model.block_config.1: 0 must be at least 1"),
+        ("[2, 2]", "5", 3, "model.block_config: 5 is not a list"),
+        ("growth_rate: 4", "compression: 2.0", 1, "compression is 2.0; it must lie in (0, 1]"),
+        ("stem: cifar", "mfm: {nobody: 2/1}", 1, "mfm pattern 'nobody' matches no part"),
+        ("stem: cifar", "mfm: 3", 5, "model.mfm: 3 must be null, middle_and_last, or a mapping"),
+        ("0.5", "0", 12, "0 would remove nothing, a call with no effect"),
+        ("0.5", "1", 12, "1 must lie between 0 and 1: it is the fraction to remove"),
+        ("0.5", "50", 12, "50 must lie between 0 and 1"),
+        ("0.5", "-0.1", 12, "-0.1 must lie between 0 and 1"),
+        ("0.5", ".nan", 12, "nan is not a number; give the fraction to remove"),
+        ("0.5", '"50"', 12, "prune.pruning_ratio: '50' is not a number; write it without quotes"),
+        ("0.5", "50%", 12, "prune.pruning_ratio: '50%' is not a number"),
+        ("0.5", "true", 12, "prune.pruning_ratio: true is not a number"),
+        ("0.5", "0.5\n  round_to: 0", 13, "prune.round_to: 0 must be at least 1"),
+        (
+            "0.5",
+            "0.5\n  criterion: l3",
+            13,
+            "'l3' is no criterion; choose bn_scale, l1, l2, random",
+        ),
+        (
+            "0.5",
+            "0.5\n  unit: mac",
+            13,
+            "choose 'channels', 'params' or 'macs' (did you mean 'macs'",
+        ),
+        ("0.5", "0.5\n  units: [edges]", 13, "prune.units.0: 'edges' is not a choice"),
+        ("0.5", "0.5\n  rounds: 0", 13, "prune.rounds: 0 must be at least 1"),
+        ("digits", "digits\n  val_fraction: 1.5", 8, "data.val_fraction: 1.5 must be below 1"),
+        ("digits", "digits\n  download: yes", 8, "data.download: 'yes' is not true or false"),
+        (
+            "digits",
+            "digits\n  name: cifar10",
+            8,
+            "duplicate key 'name'; it was given before on line 7",
+        ),
+        (
+            "data:\n  name: digits",
+            "data: digits",
+            6,
+            "data: 'digits' is not a mapping (key: value)",
+        ),
+        ("  name: digits", "\tname: digits", 7, "a tab cannot indent"),
+    ],
+)
+def test_one_mistake(old: str, new: str, line: int, message: str) -> None:
+    (found,) = problems(replaced(old, new))
+    assert found.startswith(f"recipe.yaml:{line}: ")
+    assert message in found
+
+
+def test_all_mistakes_at_once_in_order() -> None:
+    text = replaced("epochs: 2", "epochs: three").replace("0.5", "0").replace("stem", "stam")
+    lines = problems(text + "seed: -1\nseed: 2\n")
+    assert [line.split(":")[1] for line in lines] == ["16", "5", "9", "12", "15"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "the recipe is empty"),
+        ("# only a comment\n", "the recipe is empty"),
+        ("- a", "a recipe is a mapping"),
+        ("seed: 1", "recipe.yaml:1: model: is missing"),
+        ("seed: 1", "recipe.yaml:1: data: is missing"),
+    ],
+)
+def test_hardly_a_recipe(text: str, message: str) -> None:
+    assert any(message in line for line in problems(text))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "model: {name: densenet40}\ndata: {name: digits}\nprune: {pruning_ratio: 0.5}",
+            "train is missing",
+        ),
+        ("model: {checkpoint: a}\ndata: {name: digits}", "there is nothing to do"),
+        ("model: {checkpoint: a, name: densenet40}\ndata: {name: digits}", "give either name"),
+        ("model: {}\ndata: {name: digits}", "give either name"),
+        ("model: {checkpoint: a, stem: cifar}\ndata: {name: digits}", "its own shape; remove stem"),
+        (
+            "model: {name: densenet40, bn_size: 4}\ndata: {name: digits}",
+            "densenet40 takes no bn_size",
+        ),
+        (GOOD.replace("0.5", "0.5\n  rounds: 2").split("finetune")[0], "add finetune"),
+        (GOOD.replace("prune:\n  pruning_ratio: 0.5\n", ""), "finetune without prune"),
+    ],
+)
+def test_parts_that_do_not_fit_together(text: str, message: str) -> None:
+    assert message in "\n".join(problems(text))
+
+
+def test_overrides() -> None:
+    recipe = parse_recipe(GOOD, overrides=["train.epochs=7", "export.onnx=false", "finetune=null"])
+    assert recipe.train is not None and recipe.train.epochs == 7
+    assert not recipe.export.onnx
+    assert recipe.finetune is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.epochs=three", "--set train.epochs=three: train.epochs: 'three' is not an integer"),
+        ("train.epoch=3", "--set train.epoch=3: train.epoch: unknown key (did you mean 'epochs'?)"),
+        ("train.epochs", "--set train.epochs: write it as key.key=value"),
+        ("=3", "--set =3: write it as key.key=value"),
+        ("seed.x=1", "--set seed.x=1: seed: "),
+        ("data.name.x=1", "--set data.name.x=1: data.name is 'digits', not a mapping"),
+        ("train.epochs=[", "--set train.epochs=[: not valid YAML"),
+        ("model.block_config=[2, x]", "model.block_config.1: 'x' is not an integer"),
+    ],
+)
+def test_wrong_override_is_named(override: str, message: str) -> None:
+    (found,) = problems(GOOD, override)
+    assert message in found
+    assert found.startswith("--set ")
+
+
+def test_file_that_is_not_there_or_no_text(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="there is no such recipe"):
+        load_recipe(tmp_path / "none.yaml")
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RecipeError, match="cannot be read as text"):
+        load_recipe(tmp_path / "binary.yaml")
+
+
+def test_name_of_the_file_makes_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(GOOD)
+    assert load_recipe(tmp_path / "mine.yaml").output_dir == "runs/mine"
+
+
+def test_schema_covers_every_key_and_choice() -> None:
+    schema = json_schema()
+    assert set(schema["properties"]) == set(Recipe.model_fields)
+    assert schema["additionalProperties"] is False
+    text = json.dumps(schema)
+    for word in ("densenet_bc100", "bn_scale", "digits", "middle_and_last", "learning_rate"):
+        assert f'"{word}"' in text

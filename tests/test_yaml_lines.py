@@ -1,0 +1,103 @@
+"""YAML with lines: against PyYAML's rules where they are right, and YAML 1.2 where they are not."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prune_dn.yaml_lines import dump, parse
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("1E5", 1e5),
+        ("1.5e-3", 1.5e-3),
+        (".5", 0.5),
+        ("-.inf", -math.inf),
+        ("12", 12),
+        ("010", 10),
+        ("0x10", 16),
+        ("no", "no"),
+        ("on", "on"),
+        ("y", "y"),
+        ("true", True),
+        ("False", False),
+        ("~", None),
+        ("", None),
+        ("1:30", "1:30"),
+        ("1_000", "1_000"),
+        ("2026-01-01", "2026-01-01"),
+        ("'5'", "5"),
+        ("!!str 5", "5"),
+    ],
+)
+def test_scalars_follow_yaml_1_2(text: str, value: object) -> None:
+    found = parse(f"a: {text}").value["a"]
+    assert found == value and type(found) is type(value)
+
+
+def test_nan() -> None:
+    assert math.isnan(parse("a: .nan").value["a"])
+
+
+def test_lines_of_keys_and_items() -> None:
+    document = parse("a:\n  b: 1\n  c:\n    - 5\n    - {d: 6}\n")
+    assert document.value == {"a": {"b": 1, "c": [5, {"d": 6}]}}
+    assert document.lines[("a",)] == 1
+    assert document.lines[("a", "b")] == 2
+    assert document.lines[("a", "c")] == 3
+    assert document.lines[("a", "c", 1, "d")] == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        ("a: 1\nb: 2\na: 3", 3, "duplicate key 'a'; it was given before on line 1"),
+        ("x:\n  a: 1\n  a: 2", 3, "duplicate key 'a'; it was given before on line 2"),
+        ("a: &x [*x]", 1, "an alias that contains itself"),
+        ("1: x", 1, "the key '1' is not a string"),
+        ("? [a]\n: b", 1, "the key 'a list or mapping' is not a string"),
+        ("a: !!python/object:os.system x", 1, "the tag 'tag:yaml.org,2002:python/object"),
+        ("a: !!int foo", 1, "'foo' is not a int"),
+        ("a:\n\tb: 1", 2, "a tab cannot indent"),
+        ("a: [1", 1, "not valid YAML"),
+        ("a: 1\n---\nb: 2", 2, "not valid YAML"),
+        ("a: \x00", 1, "not valid YAML"),
+    ],
+)
+def test_problems_have_lines(text: str, line: int, message: str) -> None:
+    ((found, said),) = parse(text).problems
+    assert found == line
+    assert message in said
+
+
+def test_all_duplicates_are_named() -> None:
+    assert len(parse("a: 1\na: 2\nb: 1\nb: 2\nb: 3").problems) == 3
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), max_size=8)
+    | st.sampled_from(["no", "1e-4", "0x1f", "~", "1:30", "=", "<<", ".nan", "- a", "#"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["a", "no", "1e3", "b.*", "null"]), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@given(VALUES)
+def test_dump_then_parse_is_the_same(value: object) -> None:
+    document = parse(dump({"x": value}))
+    assert document.problems == []
+    assert document.value == {"x": value}
+    assert type(document.value["x"]) is type(value)
