@@ -49,6 +49,7 @@ def run(
         table = report.stage_table(result.metrics)
         _show(result.metrics, as_json, table=table)
         _say(as_json, f"report: {result.output_dir / 'report.md'}")
+    _part()
 
 
 @example("train recipes/densenet40_cifar10.yaml --output-dir runs/dense")
@@ -67,6 +68,7 @@ def train(
     if _is_main():
         _show(result.metrics, as_json, table=report.stage_table(result.metrics))
         _say(as_json, f"checkpoint: {result.output_dir / 'dense.safetensors'}")
+    _part()
 
 
 @example("validate recipes/quickstart.yaml")
@@ -129,9 +131,18 @@ def _fail(message: str, code: int, arguments: Sequence[str]) -> int:
 
 
 def _is_main() -> bool:
-    from accelerate import PartialState
+    from prune_dn.run_folder import process_state
 
-    return bool(PartialState().is_main_process)
+    return bool(process_state().is_main_process)
+
+
+def _part() -> None:
+    """Let all processes end together: one that left early would look like a crash to torchrun."""
+    from prune_dn.run_folder import process_state
+
+    state = process_state()
+    state.wait_for_everyone()
+    state.destroy_process_group()
 
 
 def _say(as_json: bool, text: str) -> None:

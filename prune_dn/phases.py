@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 
 from prune_dn.checkpoint import load, save, save_state_dict
 from prune_dn.data import Datasets, load_datasets, make_loader
@@ -27,7 +26,7 @@ from prune_dn.profiling import count
 from prune_dn.pruning import Plan, apply_plan, make_plan, recalibrate_batch_norm_
 from prune_dn.recipe import DataSection, ModelSection, PruneSection, Recipe
 from prune_dn.report import write_report
-from prune_dn.run_folder import RunFolder
+from prune_dn.run_folder import RunFolder, process_state
 from prune_dn.training import evaluate, fit
 
 PACKAGES = ("prune_dn", "torch", "torchvision", "accelerate", "numpy", "onnxruntime")
@@ -197,7 +196,7 @@ class Phases:
         torch.manual_seed(self.recipe.seed)
         start = time.perf_counter()
         yield
-        PartialState().wait_for_everyone()
+        process_state().wait_for_everyone()
         self.folder.record(name, time.perf_counter() - start)
 
     def _path(self, name: str) -> Path:
@@ -274,7 +273,7 @@ def environment(seed: int) -> dict[str, Any]:
     """Versions, machine, seed and command line, for the record."""
     versions = {"python": platform.python_version()}
     versions.update({name: metadata.version(name) for name in PACKAGES})
-    state = PartialState()
+    state = process_state()
     return {
         "versions": versions,
         "machine": f"{machine(state.device)}, {platform.system()}",

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
@@ -42,6 +43,12 @@ ARTEFACTS = (
 )
 
 
+def process_state() -> PartialState:
+    """Accelerate's view of this process; under torchrun without a GPU too (gloo on the CPU)."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return PartialState(cpu=True) if several and not torch.cuda.is_available() else PartialState()
+
+
 class RunFolder:
     """State of one run: its path and `metrics`, which are saved after each phase.
 
@@ -51,7 +58,7 @@ class RunFolder:
 
     def __init__(self, recipe: Recipe, *, overwrite: bool = False) -> None:
         self.path = Path(recipe.output_dir)
-        self.is_main = PartialState().is_main_process
+        self.is_main = process_state().is_main_process
         self.metrics: dict[str, Any] = {"format": "prune_dn.metrics/1", "phases": {}}
         self._visited: list[str] = []
         self._lock = contextlib.ExitStack()

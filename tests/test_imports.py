@@ -30,6 +30,7 @@ FLOORS = [
     {"cli_options"},
     {"cli_checkpoints"},
     {"cli"},
+    {"__main__"},
 ]
 FLOOR = {name: number for number, floor in enumerate(FLOORS) for name in floor}
 

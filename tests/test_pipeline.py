@@ -6,6 +6,8 @@ import json
 import math
 import multiprocessing
 import platform
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -312,6 +314,20 @@ def check_whole(folder: Path) -> None:
             Image.open(file).load()
         elif file.suffix == ".md":
             assert "Where and with what" in file.read_text()
+
+
+def test_two_processes_leave_one_run(tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "-m", "prune_dn", "run", "tiny.yaml", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / "tiny"
+    assert json.loads(done.stdout) == json.loads((folder / "metrics.json").read_text())
+    assert json.loads((folder / "environment.json").read_text())["processes"] == 2
+    plan = Plan.load(folder / "plan.json")
+    assert load(folder / "pruned.safetensors").config == plan.config_after
+    check_whole(folder)
 
 
 def test_time_is_recorded(finished: pipeline.RunResult) -> None:

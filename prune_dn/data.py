@@ -1,0 +1,242 @@
+"""Data sets by name, split for honest choices, and loaders that keep a small CPU busy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from prune_dn.augment import AUGMENTATIONS
+from prune_dn.errors import DataError
+from prune_dn.images import Images
+from prune_dn.sources import DATASETS, Numbers, by_turns
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """What a net must know about its data. `mean` and `std` are those of pixels in [0, 1]."""
+
+    name: str
+    classes: tuple[str, ...]
+    image_size: int
+    in_channels: int
+    mean: Numbers
+    std: Numbers
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and numbers, for JSON."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> DataSpec:
+        """What `to_dict` gave."""
+        fields: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in data.items()
+        }
+        return DataSpec(**fields)
+
+
+class ImageSet(Dataset[tuple[Tensor, Tensor]]):
+    """Images that come as normalised float32, whole batches at a time.
+
+    What augmentation does to an image depends on the seed, the epoch (`set_epoch`) and the image
+    alone: not on batches, workers, or what ran before.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        indices: Tensor,
+        spec: DataSpec,
+        *,
+        augment: str = "none",
+        seed: int = 0,
+    ) -> None:
+        self.images = images
+        self.indices = indices
+        self.spec = spec
+        self.augment = augment
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the random numbers of an epoch."""
+        self.epoch = epoch
+        if self.augment != "none":
+            generator = torch.Generator().manual_seed(_mix(self.seed, epoch, 1))
+            self._chance = torch.rand(len(self), 4, generator=generator)
+
+    @property
+    def labels(self) -> Tensor:
+        """(N,) int64."""
+        return self.images.labels[self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        images, labels = self.__getitems__([index])
+        return images[0], labels[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """A batch: images (n, C, H, W) float32 normalised, labels (n,) int64."""
+        picked = self.indices[torch.as_tensor(indices)]
+        pixels = self.images.take(picked.tolist())
+        if self.augment != "none":
+            pixels = AUGMENTATIONS[self.augment](pixels, self._chance[torch.as_tensor(indices)])
+        mean = torch.tensor(self.spec.mean).view(-1, 1, 1)
+        std = torch.tensor(self.spec.std).view(-1, 1, 1)
+        images = pixels.float().div_(255).sub_(mean).div_(std).contiguous()
+        return images, self.images.labels[picked]
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """Training images, validation images held out from them (for every choice), test images."""
+
+    spec: DataSpec
+    train: ImageSet
+    val: ImageSet
+    test: ImageSet
+
+
+def load_datasets(
+    name: str,
+    *,
+    root: str | Path = "data",
+    image_size: int | None = None,
+    val_fraction: float = 0.1,
+    seed: int = 0,
+    augment: str | bool | None = None,
+    download: bool = False,
+    limit: int | None = None,
+    memory_budget_mb: int = 4096,
+    mean: Numbers | None = None,
+    std: Numbers | None = None,
+) -> Datasets:
+    """A data set by name: `digits`, `fashion_mnist`, `cifar10`, `cifar100` or `image_folder`.
+
+    `val_fraction` of each class's training images are held out; `limit` takes that many training
+    images in all, evenly from the classes. `augment` is a name from AUGMENTATIONS, False for none,
+    or None for what is usual for the set. `image_folder` reads `root`/train/CLASS/ and
+    `root`/test/CLASS/ (or val/); decoded images stay in memory if they fit `memory_budget_mb`.
+    Its mean and std come from its training images unless given.
+
+    Raises DataError for what is missing, unreadable or impossible.
+
+    >>> data = load_datasets("digits")
+    >>> len(data.train), len(data.val), len(data.test)
+    (1294, 143, 360)
+    """
+    if name not in DATASETS:
+        raise DataError(f"data set {name!r} is unknown; choose from {', '.join(sorted(DATASETS))}")
+    if not 0 < val_fraction < 1:
+        raise DataError(f"val_fraction is {val_fraction!r}; it must lie in (0, 1)")
+    source = DATASETS[name](Path(root), image_size, download, memory_budget_mb)
+    chosen = source.augment if augment is None or augment is True else augment or "none"
+    if chosen not in AUGMENTATIONS:
+        raise DataError(
+            f"augment {chosen!r} is unknown; choose from {', '.join(sorted(AUGMENTATIONS))}"
+        )
+    generator = torch.Generator().manual_seed(_mix(seed, 0, 0))
+    mixed = by_turns(source.train.labels, generator)
+    if limit is not None:
+        mixed = mixed[:limit]
+    train, val = _split(source.train.labels, mixed, val_fraction)
+    if mean is None or std is None:
+        mean, std = source.mean, source.std
+    if mean is None or std is None:
+        mean, std = _statistics(source.train, train)
+    for label, numbers in (("mean", mean), ("std", std)):
+        if len(numbers) != source.in_channels or (label == "std" and min(numbers) <= 0):
+            raise DataError(
+                f"{label} is {list(numbers)}; give {source.in_channels} numbers, one per channel"
+                + (", above 0" if label == "std" else "")
+            )
+    spec = DataSpec(
+        name, source.classes, source.image_size, source.in_channels, tuple(mean), tuple(std)
+    )
+    everything = torch.arange(len(source.test.labels))
+    return Datasets(
+        spec,
+        ImageSet(source.train, train, spec, augment=chosen, seed=seed),
+        ImageSet(source.train, val, spec),
+        ImageSet(source.test, everything, spec),
+    )
+
+
+def make_loader(
+    dataset: ImageSet,
+    batch_size: int,
+    *,
+    shuffle: bool = False,
+    seed: int = 0,
+    num_workers: int = 0,
+    drop_last: bool = False,
+) -> DataLoader[tuple[Tensor, Tensor]]:
+    """Batches of (images, labels). The order depends on `seed` and the dataset's epoch alone."""
+    return DataLoader(
+        dataset,
+        batch_size,
+        sampler=_Order(dataset, shuffle, seed),
+        num_workers=num_workers,
+        drop_last=drop_last,
+        collate_fn=_as_it_is,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+class _Order(Sampler[int]):
+    def __init__(self, dataset: ImageSet, shuffle: bool, seed: int) -> None:
+        self.dataset, self.shuffle, self.seed = dataset, shuffle, seed
+
+    def __iter__(self) -> Iterator[int]:
+        count = len(self.dataset)
+        if not self.shuffle:
+            return iter(range(count))
+        generator = torch.Generator().manual_seed(_mix(self.seed, self.dataset.epoch, 2))
+        return iter(torch.randperm(count, generator=generator).tolist())
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _mix(seed: int, epoch: int, use: int) -> int:
+    return (seed * 1_000_003 + epoch) * 7 + use
+
+
+def _split(labels: Tensor, order: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
+    """Hold out `fraction` of each class. (train, val) positions, sorted."""
+    held = []
+    for label in labels[order].unique():
+        mine = order[labels[order] == label]
+        held.append(mine[: max(round(fraction * len(mine)), 1)] if len(mine) > 1 else mine[:0])
+    val = torch.cat(held).sort().values if held else order[:0]
+    train = order[~torch.isin(order, val)].sort().values
+    if not len(val) or not len(train):
+        raise DataError(
+            f"{len(order)} training images cannot be split into training and validation; "
+            "each needs at least one image: give more images, or a larger limit"
+        )
+    return train, val
+
+
+def _statistics(images: Images, indices: Tensor) -> tuple[Numbers, Numbers]:
+    """Mean and std per channel over at most 2,000 images."""
+    some = indices[:: max(len(indices) // 2000, 1)][:2000]
+    pixels = images.take(some.tolist()).double() / 255
+    mean, std = pixels.mean(dim=(0, 2, 3)), pixels.std(dim=(0, 2, 3)).clamp(min=1e-3)
+    return tuple(round(v, 4) for v in mean.tolist()), tuple(round(v, 4) for v in std.tolist())
