@@ -130,7 +130,6 @@ def evaluate(
         int, typer.Option(min=0, help="First refresh norm statistics on so many training batches.")
     ] = 0,
     batch_size: Annotated[int, typer.Option(min=1)] = 256,
-    limit: options.Limit = None,
     seed: options.Seed = 0,
     as_json: options.AsJson = False,
 ) -> None:
@@ -139,7 +138,7 @@ def evaluate(
 
     figures = jobs.evaluate_checkpoint(
         checkpoint,
-        jobs.DataOptions(data, data_root, image_size, mean, std, normalize, limit, seed),
+        jobs.DataOptions(data, data_root, image_size, mean, std, normalize, seed=seed),
         split=split,
         recalibrate=recalibrate,
         batch_size=batch_size,

@@ -34,7 +34,7 @@ DataName = Annotated[
     str | None, typer.Option("--data", help="Data set; default: the checkpoint's.")
 ]
 DataRoot = Annotated[str, typer.Option(help="The folder that holds the data.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Use only so many images of each split.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Use only so many training images.")]
 ImageSize = Annotated[int | None, typer.Option(min=1, help="Pixels; default: the checkpoint's.")]
 Mean = Annotated[str | None, typer.Option(help="Pixel means, such as 0.4914,0.4822,0.4465.")]
 Std = Annotated[str | None, typer.Option(help="Pixel standard deviations.")]

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from prune_dn.checkpoint import load, read_info, save, save_state_dict
-from prune_dn.data import DATASETS, Datasets, load_datasets, make_loader
+from prune_dn.data import Datasets, load_datasets, make_loader
 from prune_dn.errors import DataError, ExportError, RecipeError
 from prune_dn.export import export_onnx, export_torch
 from prune_dn.latency import measure_latency
@@ -21,8 +21,16 @@ from prune_dn.phases import check_fit, load_data
 from prune_dn.profiling import count, count_per_layer, default_image_size
 from prune_dn.pruning import Plan, apply_plan, make_plan, recalibrate_batch_norm_
 from prune_dn.recipe import Recipe
+from prune_dn.run_folder import process_state
+from prune_dn.sources import CIFAR_NORMALISATION, DATASETS
 from prune_dn.training import FitConfig, fit
 from prune_dn.training import evaluate as score
+
+NORMALISATIONS = {
+    "cifar10": CIFAR_NORMALISATION,
+    "cifar100": CIFAR_NORMALISATION,
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
 
 Table = tuple[list[str], list[list[str]]]
 
@@ -70,7 +78,12 @@ class DataOptions:
         if self.mean is not None and self.std is not None:
             return _numbers("--mean", self.mean), _numbers("--std", self.std)
         if self.normalize is not None:
-            return normalisation_of(self.normalize)
+            if self.normalize not in NORMALISATIONS:
+                raise DataError(
+                    f"--normalize {self.normalize!r} is unknown; choose "
+                    f"{', '.join(NORMALISATIONS)}, or give --mean and --std"
+                )
+            return NORMALISATIONS[self.normalize]
         return known.get("mean"), known.get("std")
 
 
@@ -124,7 +137,7 @@ def finetune_checkpoint(
 ) -> dict[str, Any]:
     """Train a checkpoint further, by a recipe's `finetune` part or by options."""
     _output(output, ".safetensors")
-    model, info = load(checkpoint), read_info(checkpoint)
+    model, info = _on_device(checkpoint), read_info(checkpoint)
     base: dict[str, Any] = {}
     if recipe is not None:
         section = recipe.finetune or recipe.train
@@ -156,7 +169,8 @@ def finetune_checkpoint(
     )
     after = score(model, sets.test)
     history = {**(info.get("history") or {}), "finetune": result.history}
-    save(model, output, info={**info, "data": sets.spec.to_dict(), "history": history})
+    if process_state().is_main_process:
+        save(model, output, info={**info, "data": sets.spec.to_dict(), "history": history})
     return {
         "output": str(output),
         "test_accuracy_before": before.accuracy,
@@ -173,7 +187,7 @@ def evaluate_checkpoint(
     """Accuracy and loss on the test (or validation) images."""
     if split not in ("test", "val"):
         raise DataError(f"--split {split!r} is unknown; choose test or val")
-    model, info = load(checkpoint), read_info(checkpoint)
+    model, info = _on_device(checkpoint), read_info(checkpoint)
     sets = data.load(info, model, checkpoint)
     if recalibrate:
         _recalibrate(model, sets, recalibrate, data.seed)
@@ -263,6 +277,10 @@ def _image_size(model: DenseNet, info: Mapping[str, Any], given: int | None) -> 
     return given or known or default_image_size(model.config)
 
 
+def _on_device(checkpoint: Path) -> DenseNet:
+    return load(checkpoint).to(process_state().device)
+
+
 def _recalibrate(model: DenseNet, sets: Datasets, batches: int, seed: int) -> None:
     loader = make_loader(sets.train, 64, shuffle=True, seed=seed)
     recalibrate_batch_norm_(model, loader, max_batches=batches)
@@ -278,8 +296,3 @@ def _numbers(option: str, text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise DataError(f"{option} {text!r}: give numbers with commas, 0.49,0.48,0.45") from None
-
-
-def normalisation_of(name: str) -> tuple[Any, Any]:
-    """Mean and std of a known data set."""
-    raise NotImplementedError

@@ -29,6 +29,8 @@ from prune_dn.report import write_report
 from prune_dn.run_folder import RunFolder, process_state
 from prune_dn.training import evaluate, fit
 
+# No times: the same recipe gives the same checkpoint, to the byte.
+KEPT_HISTORY = ("epoch", "loss", "accuracy", "val_loss", "val_accuracy", "learning_rate")
 PACKAGES = ("prune_dn", "torch", "torchvision", "accelerate", "numpy", "onnxruntime")
 
 
@@ -44,7 +46,7 @@ def build_model(section: ModelSection, data: Datasets, *, seed: int) -> DenseNet
     """
     spec = data.spec
     if section.checkpoint is not None:
-        model = load(section.checkpoint)
+        model = load(section.checkpoint).to(process_state().device)
         check_fit(model, spec.num_classes, spec.in_channels, section.checkpoint, spec.name)
         model.memory_efficient = bool(section.memory_efficient)
         return model
@@ -52,7 +54,8 @@ def build_model(section: ModelSection, data: Datasets, *, seed: int) -> DenseNet
         shape = section.build(spec.num_classes)
     config = dataclasses.replace(shape.config, in_channels=spec.in_channels)
     torch.manual_seed(seed)
-    return DenseNet(config, memory_efficient=shape.memory_efficient)
+    net = DenseNet(config, memory_efficient=shape.memory_efficient)
+    return net.to(process_state().device)
 
 
 def check_fit(model: DenseNet, classes: int, channels: int, where: str, data: str) -> None:
@@ -100,6 +103,7 @@ class Phases:
         for key in ("stages", "history", "latency"):
             metrics.setdefault(key, {})
         metrics.setdefault("rounds", [])
+        metrics.setdefault("notices", [])
         self.environment = environment(self.recipe.seed)
         self.folder.write_json("environment.json", self.environment)
 
@@ -187,8 +191,10 @@ class Phases:
                     save_state_dict(model, self._path("pruned.pt"))
 
     def report(self, plans: list[dict[str, Any]]) -> None:
-        """report.md with its plots."""
+        """report.md with its plots; what `fit` keeps for going on is no longer needed."""
         if self.folder.is_main:
+            for file in self.folder.path.glob("*.state.pt"):
+                file.unlink()
             write_report(self.folder.path, self.folder.metrics, self.environment, plans)
 
     @contextmanager
@@ -203,7 +209,7 @@ class Phases:
         return self.folder.path / name
 
     def _load(self, name: str) -> DenseNet:
-        model = load(self._path(name))
+        model = load(self._path(name)).to(process_state().device)
         model.memory_efficient = bool(self.recipe.model.memory_efficient)
         return model
 
@@ -221,7 +227,10 @@ class Phases:
             progress=self.progress,
             **teacher,
         )
-        self.folder.metrics["history"][name] = result.history
+        metrics = self.folder.metrics
+        metrics["history"][name] = result.history
+        others = [notice for notice in metrics["notices"] if notice["name"] != name]
+        metrics["notices"] = others + [{"name": name, "text": text} for text in result.notices]
 
     def _plan(self, model: DenseNet, dense: DenseNet, number: int) -> Plan:
         """Decided by the main process, so that all cut the same."""
@@ -233,11 +242,16 @@ class Phases:
 
     def _recalibrate(self, model: DenseNet, batches: int) -> None:
         size = 64 if self.recipe.finetune is None else self.recipe.finetune.batch_size
+        self.data.train.set_epoch(0)  # the same images whatever was trained before
         loader = make_loader(self.data.train, size, shuffle=True, seed=self.recipe.seed)
         recalibrate_batch_norm_(model, loader, max_batches=batches)
 
     def _save(self, model: DenseNet, file: str) -> None:
-        info = {"data": self.data.spec.to_dict(), "history": self.folder.metrics["history"]}
+        history = {
+            name: [{key: row[key] for key in KEPT_HISTORY} for row in rows]
+            for name, rows in self.folder.metrics["history"].items()
+        }
+        info = {"data": self.data.spec.to_dict(), "history": history}
         if self.folder.is_main:
             save(model, self._path(file), info=info)
 

@@ -159,7 +159,7 @@ def block_pixels(config: DenseNetConfig, image_size: ImageSize | None) -> list[i
 
 def _sides(config: DenseNetConfig, image_size: ImageSize | None) -> tuple[int, int]:
     size = default_image_size(config) if image_size is None else image_size
-    sides = (size, size) if isinstance(size, int) else tuple(size)
+    sides = tuple(size) if isinstance(size, tuple | list) else (size, size)
     if len(sides) != 2 or any(not isinstance(s, int) or s < 1 for s in sides):
         raise ConfigError(f"image_size is {image_size!r}; give pixels, or (height, width)")
     return sides

@@ -18,10 +18,11 @@ from pydantic import (
     model_validator,
 )
 
-from prune_dn.data import DATASETS
+from prune_dn.augment import AUGMENTATIONS
 from prune_dn.errors import ConfigError
 from prune_dn.models import BUILDERS, DenseNet
 from prune_dn.pruning import CRITERIA
+from prune_dn.sources import DATASETS
 from prune_dn.training import FitConfig
 from prune_dn.yaml_lines import dump
 
@@ -63,6 +64,12 @@ def _check_mfm(value: Any) -> Any:
     )
 
 
+def _check_augment(value: Any) -> Any:
+    if value is None or isinstance(value, bool) or value in list(AUGMENTATIONS):
+        return value
+    raise ValueError(f"is no augmentation; choose {', '.join(sorted(AUGMENTATIONS))}")
+
+
 Ratio = Annotated[float, BeforeValidator(_check_ratio)]
 Mfm = Annotated[
     Any,
@@ -76,6 +83,11 @@ Mfm = Annotated[
             ]
         }
     ),
+]
+Augment = Annotated[
+    Any,
+    BeforeValidator(_check_augment),
+    WithJsonSchema({"enum": [None, True, False, *sorted(AUGMENTATIONS)]}),
 ]
 
 
@@ -138,7 +150,7 @@ class DataSection(Section):
     root: str = "data"
     image_size: Count | None = None
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    augment: str | bool | None = None
+    augment: Augment = None
     download: bool = False
     limit: Count | None = None
     memory_budget_mb: Count = 4096

@@ -43,6 +43,7 @@ def render(metrics: Metrics, environment: Metrics, plans: Sequence[Metrics]) -> 
     for plan in plans:
         parts += _plan_parts(plan, len(plans))
     parts += ["## Training", "![training curves](training.png)"]
+    parts += [f"Notice ({x['name']}): {x['text']}" for x in metrics.get("notices", [])]
     parts += ["## Where and with what", _environment(metrics, environment)]
     return "\n\n".join(parts) + "\n"
 
@@ -191,7 +192,7 @@ def plot_training(history: Mapping[str, Sequence[Metrics]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.2), layout="constrained")
-    names = (("train_loss", "training loss"), ("val_accuracy", "validation accuracy"))
+    names = (("loss", "training loss"), ("val_accuracy", "validation accuracy"))
     for axes, (key, label) in zip(figure.subplots(1, 2), names, strict=True):
         for name, rows in history.items():
             points = [(i, r[key]) for i, r in enumerate(rows, start=1) if r.get(key) is not None]

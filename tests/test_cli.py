@@ -98,7 +98,7 @@ def test_run_then_show_what_it_left(run: Run, recipe: Path) -> None:
     facts = document(run("show", "runs/tiny/plan.json", "--json"))
     assert facts["achieved"]["after"]["macs"] == metrics["stages"]["pruned"]["macs"]
     assert document(run("show", "runs/tiny/pruned.safetensors", "--json"))["info"]["data"]
-    scored = document(run("evaluate", "runs/tiny/pruned.safetensors", "--limit", 64, "--json"))
+    scored = document(run("evaluate", "runs/tiny/pruned.safetensors", "--json"))
     assert scored["accuracy"] == metrics["stages"]["fine-tuned"]["test_accuracy"]
     bad(run("run", recipe, "--set", "seed=5"), r"holds a run of another recipe .*: seed\)")
     bad(run("train", recipe, "--set", "seed=5"), "--overwrite")
@@ -279,9 +279,9 @@ def test_evaluate_with_the_wrong_number_of_classes(run: Run, tmp_path: Path) -> 
 def test_finetune(run: Run, net: Path, recipe: Path) -> None:
     options = ["--epochs", 1, "--learning-rate", 0.05, "--batch-size", 16, "--limit", 64]
     found = document(run("finetune", net, *options, "-o", "tuned.safetensors", "--json"))
-    again = document(run("evaluate", "tuned.safetensors", "--limit", 64, "--json"))
+    again = document(run("evaluate", "tuned.safetensors", "--json"))
     assert found["test_accuracy"] == again["accuracy"]
-    before = document(run("evaluate", net, "--limit", 64, "--json"))
+    before = document(run("evaluate", net, "--json"))
     assert found["test_accuracy_before"] == before["accuracy"]
     document(run("finetune", net, *options, "--teacher", net, "-o", "t.safetensors", "--json"))
     document(run("finetune", net, "--recipe", recipe, "-o", "r.safetensors", "--json"))

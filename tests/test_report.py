@@ -46,7 +46,7 @@ def metrics() -> dict[str, Any]:
             "pruned": [latency(1, 2.0), latency(32, 40.0)],
         },
         "rounds": [{"unit": "macs", "requested": 0.5, "achieved": 0.5}],
-        "history": {"train": [{"train_loss": 1.0, "val_accuracy": 0.5}]},
+        "history": {"train": [{"loss": 1.0, "val_accuracy": 0.5}]},
         "phases": {"train": {"seconds": 61.0}, "finetune-1": {"seconds": 9.0}},
     }
 

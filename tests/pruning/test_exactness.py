@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from oracle import masked, randomise_
 
 from prune_dn.errors import PruningError
-from prune_dn.models import DenseNet, DenseNetConfig, LayerConfig, TransitionConfig
+from prune_dn.models import DenseNet, DenseNetConfig, LayerConfig, TransitionConfig, densenet
 from prune_dn.pruning import CRITERIA, Plan, apply_plan, make_plan
 from prune_dn.pruning.units import KINDS, Units
 
@@ -70,7 +71,8 @@ def plan_or_none(net: DenseNet, **request: object) -> Plan | None:
     try:
         return make_plan(net, image_size=images(net).shape[-1], **request)  # type: ignore[arg-type]
     except PruningError as error:
-        assert any(w in str(error) for w in ("cannot bring", "round_to", "has none of them"))
+        if not any(w in str(error) for w in ("cannot bring", "round_to", "has none of them")):
+            raise
         return None
 
 
@@ -132,8 +134,6 @@ def test_the_plan_describes_what_surgery_makes(config, request) -> None:
 def test_closing_is_idempotent_and_only_cuts(config, data) -> None:
     units = Units(config)
     drawn = data.draw(st.lists(st.booleans(), min_size=units.size, max_size=units.size))
-    import numpy as np
-
     keep = np.array(drawn, dtype=bool)
     closed = units.close(keep)
     assert (closed <= keep).all()
@@ -141,8 +141,6 @@ def test_closing_is_idempotent_and_only_cuts(config, data) -> None:
 
 
 def test_a_plan_for_another_net_is_refused() -> None:
-    from prune_dn.models import densenet
-
     one = densenet([2], 4, stem="cifar", num_classes=3)
     other = densenet([3], 4, stem="cifar", num_classes=3)
     with pytest.raises(PruningError, match="made for a DenseNet of another shape"):

@@ -1,0 +1,101 @@
+"""Parameters and MACs against torch's counter, thop and published numbers."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from oracle import randomise_
+from torch.utils.flop_counter import FlopCounterMode
+
+from prune_dn.errors import ConfigError
+from prune_dn.models import DenseNet, densenet, densenet40, densenet121, densenet_bc100
+from prune_dn.profiling import count, count_per_layer
+from prune_dn.pruning import prune
+
+NETS = {
+    "densenet40": (densenet40, {}, 32),
+    "bc100": (densenet_bc100, {}, 32),
+    "uneven images": (densenet, {"block_config": [2, 2], "growth_rate": 8}, (75, 50)),
+    "mfm": (
+        densenet,
+        {
+            "block_config": [2, 2],
+            "growth_rate": 6,
+            "stem": "cifar",
+            "mfm": {"denseblock1.*": "3/2", "transition1": "2/1", "denseblock2.denselayer2": "2/1"},
+        },
+        32,
+    ),
+}
+
+
+@pytest.fixture(params=sorted(NETS))
+def case(request) -> tuple[DenseNet, tuple[int, int]]:
+    build, arguments, size = NETS[request.param]
+    return build(**arguments).eval(), (size, size) if isinstance(size, int) else size
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_macs_agree_with_torch(case, cut) -> None:
+    net, size = case
+    if cut:
+        net = prune(randomise_(net, 0), 0.4, units=["stream", "edge"])
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(torch.zeros(1, 3, *size))
+    assert count(net, size).macs * 2 == counter.get_total_flops()
+    assert count(net, size).params == sum(p.numel() for p in net.parameters())
+
+
+def test_macs_agree_with_thop() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # thop imports distutils
+        from thop import profile
+    net = prune(randomise_(densenet40(), 0), 0.5)
+    fresh = copy.deepcopy(net)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        macs, params = profile(
+            fresh,
+            (torch.zeros(1, 3, 32, 32),),
+            verbose=False,
+            custom_ops={
+                torch.nn.BatchNorm2d: None,
+                torch.nn.AvgPool2d: None,
+            },
+        )
+    ours = count(net)
+    norms = sum(row.params for row in count_per_layer(net) if row.channels)
+    assert params in (ours.params, ours.params - norms)
+    assert macs == ours.macs
+
+
+def test_published_sizes() -> None:
+    assert count(densenet121()).params == 7_978_856
+    assert count(densenet121()).macs == pytest.approx(2.83e9, rel=0.005)  # torchvision's table
+    assert count(densenet40()).params == pytest.approx(1.06e6, rel=0.01)
+
+
+def test_counting_has_no_side_effects(case) -> None:
+    net, size = case
+    net.features.norm5.train()
+    keys, flags = list(net.state_dict()), [m.training for m in net.modules()]
+    assert count(net, size) == count(net, size) == count(net.config, size)
+    assert list(net.state_dict()) == keys
+    assert [m.training for m in net.modules()] == flags
+
+
+def test_rows_carry_state_dict_names() -> None:
+    net = densenet_bc100()
+    weights = {k.removesuffix(".weight") for k in net.state_dict() if k.endswith(".weight")}
+    assert {row.name for row in count_per_layer(net)} == weights
+
+
+@pytest.mark.parametrize("size", [0, -1, 3.5, (32,), "32"])
+def test_impossible_image_sizes(size) -> None:
+    with pytest.raises(ConfigError, match="image_size"):
+        count(densenet40(), size)
+    with pytest.raises(ConfigError, match="too small for 3 blocks"):
+        count(densenet40(), 3)
