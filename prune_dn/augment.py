@@ -30,7 +30,7 @@ def random_resized_crop(images: Tensor, chance: Tensor) -> Tensor:
     area = 0.25 + 0.75 * chance[:, 0]
     ratio = torch.exp((2 * chance[:, 1] - 1) * torch.log(torch.tensor(4 / 3)))
     wide, high = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
-    mirror = torch.where((chance[:, 2] * 2) % 1 < 0.5, -1.0, 1.0)
+    mirror = torch.where((chance[:, 2] * 1024) % 1 < 0.5, -1.0, 1.0)  # not tied to the place
     theta = torch.zeros(len(images), 2, 3)
     theta[:, 0, 0], theta[:, 1, 1] = wide * mirror, high
     theta[:, 0, 2] = (2 * chance[:, 2] - 1) * (1 - wide)

@@ -80,9 +80,9 @@ def finetune(
     output: options.Output,
     recipe: Annotated[Path | None, typer.Option(help="Use its data and finetune parts.")] = None,
     sets: options.Sets = None,
-    epochs: Annotated[int | None, typer.Option(min=1)] = None,
-    learning_rate: Annotated[float | None, typer.Option()] = None,
-    batch_size: Annotated[int | None, typer.Option(min=2)] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the images.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Default: 0.1.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=2, help="Default: 64.")] = None,
     teacher: Annotated[Path | None, typer.Option(help="A checkpoint to distil from.")] = None,
     data: options.DataName = None,
     data_root: options.DataRoot = "data",
@@ -129,7 +129,8 @@ def evaluate(
     recalibrate: Annotated[
         int, typer.Option(min=0, help="First refresh norm statistics on so many training batches.")
     ] = 0,
-    batch_size: Annotated[int, typer.Option(min=1)] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
+    precision: Annotated[str, typer.Option(help="no (float32) or bf16 autocast.")] = "no",
     seed: options.Seed = 0,
     as_json: options.AsJson = False,
 ) -> None:
@@ -142,6 +143,7 @@ def evaluate(
         split=split,
         recalibrate=recalibrate,
         batch_size=batch_size,
+        precision=precision,
     )
     _show(figures, as_json)
 

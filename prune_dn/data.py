@@ -141,6 +141,8 @@ def load_datasets(
         raise DataError(f"data set {name!r} is unknown; choose from {', '.join(sorted(DATASETS))}")
     if not 0 < val_fraction < 1:
         raise DataError(f"val_fraction is {val_fraction!r}; it must lie in (0, 1)")
+    if limit is not None and limit < 1:
+        raise DataError(f"limit is {limit}; give the number of training images, or None for all")
     source = DATASETS[name](Path(root), image_size, download, memory_budget_mb)
     chosen = source.augment if augment is None or augment is True else augment or "none"
     if chosen not in AUGMENTATIONS:
@@ -153,9 +155,9 @@ def load_datasets(
         mixed = mixed[:limit]
     train, val = _split(source.train.labels, mixed, val_fraction)
     if mean is None or std is None:
-        mean, std = source.mean, source.std
-    if mean is None or std is None:
-        mean, std = _statistics(source.train, train)
+        usual = source.normalisation or _statistics(source.train, train)
+        mean = usual[0] if mean is None else mean
+        std = usual[1] if std is None else std
     for label, numbers in (("mean", mean), ("std", std)):
         if len(numbers) != source.in_channels or (label == "std" and min(numbers) <= 0):
             raise DataError(
@@ -215,7 +217,7 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _mix(seed: int, epoch: int, use: int) -> int:
-    return (seed * 1_000_003 + epoch) * 7 + use
+    return ((seed * 1_000_003 + epoch) * 7 + use) % 2**63
 
 
 def _split(labels: Tensor, order: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
@@ -223,7 +225,7 @@ def _split(labels: Tensor, order: Tensor, fraction: float) -> tuple[Tensor, Tens
     held = []
     for label in labels[order].unique():
         mine = order[labels[order] == label]
-        held.append(mine[: max(round(fraction * len(mine)), 1)] if len(mine) > 1 else mine[:0])
+        held.append(mine[: min(max(round(fraction * len(mine)), 1), len(mine) - 1)])
     val = torch.cat(held).sort().values if held else order[:0]
     train = order[~torch.isin(order, val)].sort().values
     if not len(val) or not len(train):
@@ -237,6 +239,12 @@ def _split(labels: Tensor, order: Tensor, fraction: float) -> tuple[Tensor, Tens
 def _statistics(images: Images, indices: Tensor) -> tuple[Numbers, Numbers]:
     """Mean and std per channel over at most 2,000 images."""
     some = indices[:: max(len(indices) // 2000, 1)][:2000]
-    pixels = images.take(some.tolist()).double() / 255
-    mean, std = pixels.mean(dim=(0, 2, 3)), pixels.std(dim=(0, 2, 3)).clamp(min=1e-3)
+    count, total, squares = 0, torch.tensor(0.0), torch.tensor(0.0)
+    for part in some.split(64):
+        pixels = images.take(part.tolist()).double() / 255
+        count += pixels[:, 0].numel()
+        total = total + pixels.sum(dim=(0, 2, 3))
+        squares = squares + (pixels**2).sum(dim=(0, 2, 3))
+    mean = total / count
+    std = (squares / count - mean**2).clamp(min=0).sqrt().clamp(min=1e-3)
     return tuple(round(v, 4) for v in mean.tolist()), tuple(round(v, 4) for v in std.tolist())

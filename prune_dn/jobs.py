@@ -182,16 +182,24 @@ def finetune_checkpoint(
 
 
 def evaluate_checkpoint(
-    checkpoint: Path, data: DataOptions, *, split: str, recalibrate: int, batch_size: int
+    checkpoint: Path,
+    data: DataOptions,
+    *,
+    split: str,
+    recalibrate: int,
+    batch_size: int,
+    precision: str,
 ) -> dict[str, Any]:
     """Accuracy and loss on the test (or validation) images."""
     if split not in ("test", "val"):
         raise DataError(f"--split {split!r} is unknown; choose test or val")
+    if precision not in ("no", "bf16"):
+        raise DataError(f"--precision {precision!r} is unknown; choose no or bf16")
     model, info = _on_device(checkpoint), read_info(checkpoint)
     sets = data.load(info, model, checkpoint)
     if recalibrate:
         _recalibrate(model, sets, recalibrate, data.seed)
-    result = score(model, getattr(sets, split), batch_size=batch_size)
+    result = score(model, getattr(sets, split), batch_size=batch_size, precision=precision)
     cost = count(model, sets.spec.image_size)
     return {
         "checkpoint": str(checkpoint),
@@ -201,6 +209,7 @@ def evaluate_checkpoint(
         "loss": result.loss,
         "n": result.n,
         "recalibrated_on_batches": recalibrate,
+        "precision": precision,
         "params": cost.params,
         "macs": cost.macs,
     }

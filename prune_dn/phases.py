@@ -29,7 +29,7 @@ from prune_dn.report import write_report
 from prune_dn.run_folder import RunFolder, process_state
 from prune_dn.training import evaluate, fit
 
-# No times: the same recipe gives the same checkpoint, to the byte.
+# No times: the same recipe gives the same checkpoint.
 KEPT_HISTORY = ("epoch", "loss", "accuracy", "val_loss", "val_accuracy", "learning_rate")
 PACKAGES = ("prune_dn", "torch", "torchvision", "accelerate", "numpy", "onnxruntime")
 

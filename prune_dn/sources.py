@@ -15,6 +15,11 @@ from prune_dn.images import FileImages, Images, MemoryImages, list_folder, look_
 
 Numbers = tuple[float, ...]
 CIFAR_NORMALISATION = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+NORMALISATION: dict[str, tuple[Numbers, Numbers]] = {
+    "FashionMNIST": ((0.2860,), (0.3530,)),
+    "CIFAR10": CIFAR_NORMALISATION,
+    "CIFAR100": CIFAR_NORMALISATION,
+}
 
 
 @dataclass(frozen=True)
@@ -27,8 +32,7 @@ class Source:
     image_size: int
     in_channels: int
     augment: str
-    mean: Numbers | None = None
-    std: Numbers | None = None
+    normalisation: tuple[Numbers, Numbers] | None = None  # mean, std
 
 
 def by_turns(labels: Tensor, generator: torch.Generator) -> Tensor:
@@ -57,8 +61,7 @@ def _digits(root: Path, image_size: int | None, download: bool, budget: int) -> 
         image_size or 32,
         1,
         "shift",
-        (0.3058,),
-        (0.3236,),
+        ((0.3058,), (0.3236,)),
     )
 
 
@@ -68,7 +71,7 @@ def _torchvision(name: str) -> Callable[[Path, int | None, bool, int], Source]:
 
         folder = root / name.lower()
         if (folder / "train").is_dir():
-            return _folder(folder, image_size, download, budget, CIFAR_NORMALISATION)
+            return _folder(folder, image_size, download, budget, NORMALISATION[name])
         splits = []
         try:
             for train in (True, False):
@@ -78,14 +81,14 @@ def _torchvision(name: str) -> Callable[[Path, int | None, bool, int], Source]:
                 data, labels = torch.as_tensor(found.data), torch.as_tensor(found.targets).long()
                 pixels = data[:, None] if data.ndim == 3 else data.permute(0, 3, 1, 2)
                 splits.append(MemoryImages(resize(pixels.contiguous(), image_size or 32), labels))
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, ValueError, AssertionError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise DataError(
-                f"no {name} under {root} ({str(error).splitlines()[0]}); put it there, as "
+                f"no {name} under {root} ({reason}); put it there, as "
                 f"torchvision keeps it or as images in {folder}/train/CLASS/ and "
                 f"{folder}/test/CLASS/, or say `download: true`"
             ) from error
         grey = name == "FashionMNIST"
-        mean, std = ((0.2860,), (0.3530,)) if grey else CIFAR_NORMALISATION
         return Source(
             tuple(found.classes),
             splits[0],
@@ -93,8 +96,7 @@ def _torchvision(name: str) -> Callable[[Path, int | None, bool, int], Source]:
             image_size or 32,
             1 if grey else 3,
             "crop_flip",
-            mean,
-            std,
+            NORMALISATION[name],
         )
 
     return load
@@ -125,9 +127,10 @@ def _folder(
     for part in lists:
         files = FileImages(part.paths, torch.tensor(part.labels), size, channels)
         splits.append(files.in_memory() if fits else files)
-    mean, std = normalisation or (None, None)
+    if normalisation is not None and len(normalisation[0]) != channels:
+        normalisation = None
     augment = "crop_flip" if size <= 64 else "random_resized_crop"
-    return Source(lists[0].classes, splits[0], splits[1], size, channels, augment, mean, std)
+    return Source(lists[0].classes, splits[0], splits[1], size, channels, augment, normalisation)
 
 
 DATASETS: dict[str, Callable[[Path, int | None, bool, int], Source]] = {

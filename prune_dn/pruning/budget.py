@@ -176,7 +176,8 @@ def unit_costs(units: Units, unit: Unit, image_size: ImageSize | None) -> Scores
     return saved
 
 
-def _reading_costs(part: Part, widths: Widths, area: int, price: Callable[[int, int, int, int, int], int]
+def _reading_costs(
+    part: Part, widths: Widths, area: int, price: Callable[[int, int, int, int, int], int]
 ) -> tuple[int, int]:
     """What one edge, and one bottleneck channel, of a reader saves."""
     read, bottleneck, filters = widths

@@ -228,7 +228,9 @@ def _protected(table: Units, patterns: tuple[str, ...]) -> tuple[Mask, dict[str,
     matched: dict[str, str] = {}
     names = [name for part in table.parts() for name in _modules(part)]
     for pattern in patterns:
-        found = [name for name in names if any(fnmatch.fnmatchcase(n, pattern) for n in _ancestry(name))]
+        found = [
+            name for name in names if any(fnmatch.fnmatchcase(n, pattern) for n in _ancestry(name))
+        ]
         if not found:
             raise PruningError(
                 f"protect pattern {pattern!r} matches no module; names look like "
@@ -239,9 +241,7 @@ def _protected(table: Units, patterns: tuple[str, ...]) -> tuple[Mask, dict[str,
 
     def keep_back(group: Group, which: Mask, name: str) -> None:
         if not kept_back[group.units][which].all():
-            reasons.setdefault(group.name, []).append(
-                f"{name} is protected by {matched[name]!r}"
-            )
+            reasons.setdefault(group.name, []).append(f"{name} is protected by {matched[name]!r}")
         kept_back[group.start + np.flatnonzero(which)] = True
 
     for stream in table.streams:
@@ -274,7 +274,7 @@ def _sources(stream: Stream, reader: Part) -> Iterator[tuple[Group, Mask]]:
     read[reader.positions] = True
     for producer in stream.producers:
         assert producer.stream is not None
-        which = read[producer.made()].any(axis=0)
+        which: Mask = np.any(read[producer.made()], axis=0)
         if which.any():
             yield producer.stream, which
 
@@ -306,5 +306,3 @@ def _keep_indices(table: Units, keep: Mask) -> Iterator[tuple[str, tuple[int, ..
             siblings = 1 if group.kind == "edge" else group.siblings
             filters = (np.arange(siblings)[:, None] * group.size + kept).ravel()
             yield group.name, tuple(filters.tolist())
-
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 
 import torch
@@ -22,7 +23,8 @@ def recalibrate_batch_norm_(
     what every later norm sees, so this is due after surgery (arXiv:2007.02491, EagleEye). Returns
     the number of batches used.
 
-    Raises PruningError when there are no batch norms or no batches.
+    Raises PruningError when there are no batch norms or no batches; after any error the statistics
+    are what they were.
 
     >>> from prune_dn.models import densenet40
     >>> recalibrate_batch_norm_(densenet40(), [torch.randn(4, 3, 32, 32)])
@@ -33,8 +35,7 @@ def recalibrate_batch_norm_(
         raise PruningError("this model has no batch norm with running statistics to recalibrate")
     flags = {module: module.training for module in model.modules()}
     momenta = {norm: norm.momentum for norm in norms}
-    counts = {norm: norm.num_batches_tracked.clone() for norm in norms}
-    statistics = {norm: (norm.running_mean.clone(), norm.running_var.clone()) for norm in norms}
+    kept = {norm: copy.deepcopy(norm._buffers) for norm in norms}
     device = next(model.parameters()).device
     used = 0
     try:
@@ -50,15 +51,19 @@ def recalibrate_batch_norm_(
             assert isinstance(images, torch.Tensor)
             model(images.to(device, non_blocking=True))
             used += 1
+        if not used:
+            raise PruningError(
+                "recalibrate_batch_norm_ got no batches; the statistics are unchanged"
+            )
+        for norm in norms:
+            norm._buffers["num_batches_tracked"] = kept[norm]["num_batches_tracked"]
+    except BaseException:
+        for norm in norms:
+            norm._buffers.update(kept[norm])
+        raise
     finally:
         for norm in norms:
             norm.momentum = momenta[norm]
-            norm.num_batches_tracked.copy_(counts[norm])
-            if not used:
-                norm.running_mean.copy_(statistics[norm][0])
-                norm.running_var.copy_(statistics[norm][1])
         for module, flag in flags.items():
             module.training = flag
-    if not used:
-        raise PruningError("recalibrate_batch_norm_ got no batches; the statistics are unchanged")
     return used

@@ -86,7 +86,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> DenseNet:
             _fill_(new, old, plan, name)
         elif name.endswith("read") and new._buffers.get("input_indices") is not None:
             device = net.classifier.weight.device
-            new._buffers["input_indices"] = new._buffers["input_indices"].to(device)  # type: ignore[union-attr]
+            new._buffers["input_indices"] = new._buffers["input_indices"].to(device)
     return small
 
 

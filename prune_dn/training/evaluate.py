@@ -29,9 +29,9 @@ class EvalResult:
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    data: ImageSet | DataLoader,  # type: ignore[type-arg]
+    data: ImageSet | DataLoader,
     *,
-    batch_size: int = 256,
+    batch_size: int = 64,
     precision: str = "no",
 ) -> EvalResult:
     """Top-1 accuracy and cross-entropy of `model` in eval mode; training flags are restored.

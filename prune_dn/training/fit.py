@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -109,7 +110,7 @@ class _Run:
         _check_model(model)
         self.model, self.datasets, self.config, self.name = model, datasets, config, name
         self.accelerator = _accelerator(config)
-        torch.manual_seed(seed + self.accelerator.process_index)
+        self.seed = seed
         self.loader, per_step = self._loader(datasets.train, seed)
         self.steps_per_epoch = math.ceil(len(self.loader) / config.gradient_accumulation)
         self.steps = config.epochs * self.steps_per_epoch
@@ -118,6 +119,8 @@ class _Run:
         self.flags = {module: module.training for module in model.modules()}
         self.memory_efficient = getattr(model, "memory_efficient", None)
         self.optimizer: Any = build_optimizer(model, config)
+        if config.sparsity is not None and not norm_scales(model):
+            raise TrainingError("sparsity pulls on the scales of batch norms; none here can train")
         self.teacher = None
         if config.distillation is not None:
             if teacher is None:
@@ -127,7 +130,7 @@ class _Run:
         self.epoch = self.step = 0
         self.history: list[dict[str, Any]] = []
         self.fingerprint = {
-            **config.model_dump(mode="json"),
+            **config.model_dump(mode="json", exclude={"num_workers", "tensorboard"}),
             "seed": seed,
             "batch": per_step,
             "data": datasets.spec.to_dict(),
@@ -165,7 +168,8 @@ class _Run:
     def train_epoch(self, shown: Display) -> dict[str, Any]:
         """One pass over the training images, then a look at the validation images."""
         config, accelerator = self.config, self.accelerator
-        self.datasets.train.set_epoch(self.epoch)
+        self.loader.set_epoch(self.epoch)  # Accelerate hands it on to the images
+        torch.manual_seed(self._epoch_seed())
         self.wrapped.train()
         start = time.perf_counter()
         sums = torch.zeros(3, dtype=torch.float64)
@@ -190,6 +194,7 @@ class _Run:
                 if self.step >= self.steps:
                     break
         self.epoch += 1
+        self._share_buffers()
         sums = accelerator.reduce(sums.to(accelerator.device), "sum").cpu()
         seconds = time.perf_counter() - start
         tested = self.model if self.ema is None else self.ema.module
@@ -225,7 +230,6 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
-            "rng": torch.get_rng_state(),
             "epoch": self.epoch,
             "step": self.step,
             "history": json.dumps(self.history),
@@ -245,7 +249,6 @@ class _Run:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.epoch, self.step = state["epoch"], state["step"]
         self.history = json.loads(state["history"])
-        torch.set_rng_state(state["rng"])
 
     def _loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         config = self.config
@@ -258,6 +261,11 @@ class _Run:
         if config.distillation is not None and self.teacher is not None:
             with torch.no_grad(), eval_mode(self.teacher), self.accelerator.autocast():
                 answers = self.teacher(images).float()
+            if answers.shape != logits.shape:
+                raise TrainingError(
+                    f"the teacher answers {answers.shape[1]} classes, the model {logits.shape[1]}; "
+                    "distil from a net for the same classes"
+                )
             learned = distillation_loss(logits, answers, config.distillation.temperature)
             weight = config.distillation.weight
             loss = (1 - weight) * loss + weight * learned
@@ -283,6 +291,18 @@ class _Run:
             self.ema.update_parameters(self.model)
         self.step += 1
         return rate
+
+    def _epoch_seed(self) -> int:
+        """Dropout's; each epoch and process has its own, so that a stopped run can go on exactly."""
+        processes, index = self.accelerator.num_processes, self.accelerator.process_index
+        return ((self.seed * 1_000_003 + self.epoch) * processes + index) % 2**63
+
+    def _share_buffers(self) -> None:
+        """Several processes end with the first one's running statistics, as DDP trains with them."""
+        if self.accelerator.num_processes > 1:
+            ema = [] if self.ema is None else [*self.ema.module.buffers()]
+            for buffer in [*self.model.buffers(), *ema]:
+                buffer.copy_(broadcast(buffer))
 
     def _new_ema(self) -> AveragedModel:
         decay = self.config.ema_decay
@@ -342,7 +362,7 @@ def _start_tensorboard(accelerator: Accelerator, folder: Path | None, name: str)
         )
     if folder is None:
         raise TrainingError("tensorboard: true needs an output_dir to write to")
-    accelerator.project_configuration.set_directories(str(folder))
+    accelerator.project_configuration.logging_dir = str(folder)
     accelerator.init_trackers(name)
 
 

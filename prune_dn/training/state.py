@@ -13,6 +13,12 @@ import torch
 from prune_dn.errors import TrainingError
 from prune_dn.files import atomic_path
 
+# What a damaged file, or one of something else, raises.
+UNREADABLE = (
+    *(OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError),
+    *(KeyError, IndexError, TypeError, AttributeError),
+)
+
 
 def state_path(output_dir: str | os.PathLike[str], name: str) -> Path:
     """Where `fit` keeps its state."""
@@ -35,7 +41,7 @@ def load_state(path: Path, fingerprint: dict[str, Any]) -> dict[str, Any] | None
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         found = json.loads(state["fingerprint"])
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+    except UNREADABLE as error:
         raise TrainingError(
             f"cannot read the training state {path} ({error}); delete it to start again"
         ) from error
