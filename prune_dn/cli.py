@@ -131,14 +131,14 @@ def _fail(message: str, code: int, arguments: Sequence[str]) -> int:
 
 
 def _is_main() -> bool:
-    from prune_dn.run_folder import process_state
+    from prune_dn.processes import process_state
 
     return bool(process_state().is_main_process)
 
 
 def _part() -> None:
     """Let all processes end together: one that left early would look like a crash to torchrun."""
-    from prune_dn.run_folder import process_state
+    from prune_dn.processes import process_state
 
     state = process_state()
     state.wait_for_everyone()

@@ -197,6 +197,16 @@ def make_loader(
     )
 
 
+def calibration_loader(
+    dataset: ImageSet, batch_size: int, *, seed: int = 0
+) -> DataLoader[tuple[Tensor, Tensor]]:
+    """Shuffled batches of training images as they will be met in use: not augmented."""
+    plain = ImageSet(dataset.images, dataset.indices, dataset.spec)
+    return make_loader(
+        plain, batch_size, shuffle=True, seed=seed, drop_last=len(plain) > batch_size
+    )
+
+
 class _Order(Sampler[int]):
     def __init__(self, dataset: ImageSet, shuffle: bool, seed: int) -> None:
         self.dataset, self.shuffle, self.seed = dataset, shuffle, seed

@@ -12,16 +12,16 @@ from typing import Any
 from pydantic import ValidationError
 
 from prune_dn.checkpoint import load, read_info, save, save_state_dict
-from prune_dn.data import Datasets, load_datasets, make_loader
+from prune_dn.data import Datasets, calibration_loader, load_datasets
 from prune_dn.errors import DataError, ExportError, RecipeError
 from prune_dn.export import export_onnx, export_torch
 from prune_dn.latency import measure_latency
 from prune_dn.models import DenseNet
 from prune_dn.phases import check_fit, load_data
+from prune_dn.processes import process_state
 from prune_dn.profiling import count, count_per_layer, default_image_size
 from prune_dn.pruning import Plan, apply_plan, make_plan, recalibrate_batch_norm_
 from prune_dn.recipe import Recipe
-from prune_dn.run_folder import process_state
 from prune_dn.sources import CIFAR_NORMALISATION, DATASETS
 from prune_dn.training import FitConfig, fit
 from prune_dn.training import evaluate as score
@@ -291,8 +291,9 @@ def _on_device(checkpoint: Path) -> DenseNet:
 
 
 def _recalibrate(model: DenseNet, sets: Datasets, batches: int, seed: int) -> None:
-    loader = make_loader(sets.train, 64, shuffle=True, seed=seed)
-    recalibrate_batch_norm_(model, loader, max_batches=batches)
+    recalibrate_batch_norm_(
+        model, calibration_loader(sets.train, 64, seed=seed), max_batches=batches
+    )
 
 
 def _output(path: Path, ending: str) -> None:

@@ -17,16 +17,17 @@ from typing import Any
 import torch
 
 from prune_dn.checkpoint import load, save, save_state_dict
-from prune_dn.data import Datasets, load_datasets, make_loader
+from prune_dn.data import Datasets, calibration_loader, load_datasets
 from prune_dn.errors import DataError
 from prune_dn.export import export_onnx, export_torch
 from prune_dn.latency import compare_latency, machine
 from prune_dn.models import DenseNet
+from prune_dn.processes import process_state
 from prune_dn.profiling import count
 from prune_dn.pruning import Plan, apply_plan, make_plan, recalibrate_batch_norm_
 from prune_dn.recipe import DataSection, ModelSection, PruneSection, Recipe
 from prune_dn.report import write_report
-from prune_dn.run_folder import RunFolder, process_state
+from prune_dn.run_folder import RunFolder
 from prune_dn.training import evaluate, fit
 
 # No times: the same recipe gives the same checkpoint.
@@ -242,8 +243,7 @@ class Phases:
 
     def _recalibrate(self, model: DenseNet, batches: int) -> None:
         size = 64 if self.recipe.finetune is None else self.recipe.finetune.batch_size
-        self.data.train.set_epoch(0)  # the same images whatever was trained before
-        loader = make_loader(self.data.train, size, shuffle=True, seed=self.recipe.seed)
+        loader = calibration_loader(self.data.train, size, seed=self.recipe.seed)
         recalibrate_batch_norm_(model, loader, max_batches=batches)
 
     def _save(self, model: DenseNet, file: str) -> None:

@@ -11,12 +11,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from prune_dn.errors import RecipeError
 from prune_dn.files import write_text
+from prune_dn.processes import process_state
 from prune_dn.recipe import Recipe, to_yaml
 from prune_dn.yaml_lines import parse
 
@@ -41,12 +40,6 @@ ARTEFACTS = (
     "finetune.*",
     "finetune-*.*",
 )
-
-
-def process_state() -> PartialState:
-    """Accelerate's view of this process; under torchrun without a GPU too (gloo on the CPU)."""
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return PartialState(cpu=True) if several and not torch.cuda.is_available() else PartialState()
 
 
 class RunFolder:

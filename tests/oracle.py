@@ -34,10 +34,12 @@ def masked(net: DenseNet, plan: Plan) -> nn.Module:
         mask = torch.zeros(module.weight.shape[1], dtype=module.weight.dtype)
         mask[list(kept)] = 1
         shape = (1, -1, 1, 1) if isinstance(module, nn.Conv2d) else (1, -1)
-        module.register_forward_pre_hook(
-            lambda _, inputs, mask=mask.reshape(shape): (inputs[0] * mask,)
-        )
+        module.register_forward_pre_hook(_multiplier(mask.reshape(shape)))
     return out
+
+
+def _multiplier(mask: torch.Tensor):
+    return lambda _, inputs: (inputs[0] * mask,)
 
 
 def randomise_(net: nn.Module, seed: int) -> nn.Module:

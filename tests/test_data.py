@@ -368,3 +368,15 @@ def test_statistics_come_in_small_pieces(tmp_path: Path, monkeypatch: pytest.Mon
     pixels = images.take(range(1000)).double() / 255
     assert mean[0] == pytest.approx(float(pixels.mean()), abs=1e-4)
     assert std[0] == pytest.approx(float(pixels.std()), abs=1e-4)
+
+
+def test_calibration_images_are_plain_training_images() -> None:
+    from prune_dn.data import calibration_loader
+
+    train = load_datasets("digits", limit=100, image_size=16).train
+    seen = torch.cat([images for images, _ in calibration_loader(train, 30, seed=1)])
+    plain = train.images.take(train.indices.tolist()).float() / 255
+    plain = (plain - train.spec.mean[0]) / train.spec.std[0]
+    assert len(seen) == 90  # whole batches only
+    distance = torch.cdist(seen.flatten(1), plain.flatten(1)).min(dim=1).values
+    assert float(distance.max()) < 1e-3

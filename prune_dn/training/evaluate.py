@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import nn
 from torch.utils.data import DataLoader
 
 from prune_dn.data import ImageSet, make_loader
 from prune_dn.errors import DataError
+from prune_dn.processes import process_state
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def evaluate(
     all get the same result. Raises DataError when model and data disagree on the classes.
     """
     loader = make_loader(data, batch_size) if isinstance(data, ImageSet) else data
-    state = PartialState()
+    state = process_state()
     device = next(model.parameters()).device
     sums = torch.zeros(3, dtype=torch.float64)
     with eval_mode(model):

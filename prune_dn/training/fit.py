@@ -23,6 +23,7 @@ from prune_dn.data import Datasets, ImageSet, make_loader
 from prune_dn.errors import TrainingError
 from prune_dn.files import write_text
 from prune_dn.models import DenseNet
+from prune_dn.processes import process_state
 from prune_dn.training.config import FitConfig
 from prune_dn.training.distillation import distillation_loss
 from prune_dn.training.evaluate import check_classes, eval_mode, evaluate
@@ -145,16 +146,18 @@ class _Run:
         if config.memory_efficient is not None and isinstance(self.model, DenseNet):
             self.model.memory_efficient = config.memory_efficient
         self.model.to(device)
-        if config.channels_last:
-            self.model.to(memory_format=torch.channels_last)
+        layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.model.to(memory_format=layout)
         if config.ema_decay is not None and self.ema is None:
             self.ema = self._new_ema()
+        if self.ema is not None:
+            self.ema.to(memory_format=layout)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         self.scales = norm_scales(self.model)
 
     def __exit__(self, *error: object) -> None:
         self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
-        for key in ("forward", "_original_forward"):
+        for key in ("forward", "_original_forward", "_is_accelerate_prepared"):
             self.model.__dict__.pop(key, None)
         if self.ema is not None and error[0] is None:
             self.model.load_state_dict(self.ema.module.state_dict())
@@ -179,7 +182,7 @@ class _Run:
                 loss, logits = self._loss(images, labels)
                 if not torch.isfinite(loss):
                     raise TrainingError(
-                        f"the loss is {float(loss)} in epoch {self.epoch + 1}, step {self.step + 1}: "
+                        f"the loss is {float(loss.detach())} in epoch {self.epoch + 1}, step {self.step + 1}: "
                         "lower learning_rate, add warmup_epochs or clip_norm, or use another precision"
                     )
                 accelerator.backward(loss)
@@ -336,6 +339,7 @@ def _accelerator(config: FitConfig) -> Accelerator:
     """A new Accelerator; one process may fit several times, with different precisions."""
     if config.precision == "fp16" and not torch.cuda.is_available():
         raise TrainingError("precision fp16 needs a GPU; use bf16, which CPUs can do too")
+    process_state()
     AcceleratorState._reset_state()
     GradientState._reset_state()
     return Accelerator(

@@ -40,10 +40,11 @@ def load_state(path: Path, fingerprint: dict[str, Any]) -> dict[str, Any] | None
         return None
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        found = json.loads(state["fingerprint"])
+        found = dict(json.loads(state["fingerprint"]))
     except UNREADABLE as error:
         raise TrainingError(
-            f"cannot read the training state {path} ({error}); delete it to start again"
+            f"cannot read the training state {path} ({type(error).__name__}): it is cut short, or "
+            "a file of something else; delete it to start again"
         ) from error
     wanted = json.loads(json.dumps(fingerprint))
     different = [k for k in sorted({*found, *wanted}) if found.get(k) != wanted.get(k)]

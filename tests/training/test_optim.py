@@ -100,7 +100,7 @@ def test_sgd_is_nesterov_with_the_momentum() -> None:
         total = gradient + 0.01 * weight
         velocity = 0.5 * velocity + total
         weight -= 0.1 * (total + 0.5 * velocity)
-        assert float(net.weight) == pytest.approx(weight)
+        assert net.weight.item() == pytest.approx(weight)
 
 
 def test_only_norms_trained_is_one_group_and_nothing_is_an_error() -> None:
@@ -109,5 +109,5 @@ def test_only_norms_trained_is_one_group_and_nothing_is_an_error() -> None:
         parameter.requires_grad_("norm" in name)
     assert len(build_optimizer(model, FitConfig(epochs=1)).param_groups) == 1
     model.requires_grad_(False)
-    with pytest.raises(TrainingError, match="every parameter is frozen.*set requires_grad=True"):
+    with pytest.raises(TrainingError, match=r"every parameter is frozen.*set requires_grad=True"):
         build_optimizer(model, FitConfig(epochs=1))
