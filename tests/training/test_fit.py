@@ -256,14 +256,14 @@ class Stopped(Exception):
 
 
 def stop_after(epoch: int, patch: pytest.MonkeyPatch) -> None:
-    train = module._Run.train_epoch
+    train = module.Run.train_epoch
 
     def spy(self: Any, shown: Any) -> Any:
         if self.epoch == epoch:
             raise Stopped
         return train(self, shown)
 
-    patch.setattr(module._Run, "train_epoch", spy)
+    patch.setattr(module.Run, "train_epoch", spy)
 
 
 FULL: dict[str, Any] = {
@@ -324,12 +324,12 @@ result = fit(model, data, config, output_dir=sys.argv[1], progress=False)
 KILL = """
 from prune_dn.training import fit as _
 module = sys.modules[fit.__module__]
-update = module._Run._update
+update = module.Run._update
 def killed(self):
     if self.step == 9:  # in the second of two epochs of six steps
         os.kill(os.getpid(), 9)
     return update(self)
-module._Run._update = killed
+module.Run._update = killed
 """
 
 
