@@ -111,6 +111,14 @@ def test_protected_modules_keep_every_weight(net) -> None:
     assert "protected by 'features.denseblock1.denselayer2'" in reason
 
 
+def test_the_stems_norm_can_be_protected() -> None:
+    net = randomise_(densenet([2, 2], 8, bn_size=2, num_classes=5), 4)
+    assert "features.conv0" in make_plan(net, 0.5, criterion="random").keep_indices
+    plan = make_plan(net, 0.3, criterion="random", protect=["features.norm0"])
+    assert "features.conv0" not in plan.keep_indices
+    assert set(plan.protected) == {"features.conv0"}
+
+
 def test_without_protection_the_same_request_cuts_there(net) -> None:
     plan = make_plan(net, 0.3)
     assert plan.protected == {}
