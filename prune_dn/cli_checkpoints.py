@@ -14,6 +14,8 @@ from prune_dn.console import show as _show
 
 @example(
     "prune dense.safetensors --ratio 0.5 --unit macs -o small.safetensors",
+    "prune dense.safetensors --ratio 0.7 --unit macs --units stream,bottleneck,edge "
+    "--criterion reconstruction --compensate least_squares -o small.safetensors",
     "prune dense.safetensors --ratio 0.3 --protect 'features.denseblock1' -o small.safetensors",
 )
 def prune(
@@ -39,6 +41,13 @@ def prune(
     recalibrate: Annotated[
         int, typer.Option(min=0, help="Refresh norm statistics on so many batches of --data.")
     ] = 0,
+    compensate: Annotated[
+        str, typer.Option(help="Refit what stays: none, mean, least_squares.")
+    ] = "none",
+    calibration: Annotated[
+        int | None,
+        typer.Option(min=1, help="Training images for criterion and refit.  [default: 512]"),
+    ] = None,
     data: options.DataName = None,
     data_root: options.DataRoot = "data",
     mean: options.Mean = None,
@@ -66,6 +75,8 @@ def prune(
         image_size=image_size,
         plan_out=plan_out,
         recalibrate=recalibrate,
+        compensate=compensate,
+        calibration=calibration,
         data=jobs.DataOptions(data, data_root, image_size, mean, std, normalize, seed=seed),
     )
     _show(figures, as_json)
@@ -204,7 +215,8 @@ def criteria(as_json: options.AsJson = False) -> None:
     from prune_dn.pruning import CRITERIA
 
     lines = {
-        name: (f.__doc__ or "").strip().splitlines()[0] for name, f in sorted(CRITERIA.items())
+        name: (c.function.__doc__ or "").strip().splitlines()[0]
+        for name, c in sorted(CRITERIA.items())
     }
     _show(lines, as_json)
 

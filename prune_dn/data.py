@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -205,6 +206,19 @@ def calibration_loader(
     return make_loader(
         plain, batch_size, shuffle=True, seed=seed, drop_last=len(plain) > batch_size
     )
+
+
+def calibration_batches(
+    dataset: ImageSet, images: int, *, seed: int = 0
+) -> list[tuple[Tensor, Tensor]]:
+    """At most `images` training images, drawn by `seed`, in batches of 32, with labels."""
+    loader = calibration_loader(dataset, min(32, len(dataset)), seed=seed)
+    batches = list(itertools.islice(loader, -(-images // 32)))
+    over = sum(len(labels) for _, labels in batches) - images
+    if over > 0:
+        x, y = batches[-1]
+        batches[-1] = (x[:-over], y[:-over])
+    return batches
 
 
 class _Order(Sampler[int]):

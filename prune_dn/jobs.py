@@ -12,16 +12,24 @@ from typing import Any
 from pydantic import ValidationError
 
 from prune_dn.checkpoint import load, read_info, save, save_state_dict
-from prune_dn.data import Datasets, calibration_loader, load_datasets
-from prune_dn.errors import DataError, ExportError, RecipeError
+from prune_dn.data import Datasets, calibration_batches, calibration_loader, load_datasets
+from prune_dn.errors import DataError, ExportError, PruningError, RecipeError
 from prune_dn.export import export_onnx, export_torch
 from prune_dn.latency import measure_latency
 from prune_dn.models import DenseNet
 from prune_dn.phases import check_fit, load_data
 from prune_dn.processes import process_state
 from prune_dn.profiling import count, count_per_layer, default_image_size
-from prune_dn.pruning import Plan, apply_plan, make_plan, recalibrate_batch_norm_
-from prune_dn.recipe import Recipe
+from prune_dn.pruning import (
+    CRITERIA,
+    Plan,
+    apply_plan,
+    compensate_plan,
+    make_plan,
+    recalibrate_batch_norm_,
+)
+from prune_dn.pruning.compensate import check_compensation
+from prune_dn.recipe import CALIBRATION_IMAGES, Recipe
 from prune_dn.sources import CIFAR_NORMALISATION, DATASETS
 from prune_dn.training import FitConfig, fit
 from prune_dn.training import evaluate as score
@@ -96,17 +104,39 @@ def prune_checkpoint(
     image_size: int | None,
     plan_out: Path | None,
     recalibrate: int,
+    compensate: str,
+    calibration: int | None,
     data: DataOptions,
 ) -> dict[str, Any]:
-    """Cut a checkpoint by `ratio`; `arguments` are those of `make_plan`."""
+    """Cut a checkpoint by `ratio`; `arguments` are those of `make_plan`.
+
+    `calibration` is how many training images the criterion and `compensate` see (None = 512).
+    """
     _output(output, ".safetensors")
     model, info = load(checkpoint), read_info(checkpoint)
     size = image_size or (info.get("data") or {}).get("image_size")
-    plan = make_plan(model, ratio, image_size=size, **arguments)
-    small = apply_plan(model, plan)
-    if recalibrate:
-        sets = data.load(info, small, checkpoint)
+    check_compensation(compensate, True)
+    criterion = CRITERIA.get(arguments["criterion"])
+    reads = criterion is not None and criterion.need is not None
+    if calibration and not reads and compensate == "none":
+        raise PruningError(
+            f"--calibration has no effect: criterion {arguments['criterion']!r} reads only the "
+            "weights and --compensate is none; leave it out"
+        )
+    images: list[Any] = []
+    if recalibrate or reads or compensate != "none":
+        sets = data.load(info, model, checkpoint)
         info["data"] = sets.spec.to_dict()
+    if reads or compensate != "none":
+        wanted = calibration or CALIBRATION_IMAGES
+        images = calibration_batches(sets.train, wanted, seed=data.seed)
+    plan = make_plan(
+        model, ratio, input_size=size, calibration=images if reads else None, **arguments
+    )
+    small = apply_plan(model, plan)
+    if compensate != "none":
+        small = compensate_plan(small, model, plan, images, compensate, seed=data.seed)
+    if recalibrate:
         _recalibrate(small, sets, recalibrate, data.seed)
     if plan_out is not None:
         plan.save(plan_out)

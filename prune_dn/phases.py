@@ -17,21 +17,36 @@ from typing import Any
 import torch
 
 from prune_dn.checkpoint import load, save, save_state_dict
-from prune_dn.data import Datasets, calibration_loader, load_datasets
+from prune_dn.data import Datasets, calibration_batches, calibration_loader, load_datasets
 from prune_dn.errors import DataError
 from prune_dn.export import export_onnx, export_torch
 from prune_dn.latency import compare_latency, machine
 from prune_dn.models import DenseNet
 from prune_dn.processes import process_state
 from prune_dn.profiling import count
-from prune_dn.pruning import Plan, apply_plan, make_plan, recalibrate_batch_norm_
-from prune_dn.recipe import DataSection, ModelSection, PruneSection, Recipe
+from prune_dn.pruning import (
+    CRITERIA,
+    Plan,
+    apply_plan,
+    compensate_plan,
+    make_plan,
+    recalibrate_batch_norm_,
+)
+from prune_dn.recipe import CALIBRATION_IMAGES, DataSection, ModelSection, PruneSection, Recipe
 from prune_dn.report import write_report
 from prune_dn.run_folder import RunFolder
 from prune_dn.training import evaluate, fit
 
 # No times: the same recipe gives the same checkpoint.
 KEPT_HISTORY = ("epoch", "loss", "accuracy", "val_loss", "val_accuracy", "learning_rate")
+NOT_PLANNED = {
+    "pruning_ratio",
+    "rounds",
+    "recalibrate_batches",
+    "seed",
+    "compensate",
+    "calibration",
+}
 PACKAGES = ("prune_dn", "torch", "torchvision", "accelerate", "numpy", "onnxruntime")
 
 
@@ -73,7 +88,7 @@ def check_fit(model: DenseNet, classes: int, channels: int, where: str, data: st
 
 
 def plan_round(
-    recipe: Recipe, model: DenseNet, dense: DenseNet, image_size: int, number: int
+    recipe: Recipe, model: DenseNet, dense: DenseNet, data: Datasets, number: int
 ) -> Plan:
     """The plan of one round: `number`/`rounds` of the ratio in all, always against `dense`."""
     section = recipe.prune
@@ -81,11 +96,19 @@ def plan_round(
     return make_plan(
         model,
         section.pruning_ratio * number / section.rounds,
-        **section.model_dump(exclude={"pruning_ratio", "rounds", "recalibrate_batches", "seed"}),
+        **section.model_dump(exclude=NOT_PLANNED),
         seed=recipe.seed if section.seed is None else section.seed,
-        image_size=image_size,
+        input_size=data.spec.image_size,
+        calibration=calibration(recipe, data) if CRITERIA[section.criterion].need else None,
         baseline=dense.config,
     )
+
+
+def calibration(recipe: Recipe, data: Datasets) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The training images that criterion and compensation see."""
+    assert recipe.prune is not None
+    images = recipe.prune.calibration or CALIBRATION_IMAGES
+    return calibration_batches(data.train, images, seed=recipe.seed)
 
 
 @dataclass
@@ -134,6 +157,9 @@ class Phases:
             self.folder.write(plan_file, plan.to_json() + "\n")
             small = apply_plan(model, plan)
             self._score(small, "pruned")
+            if section.compensate != "none":
+                small = self._compensate(small, model, plan, section.compensate)
+                self._score(small, "compensated")
             if section.recalibrate_batches:
                 self._recalibrate(small, section.recalibrate_batches)
             self._save(small, file)
@@ -237,9 +263,18 @@ class Phases:
         """Decided by the main process, so that all cut the same."""
         text = None
         if self.folder.is_main:
-            size = self.data.spec.image_size
-            text = plan_round(self.recipe, model, dense, size, number).to_json()
+            text = plan_round(self.recipe, model, dense, self.data, number).to_json()
         return Plan.from_json(self.folder.agree(text))
+
+    def _compensate(self, small: DenseNet, model: DenseNet, plan: Plan, method: str) -> DenseNet:
+        """Refitted by the main process, so that all have the same weights."""
+        weights = None
+        if self.folder.is_main:
+            images = calibration(self.recipe, self.data)
+            fitted = compensate_plan(small, model, plan, images, method, seed=self.recipe.seed)
+            weights = {name: tensor.cpu() for name, tensor in fitted.state_dict().items()}
+        small.load_state_dict(self.folder.agree(weights))
+        return small
 
     def _recalibrate(self, model: DenseNet, batches: int) -> None:
         size = 64 if self.recipe.finetune is None else self.recipe.finetune.batch_size

@@ -78,7 +78,7 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
         "output_dir": recipe.output_dir,
     }
     if recipe.prune is not None:
-        plan = plan_round(recipe, model, model, data.spec.image_size, recipe.prune.rounds)
+        plan = plan_round(recipe, model, model, data, recipe.prune.rounds)
         facts["pruned"] = plan.achieved["after"]
         facts["requested"] = recipe.prune.pruning_ratio
         facts["achieved"] = plan.achieved["ratio"]

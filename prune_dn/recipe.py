@@ -26,6 +26,7 @@ from prune_dn.sources import DATASETS
 from prune_dn.training import FitConfig
 from prune_dn.yaml_lines import dump
 
+CALIBRATION_IMAGES = 512
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -159,7 +160,10 @@ class DataSection(Section):
 
 
 class PruneSection(Section):
-    """What `prune_dn.make_plan` takes, and how often to prune."""
+    """What `prune_dn.prune` takes, and how often to prune.
+
+    `calibration` is how many training images the criterion and the compensation see (None = 512).
+    """
 
     pruning_ratio: Ratio
     unit: Literal["channels", "params", "macs"] = "channels"
@@ -169,12 +173,19 @@ class PruneSection(Section):
         "stream",
         "bottleneck",
     )
+    compensate: Literal["none", "mean", "least_squares"] = "none"
+    calibration: Count | None = None
     protect: tuple[str, ...] = ()
     min_channels: Count = 1
     round_to: Count = 1
     rounds: Count = 1
     recalibrate_batches: Annotated[int, Field(ge=0)] = 50
     seed: int | None = None
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether the criterion or the compensation needs calibration images."""
+        return CRITERIA[self.criterion].need is not None or self.compensate != "none"
 
 
 class ExportSection(Section):
@@ -217,6 +228,11 @@ class Recipe(Section):
             raise ValueError("there is nothing to do: add train or prune")
         if self.prune is None and self.finetune is not None:
             raise ValueError("finetune without prune: move its settings to train, or add prune")
+        if self.prune is not None and self.prune.calibration and not self.prune.reads_images:
+            raise ValueError(
+                "prune.calibration has no effect: the criterion reads only the weights and "
+                "compensate is none; leave it out"
+            )
         if self.prune is not None and self.prune.rounds > 1 and self.finetune is None:
             raise ValueError("prune.rounds above 1 fine-tunes between the rounds; add finetune")
         return self

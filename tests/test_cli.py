@@ -181,7 +181,7 @@ def test_prune(run: Run, net: Path) -> None:
     assert found["macs_before"] == count(load(net), 8).macs
     assert found["file_bytes"] == Path("small.safetensors").stat().st_size
     plan = Plan.load("plan.json")
-    assert plan.requested["image_size"] == 8
+    assert plan.requested["input_size"] == 8
     expected = apply_plan(load(net), plan).state_dict()
     assert all(torch.equal(v, expected[k]) for k, v in small.state_dict().items())
     assert read_info("small.safetensors")["data"]["name"] == "digits"
@@ -207,7 +207,10 @@ def test_prune_can_recalibrate(run: Run, net: Path) -> None:
         (["--ratio", "nan"], "pruning_ratio is nan"),
         (["--ratio", "half"], "Invalid value for '--ratio'"),
         (["--ratio", 0.5, "--unit", "flops"], "unit 'flops' is unknown; choose from channels"),
-        (["--ratio", 0.5, "--criterion", "l3"], "criterion 'l3' is unknown; choose from bn_scale"),
+        (
+            ["--ratio", 0.5, "--criterion", "l3"],
+            "criterion 'l3' is unknown; choose from activation",
+        ),
         (["--ratio", 0.5, "--units", "edges"], "units 'edges' is unknown"),
         (["--ratio", 0.5, "--protect", "nobody"], "protect pattern 'nobody' matches no module"),
         (["--ratio", 0.5, "--round-to", 64], "round_to=64 is larger than every width"),

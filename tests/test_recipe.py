@@ -106,7 +106,7 @@ def test_resolved_recipe_reads_back_equal(name: str) -> None:
             "0.5",
             "0.5\n  criterion: l3",
             13,
-            "'l3' is no criterion; choose bn_scale, l1, l2, random",
+            "'l3' is no criterion; choose activation, bn_scale, fisher",
         ),
         (
             "0.5",

@@ -20,6 +20,7 @@ NAMES = {
     "densenet40_cifar10",
     "densenet_bc100_cifar10",
     "densenet40_cifar10_cpu",
+    "densenet_bc40_cifar10_cpu",
     "mfm_cifar10",
     "densenet121_imagefolder",
 }
@@ -61,6 +62,7 @@ def test_recipe_runs_to_the_end(path: Path, images: Path, tmp_path: Path) -> Non
         "export={onnx: false, state_dict: false}",
         "report={batch_sizes: [1], repeats: 1}",
         "prune.recalibrate_batches=1",
+        *(["prune.calibration=64"] if load_recipe(path).prune.reads_images else []),
     ]
     for part in ("train", "finetune"):
         overrides += [f"{part}.{x}" for x in ("max_steps=2", "batch_size=4", "num_workers=0")]
@@ -70,7 +72,9 @@ def test_recipe_runs_to_the_end(path: Path, images: Path, tmp_path: Path) -> Non
     recipe = load_recipe(path, overrides)
     result = pipeline.run(recipe, progress=False)
     assert recipe.prune is not None
-    assert set(result.metrics["stages"]) == {"dense", "pruned", "recalibrated", "fine-tuned"}
+    compensated = {"compensated"} if recipe.prune.compensate != "none" else set()
+    stages = {"dense", "pruned", "recalibrated", "fine-tuned"} | compensated
+    assert set(result.metrics["stages"]) == stages
     dense, small = (result.metrics["stages"][s] for s in ("dense", "fine-tuned"))
     unit = recipe.prune.unit
     assert small[unit] <= (1 - recipe.prune.pruning_ratio) * dense[unit]

@@ -1,5 +1,6 @@
 """Score, plan, cut."""
 
+from prune_dn.pruning.compensate import compensate_plan
 from prune_dn.pruning.importance import CRITERIA, register_criterion
 from prune_dn.pruning.plan import Plan, make_plan
 from prune_dn.pruning.recalibrate import recalibrate_batch_norm_
@@ -9,6 +10,7 @@ __all__ = [
     "CRITERIA",
     "Plan",
     "apply_plan",
+    "compensate_plan",
     "make_plan",
     "prune",
     "recalibrate_batch_norm_",

@@ -5,21 +5,25 @@ a pre-activation net: the norms behind it undo any scale.) An edge is one readin
 channel is one reading, by conv2; a stream channel is read by every later layer, and its importance
 is the sum over its readers.
 
-A criterion is a function `(reading) -> (channels,)`, finite, higher = keep, registered by name:
+A criterion is a function `(reading) -> (channels,)`, finite, higher = keep, registered by name with
+what it needs from calibration images (see `calibration.Statistics`). Scores are compared between
+readers as they are: `reconstruction`, `taylor` and `fisher` are in units of the loss, and the others
+in those of their formula.
 
 >>> import torch
 >>> @register_criterion("example")
 ... def example(reading):
 ...     return reading.weight.detach().abs().amax(dim=(0, 2, 3))
 >>> sorted(CRITERIA)
-['bn_scale', 'example', 'l1', 'l2', 'random']
+['activation', 'bn_scale', 'example', 'fisher', 'fpgm', 'l1', 'l2', 'lamp', 'random', 'reconstruction', 'taylor']
 >>> del CRITERIA["example"]
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +32,9 @@ from torch import Tensor, nn
 
 from prune_dn.errors import PruningError
 from prune_dn.models import DenseNet
-from prune_dn.pruning.units import Units
+from prune_dn.pruning.calibration import NEEDS, Batches, Need, Statistics, collect
+from prune_dn.pruning.elimination import elimination_losses
+from prune_dn.pruning.units import Group, Part, Units
 
 Scores = npt.NDArray[np.float64]
 
@@ -37,27 +43,51 @@ Scores = npt.NDArray[np.float64]
 class Reading:
     """A norm and the conv (or classifier) that reads its activated output.
 
-    `weight` is (outputs, channels, kernel, kernel); `generator` is for random criteria.
+    `weight` is (outputs, channels, kernel, kernel); `generator` is for random criteria;
+    `statistics` hold what the criterion needs from calibration images.
     """
 
     name: str
     norm: nn.BatchNorm2d
     weight: Tensor
     generator: torch.Generator
+    statistics: Statistics = field(default_factory=Statistics)
 
 
-Criterion = Callable[[Reading], Tensor]
+class Reader(NamedTuple):
+    """A conv or the classifier, the norm before it, and the units that it reads."""
+
+    part: Part
+    norm: str
+    conv: str
+    group: Group
+
+
+class Criterion(NamedTuple):
+    """A function from a reading to (channels,), and what it needs from calibration images."""
+
+    function: Callable[[Reading], Tensor]
+    need: Need | None
+
+
 CRITERIA: dict[str, Criterion] = {}
 
 
-def register_criterion(name: str) -> Callable[[Criterion], Criterion]:
-    """Make a criterion available by name, also to recipes. A name that is taken raises."""
+def register_criterion(
+    name: str, *, need: Need | None = None
+) -> Callable[[Callable[[Reading], Tensor]], Callable[[Reading], Tensor]]:
+    """Make a criterion available by name, also to recipes. A name that is taken raises.
 
-    def register(criterion: Criterion) -> Criterion:
+    `need`: `activations`, `gradients` (with labels) or `gram`; None = the weights say it all.
+    """
+    if need is not None and need not in NEEDS:
+        raise PruningError(f"need {need!r} is unknown; choose one of {', '.join(NEEDS)}")
+
+    def register(function: Callable[[Reading], Tensor]) -> Callable[[Reading], Tensor]:
         if name in CRITERIA:
             raise PruningError(f"criterion {name!r} is registered already; choose another name")
-        CRITERIA[name] = criterion
-        return criterion
+        CRITERIA[name] = Criterion(function, need)
+        return function
 
     return register
 
@@ -86,51 +116,129 @@ def random(reading: Reading) -> Tensor:
     return torch.rand(reading.weight.shape[1], generator=reading.generator)
 
 
-def importance(model: DenseNet, units: Units, criterion: str, *, seed: int = 0) -> Scores:
+@register_criterion("fpgm")
+def fpgm(reading: Reading) -> Tensor:
+    """Sum of distances to the weights of the reader's other channels (arXiv:1811.00250)."""
+    rows = reading.weight.detach().transpose(0, 1).flatten(1)
+    return torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").sum(1)
+
+
+@register_criterion("lamp")
+def lamp(reading: Reading) -> Tensor:
+    """Squared weights over the sum of all that are no smaller in the reader (arXiv:2010.07611)."""
+    squares = reading.weight.detach().square().sum(dim=(0, 2, 3))
+    order = squares.argsort(descending=True, stable=True)
+    scores = torch.empty_like(squares)
+    scores[order] = squares[order] / squares[order].cumsum(0).clamp_min(1e-30)
+    return scores
+
+
+@register_criterion("activation", need="activations")
+def activation(reading: Reading) -> Tensor:
+    """Mean activation of the channel as the reader sees it (arXiv:1611.06440, section 2.2)."""
+    assert reading.statistics.activation is not None
+    return reading.statistics.activation
+
+
+@register_criterion("taylor", need="gradients")
+def taylor(reading: Reading) -> Tensor:
+    """|activation x gradient|, summed over pixels, mean over images (arXiv:1611.06440, eq. 8)."""
+    assert reading.statistics.taylor is not None
+    return reading.statistics.taylor
+
+
+@register_criterion("fisher", need="gradients")
+def fisher(reading: Reading) -> Tensor:
+    """Half the mean squared (activation x gradient): diagonal Fisher (arXiv:1801.05787)."""
+    assert reading.statistics.fisher is not None
+    return reading.statistics.fisher
+
+
+@register_criterion("reconstruction", need="gram")
+def reconstruction(reading: Reading) -> Tensor:
+    """Rise of the loss when the channel goes and the rest is refitted (optimal brain surgeon).
+
+    The reader's channels go one by one (`elimination_losses`); an output's squared error counts
+    with half the diagonal Fisher information there, which makes readers comparable. No labels.
+    """
+    statistics = reading.statistics
+    assert statistics.gram is not None and statistics.sensitivity is not None
+    weight = reading.weight.detach()
+    scaled = weight.flatten(1) * (statistics.sensitivity[:, None] / 2).sqrt()
+    return elimination_losses(statistics.gram, scaled.T, weight.shape[2] * weight.shape[3])
+
+
+def readers(units: Units) -> Iterator[Reader]:
+    """All readers, in the order in which they run."""
+    for stream in units.streams:
+        for part in stream.readers:
+            assert part.edges is not None
+            if part.is_dense_layer or part.stream is None:
+                conv = part.name if part.stream is None else f"{part.name}.conv1"
+            else:
+                conv = f"{part.name}.conv"
+            yield Reader(part, part.edges.name, conv, part.edges)
+            if part.bottleneck is not None:
+                yield Reader(part, f"{part.name}.norm2", f"{part.name}.conv2", part.bottleneck)
+
+
+def importance(
+    model: DenseNet,
+    units: Units,
+    criterion: str,
+    *,
+    calibration: Batches | None = None,
+    seed: int = 0,
+) -> Scores:
     """The importance of every unit, (units.size,), in the order of `units`.
 
-    Raises PruningError for an unknown criterion and for scores that are not finite.
+    Raises PruningError for an unknown criterion, one that needs calibration images and has none,
+    and for scores that are not finite.
     """
     if criterion not in CRITERIA:
         raise PruningError(
             f"criterion {criterion!r} is unknown; choose one of {', '.join(sorted(CRITERIA))}"
         )
+    function, need = CRITERIA[criterion]
+    found: dict[str, Statistics] = {}
+    everyone = list(readers(units))
+    if need is not None:
+        if calibration is None:
+            kind = "(images, labels) batches" if need == "gradients" else "batches of images"
+            raise PruningError(
+                f"criterion {criterion!r} needs calibration images: give calibration={kind}"
+            )
+        found.update(collect(model, [r.conv for r in everyone], calibration, need, seed=seed))
     generator = torch.Generator().manual_seed(seed)
     scores = np.zeros(units.size)
-
-    def score(norm_name: str, reader_name: str) -> Scores:
-        norm, reader = model.get_submodule(norm_name), model.get_submodule(reader_name)
-        assert isinstance(norm, nn.BatchNorm2d) and isinstance(reader, nn.Conv2d | nn.Linear)
-        weight = reader.weight.reshape(
-            *reader.weight.shape[:2], *(reader.weight.shape[2:] or (1, 1))
-        )
-        losses = CRITERIA[criterion](Reading(norm_name, norm, weight.float(), generator))
-        found = losses.double().cpu().numpy()
-        if found.shape != (weight.shape[1],):
-            raise PruningError(
-                f"criterion {criterion!r} gave shape {found.shape} for {norm_name}, "
-                f"which reads {weight.shape[1]} channels"
-            )
-        if not np.isfinite(found).all():
-            raise PruningError(
-                f"criterion {criterion!r}: {int((~np.isfinite(found)).sum())} scores of {norm_name} "
-                "are not finite; the weights hold NaN or infinity, so load a sound checkpoint"
-            )
-        return found
-
+    for reader in everyone:
+        norm, conv = model.get_submodule(reader.norm), model.get_submodule(reader.conv)
+        assert isinstance(norm, nn.BatchNorm2d) and isinstance(conv, nn.Conv2d | nn.Linear)
+        weight = conv.weight.reshape(*conv.weight.shape[:2], *(conv.weight.shape[2:] or (1, 1)))
+        statistics = found.pop(reader.conv, Statistics())
+        reading = Reading(reader.norm, norm, weight.float(), generator, statistics)
+        losses = function(reading).double().cpu().numpy()
+        _check_losses(losses, criterion, reader.norm, weight.shape[1])
+        scores[reader.group.units] = losses
     for stream in units.streams:
         lost = np.zeros(stream.width)
         for part in stream.readers:
             assert part.edges is not None
-            conv = {"classifier": "classifier"}.get(part.name, f"{part.name}.conv1")
-            if part is stream.reader and part.stream is not None:
-                conv = f"{part.name}.conv"
-            found = score(part.edges.name, conv)
-            scores[part.edges.units] = found
-            lost[part.positions] += found
-            if part.bottleneck is not None:
-                scores[part.bottleneck.units] = score(f"{part.name}.norm2", f"{part.name}.conv2")
+            lost[part.positions] += scores[part.edges.units]
         for part in stream.producers:
             assert part.stream is not None
             scores[part.stream.units] = lost[part.made()].sum(axis=0)
     return scores
+
+
+def _check_losses(losses: Scores, criterion: str, name: str, channels: int) -> None:
+    if losses.shape != (channels,):
+        raise PruningError(
+            f"criterion {criterion!r} gave shape {losses.shape} for {name}, "
+            f"which reads {channels} channels"
+        )
+    if not np.isfinite(losses).all():
+        raise PruningError(
+            f"criterion {criterion!r}: {int((~np.isfinite(losses)).sum())} scores of {name} "
+            "are not finite; the weights hold NaN or infinity, so load a sound checkpoint"
+        )

@@ -21,6 +21,7 @@ from prune_dn.models import DenseNetConfig
 from prune_dn.models.convert import convert
 from prune_dn.profiling import ImageSize, count, default_image_size
 from prune_dn.pruning import budget as budgets
+from prune_dn.pruning.calibration import Batches, read_batches
 from prune_dn.pruning.importance import CRITERIA, importance
 from prune_dn.pruning.units import KINDS, Group, Mask, Part, Stream, Units
 
@@ -111,19 +112,23 @@ def make_plan(
     protect: Iterable[str] = (),
     min_channels: int = 1,
     round_to: int = 1,
-    image_size: ImageSize | None = None,
+    input_size: ImageSize | None = None,
     seed: int = 0,
+    calibration: Iterable[object] | None = None,
     baseline: DenseNetConfig | None = None,
 ) -> Plan:
     """Decide what to cut from a DenseNet (ours, torchvision's or timm's); nothing is changed.
 
     `pruning_ratio` in (0, 1) is the share of `unit` (`channels` of norms, `params`, `macs` at
-    `image_size`) that goes, measured against `baseline`, or the model itself. `units` are the kinds
+    `input_size`) that goes, measured against `baseline`, or the model itself. `units` are the kinds
     that may be cut: `stream`, `bottleneck`, `edge`. `scope` ranks over the whole net (`global`) or
     cuts the same share of each module (`local`). A width that is cut becomes a multiple of
     `round_to` (the kept count is rounded up; a channel that nobody reads goes all the same), and no
     width falls below `min_channels`. Modules whose names, or whose parents' names, match a pattern
     in `protect` keep all weights: neither what they make nor what they read is cut.
+
+    Some criteria need `calibration`: batches of images (N, C, H, W), or (images, labels) batches for
+    `taylor` and `fisher`; any iterable, normalised as in training. `prune-dn criteria` lists them.
 
     Raises PruningError for a request that is wrong, cannot be met, or would change nothing.
 
@@ -135,6 +140,7 @@ def make_plan(
     net = convert(model)
     kinds, patterns = _names(units, "units"), _names(protect, "protect")
     _check(pruning_ratio, unit, criterion, scope, kinds, min_channels, round_to)
+    batches = _calibration(calibration, criterion)
     table = Units(net.config)
     _check_rounding(table, kinds, round_to)
     kept_back, protected = _protected(table, patterns)
@@ -142,17 +148,18 @@ def make_plan(
     for group in table.groups:
         if group.kind not in kinds:
             may_go[group.units] = False
-    before = count(net, image_size)
-    whole = before if baseline is None else count(baseline, image_size)
+    before = count(net, input_size)
+    whole = before if baseline is None else count(baseline, input_size)
     target = (1.0 - pruning_ratio) * getattr(whole, unit)
     if getattr(before, unit) <= target:
         raise PruningError(
             f"pruning_ratio={pruning_ratio} of {unit} is reached already: the net has "
             f"{getattr(before, unit):,} of {getattr(whole, unit):,}; nothing would be cut"
         )
-    budget = budgets.Budget(target, unit, scope, min_channels, round_to, image_size)  # type: ignore[arg-type]
-    keep = budgets.choose(table, importance(net, table, criterion, seed=seed), may_go, budget)
-    after = budgets.cost(table, keep, image_size)
+    budget = budgets.Budget(target, unit, scope, min_channels, round_to, input_size)  # type: ignore[arg-type]
+    scores = importance(net, table, criterion, calibration=batches, seed=seed)
+    keep = budgets.choose(table, scores, may_go, budget)
+    after = budgets.cost(table, keep, input_size)
     requested = {
         "pruning_ratio": pruning_ratio,
         "unit": unit,
@@ -162,8 +169,9 @@ def make_plan(
         "protect": list(patterns),
         "min_channels": min_channels,
         "round_to": round_to,
-        "image_size": default_image_size(net.config) if image_size is None else image_size,
+        "input_size": default_image_size(net.config) if input_size is None else input_size,
         "seed": seed,
+        "calibration_images": None if batches is None else len(batches),
     }
     achieved = {
         "unit": unit,
@@ -174,6 +182,19 @@ def make_plan(
     }
     keep_indices = dict(_keep_indices(table, keep))
     return Plan(net.config, table.after(keep), keep_indices, requested, achieved, protected)
+
+
+def _calibration(calibration: Iterable[object] | None, criterion: str) -> Batches | None:
+    """The batches that the criterion reads; None when it reads none."""
+    need = CRITERIA[criterion].need
+    if need is None and calibration is not None:
+        raise PruningError(
+            f"calibration has no effect: criterion {criterion!r} reads only the weights; leave it "
+            "out, or choose a criterion that reads images (`prune-dn criteria`)"
+        )
+    if calibration is None:
+        return None
+    return read_batches(calibration, needs_labels=need == "gradients")
 
 
 def _names(values: Iterable[str], argument: str) -> tuple[str, ...]:

@@ -12,6 +12,8 @@ from prune_dn.models import DenseNet
 from prune_dn.models.convert import convert
 from prune_dn.models.densenet import build_empty
 from prune_dn.profiling import ImageSize
+from prune_dn.pruning.compensate import check_compensation, compensate_plan
+from prune_dn.pruning.importance import CRITERIA
 from prune_dn.pruning.plan import Plan, make_plan
 
 
@@ -23,23 +25,30 @@ def prune(
     criterion: str = "bn_scale",
     scope: str = "global",
     units: Iterable[str] = ("stream", "bottleneck"),
+    compensate: str = "none",
+    calibration: Iterable[object] | None = None,
     protect: Iterable[str] = (),
     min_channels: int = 1,
     round_to: int = 1,
-    image_size: ImageSize | None = None,
+    input_size: ImageSize | None = None,
     seed: int = 0,
 ) -> DenseNet:
-    """A smaller DenseNet: `make_plan`, then `apply_plan`; `model` stays as it is.
+    """A smaller DenseNet: `make_plan`, `apply_plan`, `compensate_plan`; `model` stays as it is.
 
     Takes our DenseNets, torchvision's and timm's. The arguments are those of `make_plan`, which
-    also says what was achieved. Fine-tune the result, or at least `recalibrate_batch_norm_` it.
+    also says what was achieved. `compensate` is `none`, `mean` or `least_squares` (see
+    `compensate_plan`) and needs `calibration`: a few hundred training images, without
+    augmentation. Without it fine-tune the result, or at least `recalibrate_batch_norm_` it.
 
     >>> import torchvision
     >>> small = prune(torchvision.models.densenet121(), 0.5)
     >>> small.eval()(torch.zeros(1, 3, 64, 64)).shape
     torch.Size([1, 1000])
     """
+    check_compensation(compensate, calibration is not None)
     net = convert(model)
+    reads = criterion in CRITERIA and CRITERIA[criterion].need is not None
+    batches = None if calibration is None else list(calibration)
     plan = make_plan(
         net,
         pruning_ratio,
@@ -50,10 +59,14 @@ def prune(
         protect=protect,
         min_channels=min_channels,
         round_to=round_to,
-        image_size=image_size,
+        input_size=input_size,
         seed=seed,
+        calibration=batches if reads or compensate == "none" else None,
     )
-    return apply_plan(net, plan)
+    small = apply_plan(net, plan)
+    if batches is None or compensate == "none":
+        return small
+    return compensate_plan(small, net, plan, batches, compensate, seed=seed)
 
 
 def apply_plan(model: nn.Module, plan: Plan) -> DenseNet:

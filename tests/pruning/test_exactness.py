@@ -69,7 +69,9 @@ def images(net: DenseNet) -> torch.Tensor:
 
 def plan_or_none(net: DenseNet, **request: object) -> Plan | None:
     try:
-        return make_plan(net, image_size=images(net).shape[-1], **request)  # type: ignore[arg-type]
+        x = images(net)
+        batches = [(x, torch.arange(3))] if CRITERIA[str(request["criterion"])].need else None
+        return make_plan(net, input_size=x.shape[-1], calibration=batches, **request)  # type: ignore[arg-type]
     except PruningError as error:
         if not any(w in str(error) for w in ("cannot bring", "round_to", "has none of them")):
             raise

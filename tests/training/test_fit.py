@@ -177,7 +177,7 @@ def test_resolutions_grow(data: Datasets) -> None:
 def test_surgery_then_fit_trains_every_new_parameter(data: Datasets) -> None:
     model = net()
     go(model, data)
-    small = prune_dn.prune(model, 0.4, image_size=8)
+    small = prune_dn.prune(model, 0.4, input_size=8)
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
     before = {name: value.detach().clone() for name, value in small.named_parameters()}
     dense = copy.deepcopy(model)

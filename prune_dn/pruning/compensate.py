@@ -1,0 +1,292 @@
+"""Refit the weights that stay, so that each reader's output is again what the dense net's was."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prune_dn.errors import PruningError
+from prune_dn.models import DenseNet
+from prune_dn.models.densenet import DenseLayer, Transition
+from prune_dn.pruning.calibration import Batches, PixelSampler, patches, read_batches
+from prune_dn.pruning.plan import Plan
+
+Compensation = Literal["none", "mean", "least_squares"]
+COMPENSATIONS: tuple[Compensation, ...] = ("none", "mean", "least_squares")
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
+
+Maps = list[Tensor]  # one tensor per calibration batch
+Streams = list[list[Tensor]]  # per calibration batch, the sources that make the stream
+
+
+def compensate_plan(
+    small: DenseNet,
+    dense: DenseNet,
+    plan: Plan,
+    calibration: Iterable[object],
+    method: str = "least_squares",
+    *,
+    seed: int = 0,
+) -> DenseNet:
+    """A copy of `small` (`dense` after `plan`) whose readers give nearly what the dense net's give.
+
+    From front to back, each conv and the classifier: its inputs come from the pruned net as it is
+    by then, its targets from the dense net. `least_squares` refits the weights (after ThiNet,
+    arXiv:1707.06342, and channel pruning, arXiv:1707.06168) with a ridge towards the present
+    weights; the ridge is the one of RIDGES that does best on every other batch when fitted on the
+    rest. `mean` leaves the weights. Both move what is left of the mean difference into the norms
+    that read the output, or the classifier's bias; an MFM layer's mean is not moved (a maximum
+    stands between), so `mean` does nothing there.
+
+    The streams of one block, of both nets and all images, are in memory at a time. Warns when the
+    result is further from `dense` on the calibration images than `small` was.
+
+    >>> from prune_dn.models import densenet
+    >>> from prune_dn.pruning import apply_plan, make_plan
+    >>> net, images = densenet([2, 2], 8, stem="cifar", num_classes=10), torch.randn(64, 3, 8, 8)
+    >>> plan = make_plan(net, 0.3, unit="macs", criterion="reconstruction", calibration=[images])
+    >>> small = compensate_plan(apply_plan(net, plan), net, plan, [images])
+    """
+    check_compensation(method, True)
+    if method == "none":
+        return small
+    batches = read_batches(calibration)
+    was_training = {name: module.training for name, module in small.named_modules()}
+    net, teacher = copy.deepcopy(small).eval(), copy.deepcopy(dense).eval()
+    with torch.no_grad():
+        before = _distance(net, teacher, batches)
+        _Walk(net, teacher, plan, batches, method == "least_squares", seed).run()
+        after = _distance(net, teacher, batches)
+    if not after <= before:
+        warnings.warn(
+            f"compensate={method!r} did not help: on the calibration images the divergence from the "
+            f"dense net is {after:.4g}, without it {before:.4g}; give more or better images, or "
+            "compensate='none'",
+            stacklevel=2,
+        )
+    for name, module in net.named_modules():
+        module.training = was_training[name]
+    return net
+
+
+def check_compensation(method: str, has_images: bool) -> None:
+    """Raise PruningError for an unknown method, or one that needs images and has none."""
+    if method not in COMPENSATIONS:
+        raise PruningError(
+            f"compensate {method!r} is unknown; choose from {', '.join(COMPENSATIONS)}"
+        )
+    if method != "none" and not has_images:
+        raise PruningError(
+            f"compensate={method!r} needs calibration images: give calibration=batches of images"
+        )
+
+
+class _Walk:
+    """A front-to-back pass over both nets; `run` changes the weights of `small`."""
+
+    def __init__(
+        self,
+        small: DenseNet,
+        dense: DenseNet,
+        plan: Plan,
+        batches: Batches,
+        refit: bool,
+        seed: int,
+    ) -> None:
+        self.small, self.dense, self.refit = small, dense, refit
+        self.keep_indices, self.batches = plan.keep_indices, batches
+        self.sampler = PixelSampler(len(batches), seed)
+
+    def run(self) -> None:
+        nets = (self.small, self.dense)
+        weight = self.dense.classifier.weight
+        images = [x.to(weight.device, weight.dtype) for x in self.batches.images]
+        small, dense = ([[_stem(net, x)] for x in images] for net in nets)
+        shift = weight.new_zeros(small[0][0].shape[1])
+        for b in range(1, len(self.dense.config.blocks) + 1):
+            shift = self._block(f"features.denseblock{b}", small, dense, shift)
+            if b < len(self.dense.config.blocks):
+                name = f"features.transition{b}"
+                new, old = (net.get_submodule(name) for net in nets)
+                assert isinstance(new, Transition) and isinstance(old, Transition)
+                inputs = _inputs(small, new.read, new.norm, shift)
+                targets = _inputs(dense, old.read, old.norm)
+                shift = self._reader(f"{name}.conv", inputs, targets, new.mfm)
+                small, dense = (
+                    [[F.avg_pool2d(_made(part.conv, part.mfm, x), 2)] for x in maps]
+                    for part, maps in ((new, inputs), (old, targets))
+                )
+        pooled = []
+        for net, stream, moved in ((self.small, small, shift), (self.dense, dense, None)):
+            norm = net.get_submodule("features.norm5")
+            assert isinstance(norm, nn.BatchNorm2d)
+            pooled.append([x.mean((2, 3)) for x in _inputs(stream, net.read, norm, moved)])
+        left = self._reader("classifier", pooled[0], pooled[1], None)
+        self.small.classifier.bias.add_(left)
+
+    def _block(self, name: str, small: Streams, dense: Streams, shift: Tensor) -> Tensor:
+        """Refit the layers of a block and add their maps to both streams.
+
+        `shift` is by how much the mean of each channel of the small stream is too low.
+        """
+        layers = dict(self.small.get_submodule(name).named_children())
+        for leaf, old in self.dense.get_submodule(name).named_children():
+            assert isinstance(old, DenseLayer)
+            new = layers.get(leaf)
+            if new is None:
+                for sources in dense:
+                    sources.append(old(sources))
+                continue
+            assert isinstance(new, DenseLayer)
+            inputs = _inputs(small, new.read, new.norm1, shift)
+            targets = _inputs(dense, old.read, old.norm1)
+            last = "conv1"
+            if new.norm2 is not None and old.norm2 is not None:
+                last = "conv2"
+                left = self._reader(f"{name}.{leaf}.conv1", inputs, targets, None)
+                _raise_mean(new.norm2, left)
+                inputs = [F.relu(new.norm2(new.conv1(x))) for x in inputs]
+                targets = [F.relu(old.norm2(old.conv1(x))) for x in targets]
+            left = self._reader(f"{name}.{leaf}.{last}", inputs, targets, new.mfm)
+            shift = torch.cat([shift, left])
+            for layer, maps, streams in ((new, inputs, small), (old, targets, dense)):
+                for sources, x in zip(streams, maps, strict=True):
+                    sources.append(_made(layer.get_submodule(last), layer.mfm, x))
+        return shift
+
+    def _reader(self, name: str, inputs: Maps, targets: Maps, mfm: nn.Module | None) -> Tensor:
+        """Refit one conv or the classifier.
+
+        Returns by how much the mean of each map that it makes is too low still; 0 behind MFM.
+        """
+        new, old = self.small.get_submodule(name), self.dense.get_submodule(name)
+        assert isinstance(new, nn.Conv2d | nn.Linear) and isinstance(old, nn.Conv2d | nn.Linear)
+        kept = self.keep_indices.get(name)
+        kernel = new.kernel_size[0] if isinstance(new, nn.Conv2d) else 1
+        weight = new.weight.flatten(1).T.float()  # (inputs * taps, outputs)
+        halves = [_Moments(weight), _Moments(weight)]
+        for i, (x, y) in enumerate(zip(inputs, targets, strict=True)):
+            positions = self.sampler(x, len(weight))
+            target = old(y) if kept is None else old(y)[:, list(kept)]
+            if new.bias is not None:
+                target = target - new.bias
+            halves[i % 2].add(patches(x, kernel, positions), patches(target, 1, positions))
+        both = halves[0] + halves[1]
+        if self.refit:
+            weight = _solve(halves, both, weight, centred=mfm is None)
+            new.weight.copy_(weight.T.reshape(new.weight.shape))
+        left = both.output - both.input @ weight
+        if mfm is not None:
+            left = left.new_zeros(_made(new, mfm, inputs[0][:1]).shape[1])
+        return left.to(new.weight.dtype)
+
+
+class _Moments:
+    """Sums over patches p (rows, inputs) and targets y (rows, outputs)."""
+
+    def __init__(self, weight: Tensor) -> None:
+        inputs, outputs = weight.shape
+        self.rows = 0
+        self.gram = weight.new_zeros(inputs, inputs)
+        self.cross = weight.new_zeros(inputs, outputs)
+        self.sum_inputs = weight.new_zeros(inputs)
+        self.sum_outputs = weight.new_zeros(outputs)
+
+    @property
+    def input(self) -> Tensor:
+        return self.sum_inputs / self.rows
+
+    @property
+    def output(self) -> Tensor:
+        return self.sum_outputs / self.rows
+
+    def add(self, p: Tensor, y: Tensor) -> None:
+        p, y = p.float(), y.float()
+        self.rows += len(p)
+        self.gram.addmm_(p.T, p)
+        self.cross.addmm_(p.T, y)
+        self.sum_inputs += p.sum(0)
+        self.sum_outputs += y.sum(0)
+
+    def __add__(self, other: _Moments) -> _Moments:
+        both = copy.copy(self)
+        for key, value in vars(other).items():
+            setattr(both, key, getattr(self, key) + value)
+        return both
+
+    def normal(self, centred: bool) -> tuple[Tensor, Tensor]:
+        """The normal equations' two sides, per row, with or without a free constant."""
+        gram, cross = self.gram / self.rows, self.cross / self.rows
+        if centred:
+            gram = gram.addr_(self.input, self.input, alpha=-1)
+            cross = cross.addr_(self.input, self.output, alpha=-1)
+        return gram, cross
+
+
+def _solve(halves: list[_Moments], both: _Moments, weight: Tensor, *, centred: bool) -> Tensor:
+    """The refitted weights, with the ridge that does best on the half it was not fitted on."""
+    ridge = RIDGES[1]
+    if halves[1].rows:
+        fitted, held = halves[0].normal(centred), halves[1].normal(centred)
+        errors = []
+        for candidate in RIDGES:
+            found = _ridge(*fitted, weight, candidate)
+            errors.append(float(((held[0] @ found) * found - 2 * held[1] * found).sum()))
+        ridge = RIDGES[errors.index(min(errors))]
+    return _ridge(*both.normal(centred), weight, ridge)
+
+
+def _ridge(gram: Tensor, cross: Tensor, weight: Tensor, ridge: float) -> Tensor:
+    """argmin over w of the squared error plus ridge * mean diagonal * |w - weight|²."""
+    strength = ridge * gram.diagonal().mean()
+    regular = gram.clone()
+    regular.diagonal().add_(strength.clamp_min(torch.finfo(gram.dtype).tiny))
+    factor, failed = torch.linalg.cholesky_ex(regular)
+    if failed:  # more rounding than ridge
+        return weight if ridge >= 1 else _ridge(gram, cross, weight, 10 * ridge)
+    return torch.cholesky_solve(cross + strength * weight, factor)
+
+
+def _stem(net: DenseNet, x: Tensor) -> Tensor:
+    for name, module in net.features.named_children():
+        if name.startswith("denseblock"):
+            break
+        x = module(x)
+    return x
+
+
+def _inputs(
+    streams: Streams, read: nn.Module, norm: nn.BatchNorm2d, shift: Tensor | None = None
+) -> Maps:
+    """What a reader's conv sees; first its norm's mean follows the stream's `shift`."""
+    if shift is not None:
+        _raise_mean(norm, read(shift[None, :, None, None]).flatten())
+    return [F.relu(norm(read(torch.cat(sources, 1)))) for sources in streams]
+
+
+def _raise_mean(norm: nn.BatchNorm2d, shift: Tensor) -> None:
+    """Make the norm give what it would if the means of its inputs were higher by `shift`."""
+    assert norm.running_mean is not None
+    norm.running_mean.sub_(shift)
+
+
+def _made(conv: nn.Module, mfm: nn.Module | None, x: Tensor) -> Tensor:
+    out: Tensor = conv(x)
+    return out if mfm is None else mfm(out)
+
+
+def _distance(net: nn.Module, dense: nn.Module, batches: Batches) -> float:
+    """Mean Kullback-Leibler divergence of the net's prediction from the dense net's."""
+    weight = next(dense.parameters())
+    total = 0.0
+    for images in batches.images:
+        x = images.to(weight.device, weight.dtype)
+        target, found = (n(x).float().log_softmax(1) for n in (dense, net))
+        total += float(F.kl_div(found, target, reduction="sum", log_target=True))
+    return total / len(batches)

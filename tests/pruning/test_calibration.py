@@ -1,0 +1,63 @@
+"""Patches and Gram matrices against convolution itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle import randomise_
+
+from prune_dn.models import densenet
+from prune_dn.pruning.calibration import PixelSampler, collect, patches, read_batches
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_patches_times_weights_is_the_convolution(kernel) -> None:
+    x, weight = torch.randn(2, 3, 5, 4).double(), torch.randn(7, 3, kernel, kernel).double()
+    out = torch.nn.functional.conv2d(x, weight, padding=kernel // 2)
+    rows = patches(x, kernel, None) @ weight.flatten(1).T
+    torch.testing.assert_close(rows, out.permute(0, 2, 3, 1).reshape(-1, 7))
+    at = torch.tensor([[3, 19], [0, 7]])
+    picked = torch.stack([out[n].flatten(1)[:, p] for n in range(2) for p in at[n]])
+    torch.testing.assert_close(patches(x, kernel, at) @ weight.flatten(1).T, picked)
+
+
+def test_grams_predict_the_outputs_power() -> None:
+    """tr(W^T G W) is the mean squared output, for every reader, when all pixels are used."""
+    net = randomise_(densenet([2, 1], 4, bn_size=2, stem="cifar", num_classes=3), 1).eval()
+    data = read_batches([torch.randn(3, 3, 8, 8), torch.randn(2, 3, 8, 8)])
+    names = ["features.denseblock1.denselayer2.conv2", "features.transition1.conv", "classifier"]
+    found = collect(net, names, data, "gram")
+    outputs: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    for name in names:
+        net.get_submodule(name).register_forward_hook(
+            lambda module, _, out, name=name: outputs[name].append(
+                out if module is not net.classifier else out - module.bias
+            )
+        )
+    for x in data.images:
+        net(x)
+    for name in names:
+        weight = net.get_submodule(name).weight.flatten(1)
+        power = ((weight @ found[name].gram) * weight).sum(1)
+        out = torch.cat(outputs[name])
+        measured = out.square().transpose(0, 1).flatten(1).mean(1)
+        torch.testing.assert_close(power, measured, rtol=1e-4, atol=1e-6)
+
+
+def test_sensitivity_is_the_fisher_information_of_the_logits() -> None:
+    """At the classifier it is p (1 - p) per class, in the mean over drawn labels."""
+    net = densenet([1], 4, stem="cifar", num_classes=3).eval()
+    x = torch.randn(1, 3, 8, 8).expand(4000, -1, -1, -1)
+    p = net(x[:1]).softmax(1)[0].detach()
+    found = collect(net, ["classifier"], read_batches(x.split(1000)), "gram")
+    torch.testing.assert_close(found["classifier"].sensitivity, p * (1 - p), rtol=0.1, atol=0.01)
+
+
+def test_the_sampler_draws_enough_rows() -> None:
+    sampler = PixelSampler(100, 0)
+    x = torch.zeros(10, 4, 32, 32)
+    positions = sampler(x, 36)
+    assert positions is not None and positions.shape == (10, 41)  # 4,096 rows of 100 images
+    assert positions.min() >= 0 and positions.max() < 1024
+    assert sampler(torch.zeros(10, 4, 4, 4), 36) is None
+    assert sampler(torch.zeros(10, 4), 4) is None
