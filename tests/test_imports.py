@@ -30,7 +30,7 @@ FLOORS = [
     {"phases"},
     {"pipeline", "jobs"},
     {"cli_options"},
-    {"cli_checkpoints"},
+    {"cli_checkpoints", "cli_sensitivity"},
     {"cli"},
     {"__main__"},
 ]

@@ -52,7 +52,7 @@ def choose(units: Units, scores: Scores, may_go: Mask, budget: Budget) -> Mask:
     `budget.unit` is found by bisection, so that the result is within the cost of one unit (of
     `round_to` units) of it. Raises PruningError when even the whole ranking is not enough.
     """
-    may_go = may_go & ~_floor(units, scores, may_go, budget.min_channels)
+    may_go = may_go & ~floor(units, scores, may_go, budget.min_channels)
     value = _price(units, scores, budget) if budget.scope == "global" else _quantiles(units, scores)
     candidates = np.flatnonzero(may_go)
     ranking = candidates[np.argsort(value[candidates], kind="stable")]
@@ -83,7 +83,7 @@ def choose(units: Units, scores: Scores, may_go: Mask, budget: Budget) -> Mask:
     return cut(low)
 
 
-def _floor(units: Units, scores: Scores, may_go: Mask, min_channels: int) -> Mask:
+def floor(units: Units, scores: Scores, may_go: Mask, min_channels: int) -> Mask:
     """Units that must stay so that no width falls below `min_channels`.
 
     First the best of each producer and bottleneck; then, for each reader, its best edges to

@@ -138,12 +138,12 @@ def make_plan(
     0.5
     """
     net = convert(model)
-    kinds, patterns = _names(units, "units"), _names(protect, "protect")
+    kinds, patterns = names_in(units, "units"), names_in(protect, "protect")
     _check(pruning_ratio, unit, criterion, scope, kinds, min_channels, round_to)
-    batches = _calibration(calibration, criterion)
+    batches = calibration_for(calibration, criterion)
     table = Units(net.config)
     _check_rounding(table, kinds, round_to)
-    kept_back, protected = _protected(table, patterns)
+    kept_back, protected = protected_units(table, patterns)
     may_go = ~kept_back
     for group in table.groups:
         if group.kind not in kinds:
@@ -180,11 +180,11 @@ def make_plan(
         "before": dataclasses.asdict(before),
         "after": dataclasses.asdict(after),
     }
-    keep_indices = dict(_keep_indices(table, keep))
+    keep_indices = dict(kept_indices(table, keep))
     return Plan(net.config, table.after(keep), keep_indices, requested, achieved, protected)
 
 
-def _calibration(calibration: Iterable[object] | None, criterion: str) -> Batches | None:
+def calibration_for(calibration: Iterable[object] | None, criterion: str) -> Batches | None:
     """The batches that the criterion reads; None when it reads none."""
     need = CRITERIA[criterion].need
     if need is None and calibration is not None:
@@ -197,7 +197,7 @@ def _calibration(calibration: Iterable[object] | None, criterion: str) -> Batche
     return read_batches(calibration, needs_labels=need == "gradients")
 
 
-def _names(values: Iterable[str], argument: str) -> tuple[str, ...]:
+def names_in(values: Iterable[str], argument: str) -> tuple[str, ...]:
     if isinstance(values, str):
         raise PruningError(f"{argument}={values!r} is one string; give a list, [{values!r}]")
     return tuple(values)
@@ -242,7 +242,7 @@ def _check_rounding(table: Units, kinds: tuple[str, ...], round_to: int) -> None
         )
 
 
-def _protected(table: Units, patterns: tuple[str, ...]) -> tuple[Mask, dict[str, str]]:
+def protected_units(table: Units, patterns: tuple[str, ...]) -> tuple[Mask, dict[str, str]]:
     """Units that stay, and per group how many and why."""
     kept_back = np.zeros(table.size, dtype=bool)
     reasons: dict[str, list[str]] = {}
@@ -320,7 +320,7 @@ def _ancestry(name: str) -> list[str]:
     return [".".join(steps[: i + 1]) for i in range(len(steps))]
 
 
-def _keep_indices(table: Units, keep: Mask) -> Iterator[tuple[str, tuple[int, ...]]]:
+def kept_indices(table: Units, keep: Mask) -> Iterator[tuple[str, tuple[int, ...]]]:
     for group in table.groups:
         kept = np.flatnonzero(keep[group.units])
         if len(kept) < group.size:

@@ -1,0 +1,222 @@
+"""What each module bears: its least important units go, alone, and the cut net is evaluated."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import nn
+
+from prune_dn.errors import PruningError
+from prune_dn.models import DenseNet
+from prune_dn.models.convert import convert
+from prune_dn.profiling import Cost, ImageSize, count
+from prune_dn.pruning import budget as budgets
+from prune_dn.pruning.importance import CRITERIA, Scores, importance
+from prune_dn.pruning.plan import Plan, calibration_for, kept_indices, names_in, protected_units
+from prune_dn.pruning.surgery import apply_plan
+from prune_dn.pruning.units import KINDS, Group, Mask, Positions, Units
+
+
+@dataclass(frozen=True)
+class SensitivityRow:
+    """One group of units cut alone, by one ratio.
+
+    `name` is the module whose `size` units of `kind` were cut, as in a plan; `units_cut` of them
+    went for the `ratio` that was asked. `value` is what `evaluate` gave, `dense` what it gave for
+    the net as it is, `drop` how much worse that makes it. `params_saved` and `macs_saved` count
+    everything that fell with the units.
+    """
+
+    name: str
+    kind: str
+    ratio: float
+    size: int
+    units_cut: int
+    value: float
+    dense: float
+    drop: float
+    params_saved: int
+    macs_saved: int
+
+
+class _Cut(NamedTuple):
+    """A group, the units of it that go, and the ratios that ask for so many."""
+
+    group: Group
+    gone: Positions
+    ratios: tuple[float, ...]
+
+
+def sensitivity(
+    model: nn.Module,
+    evaluate: Callable[[DenseNet], float],
+    *,
+    ratios: Sequence[float] = (0.25, 0.5, 0.75),
+    criterion: str = "l2",
+    units: Iterable[str] = ("stream", "bottleneck"),
+    protect: Iterable[str] = (),
+    calibration: Iterable[object] | None = None,
+    seed: int = 0,
+    input_size: ImageSize | None = None,
+    higher_is_better: bool = True,
+    progress: Callable[[int, int], object] | None = None,
+) -> list[SensitivityRow]:
+    """Cut each group of units alone by each ratio, with the real surgery, and evaluate the result.
+
+    A group is a module's units of one kind in `units`: what a stem, dense layer or transition makes
+    (`stream`), a bottleneck, or what a reader reads (`edge`). Its round(ratio * size) least
+    important units by `criterion` go, with the exact consequences; everything else stays. As in
+    `make_plan`, `protect`ed units stay, and so does the last unit of a group and the last channel
+    that a reader reads; `units_cut` says what went. A ratio too small to cut anything has no row.
+
+    `evaluate` gets a new net in eval mode and returns a number: accuracy, or with
+    `higher_is_better=False` a loss. It may change the net, so it can recalibrate it; ratios that
+    cut the same units share an evaluation. MACs are for images of `input_size`; `progress` is
+    called with (evaluations done, in all). `calibration` and `seed` are those of `make_plan`. The
+    rows come in the order of the net, then by ratio (after arXiv:1608.08710, section 3.2).
+
+    Raises PruningError for arguments that are wrong, or when nothing can be cut.
+
+    >>> from prune_dn.models import densenet
+    >>> net = densenet([2], 8, bn_size=None, stem="cifar", num_classes=3)
+    >>> rows = sensitivity(net, lambda net: net.classifier.in_features, ratios=[0.5])
+    >>> [(row.name.removeprefix("features."), row.units_cut, row.drop) for row in rows]
+    [('conv0', 8, 8.0), ('denseblock1.denselayer1.conv1', 4, 4.0), ('denseblock1.denselayer2.conv1', 4, 4.0)]
+    """
+    net = convert(model)
+    wanted, kinds = _ratios(ratios), _kinds(units)
+    if criterion not in CRITERIA:
+        raise PruningError(
+            f"criterion {criterion!r} is unknown; choose from {', '.join(sorted(CRITERIA))}"
+        )
+    batches = calibration_for(calibration, criterion)
+    table = Units(net.config)
+    kept_back, _ = protected_units(table, names_in(protect, "protect"))
+    _check_kinds(table, kinds)
+    scores = importance(net, table, criterion, calibration=batches, seed=seed)
+    groups = [group for group in table.groups if group.kind in kinds]
+    cuts = [cut for group in groups for cut in _cuts(table, group, scores, ~kept_back, wanted)]
+    if not cuts:
+        raise PruningError(
+            f"ratios={list(wanted)} cut nothing: every group is protected or too small for them; "
+            "give larger ratios, or protect less"
+        )
+    whole, total = count(net, input_size), len(cuts) + 1
+    dense = _number(evaluate(copy.deepcopy(net).eval()), "the dense net")
+    if not math.isfinite(dense):
+        raise PruningError(f"evaluate gave {dense} for the dense net; it must be a finite number")
+    rows = []
+    for done, cut in enumerate(cuts, start=1):
+        if progress is not None:
+            progress(done, total)
+        keep = np.ones(table.size, dtype=bool)
+        keep[cut.gone] = False
+        keep = table.close(keep)
+        small = apply_plan(net, plan_of(table, keep))
+        value = _number(evaluate(small.eval()), cut.group.name)
+        drop = dense - value if higher_is_better else value - dense
+        left = budgets.cost(table, keep, input_size)
+        rows += [_row(cut, ratio, (value, dense, drop), whole, left) for ratio in cut.ratios]
+    if progress is not None:
+        progress(total, total)
+    return rows
+
+
+def ratios_within(rows: Iterable[SensitivityRow], max_drop: float) -> dict[str, float]:
+    """For each group the largest measured ratio whose drop is at most `max_drop`.
+
+    A group that bears none of its ratios is not in it. Each ratio holds for its group alone: cut
+    together they cost more than `max_drop`.
+
+    >>> row = SensitivityRow("features.conv0", "stream", 0.5, 24, 12, 0.90, 0.92, 0.02, 324, 331776)
+    >>> ratios_within([row], 0.05), ratios_within([row], 0.01)
+    ({'features.conv0': 0.5}, {})
+    """
+    if not isinstance(max_drop, int | float) or not 0 <= max_drop < math.inf:
+        raise PruningError(f"max_drop is {max_drop!r}; it must be a number of at least 0")
+    found: dict[str, float] = {}
+    for row in rows:
+        if row.drop <= max_drop:
+            found[row.name] = max(row.ratio, found.get(row.name, 0.0))
+    return found
+
+
+def plan_of(table: Units, keep: Mask) -> Plan:
+    """The plan of a closed `keep` that was chosen by hand: nothing requested, nothing achieved."""
+    return Plan(table.config, table.after(keep), dict(kept_indices(table, keep)), {}, {}, {})
+
+
+def _cuts(
+    table: Units, group: Group, scores: Scores, may_go: Mask, ratios: tuple[float, ...]
+) -> Iterator[_Cut]:
+    """The different cuts of one group, smallest first."""
+    only = np.zeros(table.size, dtype=bool)
+    only[group.units] = may_go[group.units]
+    only &= ~budgets.floor(table, scores, only, 1)
+    candidates = np.flatnonzero(only)
+    ranking = candidates[np.argsort(scores[candidates], kind="stable")]
+    asked: dict[int, list[float]] = {}
+    for ratio in ratios:
+        asked.setdefault(min(round(ratio * group.size), len(ranking)), []).append(ratio)
+    for number, same in asked.items():
+        if number:
+            yield _Cut(group, ranking[:number], tuple(same))
+
+
+def _row(
+    cut: _Cut, ratio: float, values: tuple[float, float, float], whole: Cost, left: Cost
+) -> SensitivityRow:
+    return SensitivityRow(
+        cut.group.name,
+        cut.group.kind,
+        ratio,
+        cut.group.size,
+        len(cut.gone),
+        *values,
+        whole.params - left.params,
+        whole.macs - left.macs,
+    )
+
+
+def _ratios(ratios: Any) -> tuple[float, ...]:
+    """Ascending, each once."""
+    given = ratios if isinstance(ratios, list | tuple | np.ndarray) else None
+    if given is None or not len(given):
+        raise PruningError(f"ratios is {ratios!r}; give a list of fractions, such as [0.25, 0.5]")
+    for ratio in given:
+        number = isinstance(ratio, int | float | np.floating) and not isinstance(ratio, bool)
+        if not number or not 0 < ratio < 1:
+            hint = f"; did you mean {ratio / 100}?" if number and 1 < ratio < 100 else ""
+            raise PruningError(f"ratios: {ratio!r} must be a number in (0, 1){hint}")
+    return tuple(sorted({float(ratio) for ratio in given}))
+
+
+def _kinds(units: Iterable[str]) -> tuple[str, ...]:
+    kinds = names_in(units, "units")
+    for kind in kinds:
+        if kind not in KINDS:
+            raise PruningError(f"units {kind!r} is unknown; choose from {', '.join(KINDS)}")
+    if not kinds:
+        raise PruningError(f"units is empty: nothing may be cut; choose from {', '.join(KINDS)}")
+    return kinds
+
+
+def _check_kinds(table: Units, kinds: tuple[str, ...]) -> None:
+    if not any(group.kind in kinds for group in table.groups):
+        raise PruningError(
+            f"units={list(kinds)}: this net has none of them (a basic layer has no bottleneck)"
+        )
+
+
+def _number(value: Any, name: str) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise PruningError(
+            f"evaluate gave {value!r} for {name}; it must return one number"
+        ) from None
