@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from prune_dn import cli_options as options
-from prune_dn.cli_options import example, read_recipe
+from prune_dn.cli_options import example, read_recipe, words
 from prune_dn.console import show as _show
 
 
@@ -25,14 +25,12 @@ def prune(
     unit: Annotated[
         str, typer.Option(help="What the ratio counts: channels, params, macs.")
     ] = "channels",
-    criterion: Annotated[str, typer.Option(help="See `prune-dn criteria`.")] = "bn_scale",
+    criterion: options.Criterion = "bn_scale",
     scope: Annotated[
         str, typer.Option(help="Rank over the whole net: global; or local.")
     ] = "global",
-    units: Annotated[str, typer.Option(help="Of stream, bottleneck, edge.")] = "stream,bottleneck",
-    protect: Annotated[
-        list[str] | None, typer.Option(help="Modules that stay whole; may be given repeatedly.")
-    ] = None,
+    units: options.UnitKinds = "stream,bottleneck",
+    protect: options.Protect = None,
     min_channels: Annotated[int, typer.Option(min=1, help="No width falls below.")] = 1,
     round_to: Annotated[int, typer.Option(min=1, help="Cut widths become a multiple of.")] = 1,
     image_size: options.ImageSize = None,
@@ -66,7 +64,7 @@ def prune(
             "unit": unit,
             "criterion": criterion,
             "scope": scope,
-            "units": _words(units),
+            "units": words(units),
             "protect": tuple(protect or ()),
             "min_channels": min_channels,
             "round_to": round_to,
@@ -219,7 +217,3 @@ def criteria(as_json: options.AsJson = False) -> None:
         for name, c in sorted(CRITERIA.items())
     }
     _show(lines, as_json)
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in text.split(",") if word.strip())

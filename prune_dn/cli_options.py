@@ -30,6 +30,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document an
 Output = Annotated[Path, typer.Option("--output", "-o", help="The file to write.")]
 OutputDir = Annotated[Path | None, typer.Option(help="Instead of the recipe's output_dir.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace another run in output_dir.")]
+Criterion = Annotated[str, typer.Option(help="See `prune-dn criteria`.")]
+UnitKinds = Annotated[str, typer.Option("--units", help="Of stream, bottleneck, edge.")]
+Protect = Annotated[
+    list[str] | None, typer.Option(help="Modules that stay whole; may be given repeatedly.")
+]
 DataName = Annotated[
     str | None, typer.Option("--data", help="Data set; default: the checkpoint's.")
 ]
@@ -52,6 +57,11 @@ def example(*lines: str) -> Callable[[Callable[..., None]], Callable[..., None]]
         return function
 
     return register
+
+
+def words(text: str) -> tuple[str, ...]:
+    """`a, b` as ("a", "b")."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
 def read_recipe(path: Path, sets: Sequence[str] | None, output_dir: Path | None) -> Any:

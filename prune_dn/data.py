@@ -17,6 +17,8 @@ from prune_dn.errors import DataError
 from prune_dn.images import Images
 from prune_dn.sources import DATASETS, Numbers, by_turns
 
+CALIBRATION_IMAGES = 512
+
 
 @dataclass(frozen=True)
 class DataSpec:
@@ -209,9 +211,13 @@ def calibration_loader(
 
 
 def calibration_batches(
-    dataset: ImageSet, images: int, *, seed: int = 0
+    dataset: ImageSet, images: int | None = None, *, seed: int = 0
 ) -> list[tuple[Tensor, Tensor]]:
-    """At most `images` training images, drawn by `seed`, in batches of 32, with labels."""
+    """At most `images` training images, drawn by `seed`, in batches of 32, with labels.
+
+    None = CALIBRATION_IMAGES.
+    """
+    images = CALIBRATION_IMAGES if images is None else images
     loader = calibration_loader(dataset, min(32, len(dataset)), seed=seed)
     batches = list(itertools.islice(loader, -(-images // 32)))
     over = sum(len(labels) for _, labels in batches) - images

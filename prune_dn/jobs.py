@@ -21,7 +21,6 @@ from prune_dn.phases import check_fit, load_data
 from prune_dn.processes import process_state
 from prune_dn.profiling import count, count_per_layer, default_image_size
 from prune_dn.pruning import (
-    CRITERIA,
     Plan,
     apply_plan,
     compensate_plan,
@@ -29,7 +28,8 @@ from prune_dn.pruning import (
     recalibrate_batch_norm_,
 )
 from prune_dn.pruning.compensate import check_compensation
-from prune_dn.recipe import CALIBRATION_IMAGES, Recipe
+from prune_dn.pruning.importance import reads_images
+from prune_dn.recipe import Recipe
 from prune_dn.sources import CIFAR_NORMALISATION, DATASETS
 from prune_dn.training import FitConfig, fit
 from prune_dn.training import evaluate as score
@@ -116,20 +116,15 @@ def prune_checkpoint(
     model, info = load(checkpoint), read_info(checkpoint)
     size = image_size or (info.get("data") or {}).get("image_size")
     check_compensation(compensate, True)
-    criterion = CRITERIA.get(arguments["criterion"])
-    reads = criterion is not None and criterion.need is not None
-    if calibration and not reads and compensate == "none":
-        raise PruningError(
-            f"--calibration has no effect: criterion {arguments['criterion']!r} reads only the "
-            "weights and --compensate is none; leave it out"
-        )
+    reads = reads_images(arguments["criterion"])
+    if not reads and compensate == "none":
+        refuse_calibration(calibration, arguments["criterion"], " and --compensate is none")
     images: list[Any] = []
     if recalibrate or reads or compensate != "none":
         sets = data.load(info, model, checkpoint)
         info["data"] = sets.spec.to_dict()
     if reads or compensate != "none":
-        wanted = calibration or CALIBRATION_IMAGES
-        images = calibration_batches(sets.train, wanted, seed=data.seed)
+        images = calibration_batches(sets.train, calibration, seed=data.seed)
     plan = make_plan(
         model, ratio, input_size=size, calibration=images if reads else None, **arguments
     )
@@ -152,6 +147,15 @@ def prune_checkpoint(
         "file_bytes": output.stat().st_size,
         "protected": plan.protected,
     }
+
+
+def refuse_calibration(images: int | None, criterion: str, why_else: str = "") -> None:
+    """Raise PruningError when `--calibration` was given, but nothing would read the images."""
+    if images is not None:
+        raise PruningError(
+            f"--calibration has no effect: criterion {criterion!r} reads only the weights"
+            f"{why_else}; leave it out"
+        )
 
 
 def finetune_checkpoint(

@@ -25,14 +25,14 @@ from prune_dn.models import DenseNet
 from prune_dn.processes import process_state
 from prune_dn.profiling import count
 from prune_dn.pruning import (
-    CRITERIA,
     Plan,
     apply_plan,
     compensate_plan,
     make_plan,
     recalibrate_batch_norm_,
 )
-from prune_dn.recipe import CALIBRATION_IMAGES, DataSection, ModelSection, PruneSection, Recipe
+from prune_dn.pruning.importance import reads_images
+from prune_dn.recipe import DataSection, ModelSection, PruneSection, Recipe
 from prune_dn.report import write_report
 from prune_dn.run_folder import RunFolder
 from prune_dn.training import evaluate, fit
@@ -99,7 +99,7 @@ def plan_round(
         **section.model_dump(exclude=NOT_PLANNED),
         seed=recipe.seed if section.seed is None else section.seed,
         input_size=data.spec.image_size,
-        calibration=calibration(recipe, data) if CRITERIA[section.criterion].need else None,
+        calibration=calibration(recipe, data) if reads_images(section.criterion) else None,
         baseline=dense.config,
     )
 
@@ -107,8 +107,7 @@ def plan_round(
 def calibration(recipe: Recipe, data: Datasets) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The training images that criterion and compensation see."""
     assert recipe.prune is not None
-    images = recipe.prune.calibration or CALIBRATION_IMAGES
-    return calibration_batches(data.train, images, seed=recipe.seed)
+    return calibration_batches(data.train, recipe.prune.calibration, seed=recipe.seed)
 
 
 @dataclass

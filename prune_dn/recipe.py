@@ -22,11 +22,11 @@ from prune_dn.augment import AUGMENTATIONS
 from prune_dn.errors import ConfigError
 from prune_dn.models import BUILDERS, DenseNet
 from prune_dn.pruning import CRITERIA
+from prune_dn.pruning.importance import reads_images
 from prune_dn.sources import DATASETS
 from prune_dn.training import FitConfig
 from prune_dn.yaml_lines import dump
 
-CALIBRATION_IMAGES = 512
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -162,7 +162,7 @@ class DataSection(Section):
 class PruneSection(Section):
     """What `prune_dn.prune` takes, and how often to prune.
 
-    `calibration` is how many training images the criterion and the compensation see (None = 512).
+    `calibration` is how many training images the criterion and the compensation see (None = 512, see `data.calibration_batches`).
     """
 
     pruning_ratio: Ratio
@@ -185,7 +185,7 @@ class PruneSection(Section):
     @property
     def reads_images(self) -> bool:
         """Whether the criterion or the compensation needs calibration images."""
-        return CRITERIA[self.criterion].need is not None or self.compensate != "none"
+        return reads_images(self.criterion) or self.compensate != "none"
 
 
 class ExportSection(Section):

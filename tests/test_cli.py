@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import bad, document
 
 from prune_dn import cli, jobs
 from prune_dn.checkpoint import load, read_info, save, save_state_dict
@@ -59,21 +60,6 @@ def net(tmp_path: Path) -> Path:
     spec = load_datasets("digits", image_size=8).spec
     save(model, tmp_path / "net.safetensors", info={"data": spec.to_dict()})
     return tmp_path / "net.safetensors"
-
-
-def bad(result: tuple[int, str, str], message: str) -> None:
-    """Exit code 2, nothing on stdout, the message and no traceback on stderr."""
-    code, out, err = result
-    assert code == 2, err
-    assert out == ""
-    assert "Traceback" not in err
-    assert re.search(message, err), err
-
-
-def document(result: tuple[int, str, str]) -> Any:
-    code, out, err = result
-    assert code == 0, err
-    return json.loads(out)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

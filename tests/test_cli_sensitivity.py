@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from commands import bad, document
 from PIL import Image
 
-from prune_dn import cli, cli_sensitivity
+from prune_dn import cli, cli_sensitivity, sensitivity_report
 from prune_dn.checkpoint import load, save, save_state_dict
 from prune_dn.data import ImageSet, calibration_loader, load_datasets
 from prune_dn.models import DenseNet, densenet
@@ -60,20 +61,6 @@ def net(trained: DenseNet, tmp_path: Path) -> Path:
     spec = load_datasets("digits", image_size=8).spec
     save(trained, tmp_path / "net.safetensors", info={"data": spec.to_dict()})
     return tmp_path / "net.safetensors"
-
-
-def document(result: tuple[int, str, str]) -> Any:
-    code, out, err = result
-    assert code == 0, err
-    return json.loads(out)
-
-
-def bad(result: tuple[int, str, str], message: str) -> None:
-    code, out, err = result
-    assert code == 2, err
-    assert out == ""
-    assert "Traceback" not in err
-    assert re.search(message, err), err
 
 
 def test_end_to_end(run: Run, net: Path) -> None:
@@ -237,7 +224,7 @@ def test_figures_that_are_not_finite(tmp_path: Path) -> None:
         "seed": 0, "params": 1, "macs": 10, "image_size": 8, "machine": "none",
         "rows": [{**row, "macs_saved": 1} for row in rows],
     }  # fmt: skip
-    cli_sensitivity.write(facts, tmp_path)
+    sensitivity_report.write(facts, tmp_path)
     assert json.loads((tmp_path / "sensitivity.json").read_text())["rows"][0]["drop"] is None
     with Image.open(tmp_path / "sensitivity.png") as image:
         image.load()

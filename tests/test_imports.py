@@ -26,6 +26,7 @@ FLOORS = [
     {"recipe"},
     {"recipe_file"},
     {"report"},
+    {"sensitivity_report"},
     {"run_folder"},
     {"phases"},
     {"pipeline", "jobs"},

@@ -34,7 +34,8 @@ from prune_dn.files import write_text
 from prune_dn.jobs import NORMALISATIONS
 from prune_dn.latency import compare_latency, machine
 from prune_dn.models import DenseNet
-from prune_dn.pruning import recalibrate_batch_norm_
+from prune_dn.pruning import CRITERIA, recalibrate_batch_norm_
+from prune_dn.pruning.importance import reads_images
 from prune_dn.training import evaluate
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -46,8 +47,6 @@ UNITS = {
     "stream+bottleneck": ("stream", "bottleneck"),
     "all": ("stream", "bottleneck", "edge"),
 }
-CRITERIA = ("bn_scale", "l1", "l2", "fpgm", "lamp", "random")
-DATA_CRITERIA = ("activation", "taylor", "fisher", "reconstruction")
 THEIRS = ("bn_scale", "l1", "l2", "taylor", "lamp", "fpgm")
 COLUMNS = ("method", "asked", "macs cut", "params", "one-shot", "recalibrated", "seconds")
 
@@ -56,7 +55,7 @@ def ours(criterion: str, compensate: str, units: tuple[str, ...]) -> Method:
     """Our `prune` with these choices."""
 
     def cut(net: DenseNet, ratio: float, batches: Batches, size: int) -> nn.Module:
-        needs = criterion in DATA_CRITERIA or compensate != "none"
+        needs = reads_images(criterion) or compensate != "none"
         return prune_dn.prune(
             net,
             ratio,
@@ -119,7 +118,7 @@ def theirs(criterion: str, global_pruning: bool) -> Method:
 
 def methods() -> dict[str, Method]:
     found: dict[str, Method] = {}
-    for criterion in (*CRITERIA, *DATA_CRITERIA):
+    for criterion in sorted(CRITERIA):
         for compensate in ("none", "mean", "least_squares"):
             for name, units in UNITS.items():
                 found[f"ours/{criterion}/{compensate}/{name}"] = ours(criterion, compensate, units)

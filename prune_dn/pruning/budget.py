@@ -89,10 +89,10 @@ def floor(units: Units, scores: Scores, may_go: Mask, min_channels: int) -> Mask
     First the best of each producer and bottleneck; then, for each reader, its best edges to
     channels that stay anyway, or else its best edges with their channels.
     """
-    floor = np.zeros(units.size, dtype=bool)
+    stay = np.zeros(units.size, dtype=bool)
     for group in units.groups:
         if group.kind != "edge":
-            floor[_best(group, scores, floor | ~may_go, min_channels)] = True
+            stay[_best(group, scores, stay | ~may_go, min_channels)] = True
     for stream in units.streams:
         carrier = np.zeros(stream.width, dtype=np.intp)
         for part in stream.producers:
@@ -103,11 +103,11 @@ def floor(units: Units, scores: Scores, may_go: Mask, min_channels: int) -> Mask
         for part in stream.readers:
             assert part.edges is not None
             # An edge outranks another whose channel may go, or that may itself go.
-            stays = (floor | ~may_go)[carrier[part.positions]]
+            stays = (stay | ~may_go)[carrier[part.positions]]
             order = np.lexsort((scores[part.edges.units], stays))[::-1][:min_channels]
-            floor[part.edges.start + order] = True
-            floor[carrier[part.positions[order]]] = True
-    return floor
+            stay[part.edges.start + order] = True
+            stay[carrier[part.positions[order]]] = True
+    return stay
 
 
 def _best(group: Group, scores: Scores, stays: Mask, count: int) -> np.ndarray:

@@ -170,7 +170,7 @@ class _Walk:
         kept = self.keep_indices.get(name)
         kernel = new.kernel_size[0] if isinstance(new, nn.Conv2d) else 1
         weight = new.weight.flatten(1).T.float()  # (inputs * taps, outputs)
-        halves = [_Moments(weight), _Moments(weight)]
+        halves = [_Moments(weight, self.refit), _Moments(weight, self.refit)]
         for i, (x, y) in enumerate(zip(inputs, targets, strict=True)):
             positions = self.sampler(x, len(weight))
             target = old(y) if kept is None else old(y)[:, list(kept)]
@@ -183,18 +183,19 @@ class _Walk:
             new.weight.copy_(weight.T.reshape(new.weight.shape))
         left = both.output - both.input @ weight
         if mfm is not None:
-            left = left.new_zeros(_made(new, mfm, inputs[0][:1]).shape[1])
+            left = torch.zeros_like(mfm(left[None])[0])
         return left.to(new.weight.dtype)
 
 
 class _Moments:
-    """Sums over patches p (rows, inputs) and targets y (rows, outputs)."""
+    """Sums over patches p (rows, inputs) and targets y (rows, outputs); `products` if asked for."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, products: bool) -> None:
         inputs, outputs = weight.shape
-        self.rows = 0
-        self.gram = weight.new_zeros(inputs, inputs)
-        self.cross = weight.new_zeros(inputs, outputs)
+        self.rows, self.products = 0, products
+        width = inputs if products else 0
+        self.gram = weight.new_zeros(width, width)
+        self.cross = weight.new_zeros(width, outputs)
         self.sum_inputs = weight.new_zeros(inputs)
         self.sum_outputs = weight.new_zeros(outputs)
 
@@ -209,15 +210,16 @@ class _Moments:
     def add(self, p: Tensor, y: Tensor) -> None:
         p, y = p.float(), y.float()
         self.rows += len(p)
-        self.gram.addmm_(p.T, p)
-        self.cross.addmm_(p.T, y)
+        if self.products:
+            self.gram.addmm_(p.T, p)
+            self.cross.addmm_(p.T, y)
         self.sum_inputs += p.sum(0)
         self.sum_outputs += y.sum(0)
 
     def __add__(self, other: _Moments) -> _Moments:
         both = copy.copy(self)
-        for key, value in vars(other).items():
-            setattr(both, key, getattr(self, key) + value)
+        for key in ("rows", "gram", "cross", "sum_inputs", "sum_outputs"):
+            setattr(both, key, getattr(self, key) + getattr(other, key))
         return both
 
     def normal(self, centred: bool) -> tuple[Tensor, Tensor]:

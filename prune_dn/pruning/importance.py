@@ -168,6 +168,11 @@ def reconstruction(reading: Reading) -> Tensor:
     return elimination_losses(statistics.gram, scaled.T, weight.shape[2] * weight.shape[3])
 
 
+def reads_images(criterion: str) -> bool:
+    """Whether the criterion needs calibration images; False for a name that is unknown."""
+    return criterion in CRITERIA and CRITERIA[criterion].need is not None
+
+
 def readers(units: Units) -> Iterator[Reader]:
     """All readers, in the order in which they run."""
     for stream in units.streams:

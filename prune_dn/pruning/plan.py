@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import json
 import math
 import os
@@ -23,7 +22,8 @@ from prune_dn.profiling import ImageSize, count, default_image_size
 from prune_dn.pruning import budget as budgets
 from prune_dn.pruning.calibration import Batches, read_batches
 from prune_dn.pruning.importance import CRITERIA, importance
-from prune_dn.pruning.units import KINDS, Group, Mask, Part, Stream, Units
+from prune_dn.pruning.protect import protected_units
+from prune_dn.pruning.units import KINDS, Group, Mask, Units
 
 FORMAT = "prune_dn.plan/1"
 
@@ -180,8 +180,25 @@ def make_plan(
         "before": dataclasses.asdict(before),
         "after": dataclasses.asdict(after),
     }
-    keep_indices = dict(kept_indices(table, keep))
-    return Plan(net.config, table.after(keep), keep_indices, requested, achieved, protected)
+    return plan_of(table, keep, requested, achieved, protected)
+
+
+def plan_of(
+    table: Units,
+    keep: Mask,
+    requested: dict[str, Any] | None = None,
+    achieved: dict[str, Any] | None = None,
+    protected: dict[str, str] | None = None,
+) -> Plan:
+    """The plan of a closed `keep`; one that was chosen by hand has nothing else to say."""
+    return Plan(
+        table.config,
+        table.after(keep),
+        dict(_keep_indices(table, keep)),
+        requested or {},
+        achieved or {},
+        protected or {},
+    )
 
 
 def calibration_for(calibration: Iterable[object] | None, criterion: str) -> Batches | None:
@@ -216,25 +233,41 @@ def _check(
     choices: list[tuple[str, str, Iterable[str]]] = [
         ("unit", unit, budgets.BUDGET_UNITS),
         ("scope", scope, budgets.SCOPES),
-        ("criterion", criterion, sorted(CRITERIA)),
-        *(("units", kind, KINDS) for kind in kinds),
     ]
     for name, value, allowed in choices:
-        if value not in allowed:
-            raise PruningError(f"{name} {value!r} is unknown; choose from {', '.join(allowed)}")
-    if not kinds:
-        raise PruningError(f"units is empty: nothing may be cut; choose from {', '.join(KINDS)}")
+        _check_choice(name, value, allowed)
+    check_what(criterion, kinds)
     for name, value in (("min_channels", least), ("round_to", step)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise PruningError(f"{name} is {value!r}; it must be an integer of at least 1")
 
 
-def _check_rounding(table: Units, kinds: tuple[str, ...], round_to: int) -> None:
-    widest = max((g.size for g in table.groups if g.kind in kinds), default=0)
-    if widest == 0:
+def check_what(criterion: str, kinds: tuple[str, ...]) -> None:
+    """Raise PruningError for an unknown criterion, an unknown kind of unit, or no kinds."""
+    _check_choice("criterion", criterion, sorted(CRITERIA))
+    for kind in kinds:
+        _check_choice("units", kind, KINDS)
+    if not kinds:
+        raise PruningError(f"units is empty: nothing may be cut; choose from {', '.join(KINDS)}")
+
+
+def groups_of(table: Units, kinds: tuple[str, ...]) -> list[Group]:
+    """The groups of these kinds. Raises PruningError when there are none."""
+    found = [group for group in table.groups if group.kind in kinds]
+    if not found:
         raise PruningError(
             f"units={list(kinds)}: this net has none of them (a basic layer has no bottleneck)"
         )
+    return found
+
+
+def _check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
+    if value not in allowed:
+        raise PruningError(f"{name} {value!r} is unknown; choose from {', '.join(allowed)}")
+
+
+def _check_rounding(table: Units, kinds: tuple[str, ...], round_to: int) -> None:
+    widest = max(group.size for group in groups_of(table, kinds))
     if round_to > widest:
         raise PruningError(
             f"round_to={round_to} is larger than every width that may be cut (the widest is "
@@ -242,85 +275,7 @@ def _check_rounding(table: Units, kinds: tuple[str, ...], round_to: int) -> None
         )
 
 
-def protected_units(table: Units, patterns: tuple[str, ...]) -> tuple[Mask, dict[str, str]]:
-    """Units that stay, and per group how many and why."""
-    kept_back = np.zeros(table.size, dtype=bool)
-    reasons: dict[str, list[str]] = {}
-    matched: dict[str, str] = {}
-    names = [name for part in table.parts() for name in _modules(part)]
-    for pattern in patterns:
-        found = [
-            name for name in names if any(fnmatch.fnmatchcase(n, pattern) for n in _ancestry(name))
-        ]
-        if not found:
-            raise PruningError(
-                f"protect pattern {pattern!r} matches no module; names look like "
-                f"{', '.join(names[:4])}, ..., {names[-1]}"
-            )
-        for name in found:
-            matched.setdefault(name, pattern)
-
-    def keep_back(group: Group, which: Mask, name: str) -> None:
-        if not kept_back[group.units][which].all():
-            reasons.setdefault(group.name, []).append(f"{name} is protected by {matched[name]!r}")
-        kept_back[group.start + np.flatnonzero(which)] = True
-
-    for stream in table.streams:
-        for part in stream.readers:
-            for name in _reading_modules(part):
-                if name in matched and part.edges is not None:
-                    keep_back(part.edges, np.ones(part.edges.size, dtype=bool), name)
-                    for producer, which in _sources(stream, part):
-                        keep_back(producer, which, name)
-            for name in (f"{part.name}.conv1", f"{part.name}.norm2", f"{part.name}.conv2"):
-                if name in matched and part.bottleneck is not None:
-                    keep_back(part.bottleneck, np.ones(part.bottleneck.size, dtype=bool), name)
-        for part in stream.producers:
-            assert part.stream is not None
-            for name in (part.stream.name, "features.norm0" if part.edges is None else ""):
-                if name in matched:
-                    keep_back(part.stream, np.ones(part.stream.size, dtype=bool), name)
-    sizes = {g.name: (int(kept_back[g.units].sum()), g) for g in table.groups}
-    described = {
-        name: f"{sizes[name][0]} of {sizes[name][1].size} {sizes[name][1].kind} units stay: "
-        + "; ".join(dict.fromkeys(why))
-        for name, why in reasons.items()
-    }
-    return kept_back, described
-
-
-def _sources(stream: Stream, reader: Part) -> Iterator[tuple[Group, Mask]]:
-    """The units that make what a reader reads."""
-    read = np.zeros(stream.width, dtype=bool)
-    read[reader.positions] = True
-    for producer in stream.producers:
-        assert producer.stream is not None
-        which: Mask = np.any(read[producer.made()], axis=0)
-        if which.any():
-            yield producer.stream, which
-
-
-def _reading_modules(part: Part) -> tuple[str, ...]:
-    if part.name == "classifier":
-        return ("features.norm5", "classifier")
-    if part.is_dense_layer:
-        return (f"{part.name}.norm1", f"{part.name}.conv1")
-    return (f"{part.name}.norm", f"{part.name}.conv")
-
-
-def _modules(part: Part) -> tuple[str, ...]:
-    if part.edges is None:
-        return ("features.conv0", "features.norm0")
-    inner = () if part.bottleneck is None else (f"{part.name}.norm2", f"{part.name}.conv2")
-    return (*_reading_modules(part), *inner)
-
-
-def _ancestry(name: str) -> list[str]:
-    steps = name.split(".")
-    return [".".join(steps[: i + 1]) for i in range(len(steps))]
-
-
-def kept_indices(table: Units, keep: Mask) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _keep_indices(table: Units, keep: Mask) -> Iterator[tuple[str, tuple[int, ...]]]:
     for group in table.groups:
         kept = np.flatnonzero(keep[group.units])
         if len(kept) < group.size:

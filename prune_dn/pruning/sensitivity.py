@@ -16,10 +16,17 @@ from prune_dn.models import DenseNet
 from prune_dn.models.convert import convert
 from prune_dn.profiling import Cost, ImageSize, count
 from prune_dn.pruning import budget as budgets
-from prune_dn.pruning.importance import CRITERIA, Scores, importance
-from prune_dn.pruning.plan import Plan, calibration_for, kept_indices, names_in, protected_units
+from prune_dn.pruning.importance import Scores, importance
+from prune_dn.pruning.plan import (
+    calibration_for,
+    check_what,
+    groups_of,
+    names_in,
+    plan_of,
+)
+from prune_dn.pruning.protect import protected_units
 from prune_dn.pruning.surgery import apply_plan
-from prune_dn.pruning.units import KINDS, Group, Mask, Positions, Units
+from prune_dn.pruning.units import Group, Mask, Positions, Units
 
 
 @dataclass(frozen=True)
@@ -89,17 +96,13 @@ def sensitivity(
     [('conv0', 8, 8.0), ('denseblock1.denselayer1.conv1', 4, 4.0), ('denseblock1.denselayer2.conv1', 4, 4.0)]
     """
     net = convert(model)
-    wanted, kinds = _ratios(ratios), _kinds(units)
-    if criterion not in CRITERIA:
-        raise PruningError(
-            f"criterion {criterion!r} is unknown; choose from {', '.join(sorted(CRITERIA))}"
-        )
+    wanted, kinds = _ratios(ratios), names_in(units, "units")
+    check_what(criterion, kinds)
     batches = calibration_for(calibration, criterion)
     table = Units(net.config)
     kept_back, _ = protected_units(table, names_in(protect, "protect"))
-    _check_kinds(table, kinds)
+    groups = groups_of(table, kinds)
     scores = importance(net, table, criterion, calibration=batches, seed=seed)
-    groups = [group for group in table.groups if group.kind in kinds]
     cuts = [cut for group in groups for cut in _cuts(table, group, scores, ~kept_back, wanted)]
     if not cuts:
         raise PruningError(
@@ -146,11 +149,6 @@ def ratios_within(rows: Iterable[SensitivityRow], max_drop: float) -> dict[str, 
     return found
 
 
-def plan_of(table: Units, keep: Mask) -> Plan:
-    """The plan of a closed `keep` that was chosen by hand: nothing requested, nothing achieved."""
-    return Plan(table.config, table.after(keep), dict(kept_indices(table, keep)), {}, {}, {})
-
-
 def _cuts(
     table: Units, group: Group, scores: Scores, may_go: Mask, ratios: tuple[float, ...]
 ) -> Iterator[_Cut]:
@@ -194,23 +192,6 @@ def _ratios(ratios: Any) -> tuple[float, ...]:
             hint = f"; did you mean {ratio / 100}?" if number and 1 < ratio < 100 else ""
             raise PruningError(f"ratios: {ratio!r} must be a number in (0, 1){hint}")
     return tuple(sorted({float(ratio) for ratio in given}))
-
-
-def _kinds(units: Iterable[str]) -> tuple[str, ...]:
-    kinds = names_in(units, "units")
-    for kind in kinds:
-        if kind not in KINDS:
-            raise PruningError(f"units {kind!r} is unknown; choose from {', '.join(KINDS)}")
-    if not kinds:
-        raise PruningError(f"units is empty: nothing may be cut; choose from {', '.join(KINDS)}")
-    return kinds
-
-
-def _check_kinds(table: Units, kinds: tuple[str, ...]) -> None:
-    if not any(group.kind in kinds for group in table.groups):
-        raise PruningError(
-            f"units={list(kinds)}: this net has none of them (a basic layer has no bottleneck)"
-        )
 
 
 def _number(value: Any, name: str) -> float:

@@ -13,7 +13,7 @@ from prune_dn.models.convert import convert
 from prune_dn.models.densenet import build_empty
 from prune_dn.profiling import ImageSize
 from prune_dn.pruning.compensate import check_compensation, compensate_plan
-from prune_dn.pruning.importance import CRITERIA
+from prune_dn.pruning.importance import reads_images
 from prune_dn.pruning.plan import Plan, make_plan
 
 
@@ -47,7 +47,6 @@ def prune(
     """
     check_compensation(compensate, calibration is not None)
     net = convert(model)
-    reads = criterion in CRITERIA and CRITERIA[criterion].need is not None
     batches = None if calibration is None else list(calibration)
     plan = make_plan(
         net,
@@ -61,7 +60,7 @@ def prune(
         round_to=round_to,
         input_size=input_size,
         seed=seed,
-        calibration=batches if reads or compensate == "none" else None,
+        calibration=batches if reads_images(criterion) or compensate == "none" else None,
     )
     small = apply_plan(net, plan)
     if batches is None or compensate == "none":
