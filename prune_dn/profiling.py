@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from prune_dn.errors import ConfigError
 from prune_dn.models import DenseNet, DenseNetConfig
@@ -17,7 +18,6 @@ from prune_dn.models import DenseNet, DenseNetConfig
 ImageSize = int | tuple[int, int]
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def module_rows(model: nn.Module, uses: Mapping[str, int]) -> Iterator[LayerCost
         params = sum(p.numel() for p in own - seen)
         weight = getattr(module, "weight", None)
         macs = weight.numel() * uses[name] if name in uses and weight is not None else 0
-        channels = module.num_features if isinstance(module, _NORMS) else 0
+        channels = module.num_features if isinstance(module, _BatchNorm) else 0
         seen |= own
         if own or macs or channels:
             yield LayerCost(name, params, macs, channels)

@@ -1,102 +1,93 @@
 """Other CNNs: channels that torch-pruning's dependency graph ties together are cut together.
 
-The graph only says which channels of which layers are one; choosing, counting and cutting happen
-here. The contract is that of the DenseNets: the pruned net equals the given one with the cut
-channels masked where convs and linear layers read them. Every call checks it, in float64.
+The graph only says which channels of which layers are one; scoring, counting and cutting happen
+here, with the criteria and units of DenseNets. So is the contract: the pruned net equals the given
+one with masks where convs and linear layers read the cut channels. Every call checks it, in float64.
 """
 
 from __future__ import annotations
 
 import copy
-import fnmatch
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from prune_dn.errors import PruningError
-from prune_dn.models import DenseNet
-from prune_dn.pruning.budget import BUDGET_UNITS, SCOPES
-from prune_dn.pruning.calibration import Batches, read_batches
+from prune_dn.models.convert import check_not_wrapped
+from prune_dn.profiling import ImageSize, example_image, module_rows, total, weight_uses
+from prune_dn.pruning.calibration import Batches, Statistics
 from prune_dn.pruning.coupled import (
     IN,
-    WIDTHS,
+    Conv,
     Group,
     Keep,
+    Layer,
     Member,
     cut,
+    find_groups,
     is_exact,
-    trace,
-    weight_rows,
+    reading_weight,
 )
+from prune_dn.pruning.importance import CRITERIA, Reading, check_losses, judge, observe
+from prune_dn.pruning.plan import calibration_for, check_request, names_in
+from prune_dn.pruning.protect import matching
 
-GENERIC_CRITERIA = ("bn_scale", "l1", "l2", "random", "taylor")
 
-
-def prune_generic(
+def prune_cnn(
     model: nn.Module,
     pruning_ratio: float,
     *,
     unit: str = "channels",
     criterion: str = "bn_scale",
     scope: str = "global",
+    calibration: Iterable[object] | None = None,
     protect: Iterable[str] = (),
     min_channels: int = 1,
     round_to: int = 1,
-    example_inputs: Tensor | Sequence[Any] | None = None,
-    calibration: Iterable[object] | None = None,
+    input_size: ImageSize | None = None,
     seed: int = 0,
 ) -> nn.Module:
-    """A smaller copy of a CNN that is no DenseNet; `model` stays as it is.
+    """`prune` for a CNN that is no DenseNet; `model` stays as it is.
 
-    At least the share `pruning_ratio` in (0, 1) of `unit` goes, and as little more as the ranking
-    allows: `channels` (conv outputs that can go, coupled ones counted once), `params`, or `macs` of
-    `example_inputs`, a batch (N, C, H, W) or a tuple of arguments. A channel's score is a sum over
-    its layers: `bn_scale` |gamma| of its norms (arXiv:1708.06519); `l1`, `l2` the weights that make
-    or read it (arXiv:1608.08710); `taylor` |first-order change of the loss| when nothing reads it
-    (arXiv:1906.10771; needs `calibration` of (images, labels)); `random`. Scope `global` ranks
-    scores over their group's mean, ties evenly; `local` cuts the same share of each group. A cut
-    width is a multiple of `round_to` and at least `min_channels`. What a layer that matches
-    `protect` (by its name or a parent's) makes or reads stays.
+    The arguments are those of `make_plan`. Outputs of convs that a sum or a depthwise conv ties
+    together are one unit. Its importance is the sum over the convs and linear layers that read it;
+    that of `bn_scale` the sum of |gamma| over the norms on it (arXiv:1708.06519). Scope `global`
+    compares shares of the mean of each group of coupled channels. `input_size` is that of
+    `calibration` where it is not given.
 
-    So do outputs of the net and of linear layers, and channels that pass a split, a norm over
+    Outputs of the net and of linear layers stay, and channels that pass a split, a norm over
     channels (layer or group norm), a shared weight or a bare parameter.
 
-    Raises PruningError for a request that is wrong or out of reach, and for nets with attention.
+    Raises PruningError for a request that is wrong or out of reach, and for transformers.
 
     >>> from torchvision.models import resnet18
-    >>> small = prune_generic(
-    ...     resnet18(), 0.5, unit="macs", round_to=8, example_inputs=torch.zeros(1, 3, 64, 64)
-    ... )
+    >>> small = prune_cnn(resnet18(), 0.5, unit="macs", round_to=8, input_size=64)
     >>> small.layer1[0].conv1
     Conv2d(48, 48, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), bias=False)
     """
-    _check(pruning_ratio, unit, criterion, scope, min_channels, round_to)
-    _check_model(model)
-    batches = _calibration(calibration, criterion)
-    inputs = _arguments(model, example_inputs)
-    groups, uses = trace(model, inputs)
-    free = _unprotected(model, groups, protect)
-    scores = score(model, free, criterion, batches, seed)
+    patterns = names_in(protect, "protect")
+    check_request(pruning_ratio, unit, criterion, scope, ("stream",), min_channels, round_to)
+    batches = calibration_for(calibration, criterion)
+    if input_size is None and batches is not None:
+        input_size = (batches.images[0].shape[2], batches.images[0].shape[3])
+    _check_model(model, criterion, unit, input_size)
+    image, uses = example_image(model, input_size), weight_uses(model, input_size)
+    groups = find_groups(model, image)
+    free = _unprotected(model, groups, patterns)
+    scores = importance(model, free, criterion, batches, seed)
     ladder = _ladder(free, scores, scope, min_channels, round_to)
     shapes = copy.deepcopy(model).to("meta")
 
     def remains(prefix: int) -> int:
-        keep = ladder(prefix)
-        if unit == "channels":
-            return sum(int(keep[g.root].sum()) if g.root in keep else g.size for g in groups)
-        net = cut(shapes, groups, keep)
-        if unit == "params":
-            return sum(p.numel() for p in net.parameters())
-        return sum(net.get_parameter(f"{name}.weight").numel() * n for name, n in uses.items())
+        return int(
+            getattr(total(list(module_rows(cut(shapes, groups, ladder(prefix)), uses))), unit)
+        )
 
-    low, high = 1, sum(group.size // group.blocks for group in free)
-    whole, least = remains(0), remains(high)
+    low, high = 0, sum(group.size // group.blocks for group in free)
+    whole, least = remains(low), remains(high)
     if least > (target := (1 - pruning_ratio) * whole):
         raise PruningError(
             f"cannot bring {unit} from {whole:,} down to {target:,.0f}: the least that "
@@ -107,181 +98,146 @@ def prune_generic(
         middle = (low + high) // 2
         low, high = (low, middle) if remains(middle) <= target else (middle + 1, high)
     keep = ladder(low)
-    if not is_exact(model, groups, keep, inputs):
-        cuts = [{root: mask} for root, mask in keep.items() if not mask.all()]
-        wrong = [root for c in cuts if not is_exact(model, groups, c, inputs) for root in c]
-        raise PruningError(
-            "the pruned net would not equal the masked one: what the model does with the outputs "
-            f"of {', '.join(wrong) or 'several layers together'} depends on their number or order "
-            "(a shuffle, a sum with the input, a fixed view, a layer that torch-pruning does not "
-            f"know); leave those layers as they are{f': protect={wrong}' if wrong else ''}"
-        )
+    _check_exact(model, groups, keep, image)
     return cut(model, groups, keep)
 
 
-def score(
+def importance(
     model: nn.Module, groups: list[Group], criterion: str, batches: Batches | None, seed: int
 ) -> list[Tensor]:
-    """The importance of each group's channels, (size,) in float64, over the group's mean."""
-    generator = torch.Generator().manual_seed(seed)
-    found = [torch.zeros(g.size, dtype=torch.float64) for g in groups]
-    for effects in _effects(model, batches) if batches else ({},):
-        for group, total in zip(groups, found, strict=True):
-            change = torch.zeros_like(total)
-            if criterion == "random":
-                change = torch.rand(group.size, generator=generator, dtype=torch.float64)
-            for m in group.members:
-                part = _part(model.get_submodule(m.layer), m, criterion, effects)
-                if part is not None:
-                    change.index_add_(0, m.units, part.detach().cpu().double()[m.channels])
-            total += change.abs()
-    for group, total in zip(groups, found, strict=True):
-        layers = [model.get_submodule(m.layer) for m in group.members]
-        scaled = any(isinstance(layer, _NormBase) and layer.affine for layer in layers)
-        if criterion == "bn_scale" and not scaled:
-            raise PruningError(
-                "criterion 'bn_scale' finds no batch norm with a scale on the channels of "
-                f"{group.root!r}: choose l1, l2, taylor or random, or protect={[group.root]}"
-            )
-        if not torch.isfinite(total).all():
-            raise PruningError(
-                f"criterion {criterion!r}: scores of {group.root} are not finite; the weights or "
-                "the calibration images hold NaN or infinity, so load a sound checkpoint"
-            )
-    found = [total.sqrt() for total in found] if criterion == "l2" else found
-    return [total / total.mean() if total.any() else total for total in found]
-
-
-def _part(layer: Any, member: Member, criterion: str, effects: dict[str, Tensor]) -> Tensor | None:
-    """What one layer adds to the importance of each of its channels; None = nothing."""
+    """What goes with each unit of each group, (size,) in float64."""
     if criterion == "bn_scale":
-        return layer.weight.abs() if isinstance(layer, _NormBase) and layer.affine else None
-    if criterion == "taylor":
-        return effects[member.layer] if member.sides == (IN,) else None
-    if criterion == "random" or not isinstance(layer, _ConvNd | nn.Linear):
-        return None
-    rows = weight_rows(layer, layer.weight, member.sides[0])
-    return rows.abs().sum(1) if criterion == "l1" else rows.square().sum(1)
+        return [_scales(model, group) for group in groups]
+    readers = {m.layer: None for group in groups for m in group.members if m.sides == (IN,)}
+    found = observe(model, list(readers), criterion, batches, seed)
+    generator = torch.Generator().manual_seed(seed)
+    scores = []
+    for group in groups:
+        score = torch.zeros(group.size, dtype=torch.float64)
+        for member in group.members:
+            if member.sides == (IN,):
+                layer, statistics = model.get_submodule(member.layer), found.get(member.layer)
+                reading = _reading(layer, member, group.size, generator, statistics)
+                score += torch.from_numpy(judge(reading, criterion))
+        scores.append(score)
+    return scores
 
 
-def _effects(model: nn.Module, batches: Batches) -> Iterator[dict[str, Tensor]]:
-    """Per batch: the loss's first-order change with each channel that a conv or linear reads."""
-    net = copy.deepcopy(model).eval()
-    layers: dict[str, Any] = {
-        n: m for n, m in net.named_modules() if isinstance(m, _ConvNd | nn.Linear)
+def _reading(
+    layer: nn.Module,
+    member: Member,
+    size: int,
+    generator: torch.Generator,
+    statistics: Statistics | None,
+) -> Reading:
+    """How a conv or linear layer reads the units of a group.
+
+    A linear layer behind a flattened map reads it as a conv with a kernel of the map's size would.
+    """
+    channels = member.channels[member.units.argsort(stable=True)].view(size, -1)
+    weight = reading_weight(layer)[:, channels].flatten(2, 3).float()
+    known = {
+        k: v[channels].sum(1) for k, v in vars(statistics or Statistics()).items() if v is not None
     }
-    weights = [layer.weight.requires_grad_() for layer in layers.values()]
-    for images, labels in zip(batches.images, batches.labels or (), strict=True):
-        try:
-            with torch.enable_grad():
-                logits = net(images.to(weights[0]))
-                loss = F.cross_entropy(logits, labels.to(logits.device))
-                slopes = torch.autograd.grad(loss, weights, materialize_grads=True)
-        except (RuntimeError, IndexError, AttributeError, TypeError) as error:
-            raise PruningError(
-                "criterion 'taylor' needs images that the model takes, logits (N, classes) and "
-                f"integer labels below the number of classes: {error}"
-            ) from error
-        effects = zip(layers.items(), slopes, strict=True)
-        yield {n: weight_rows(m, m.weight * slope, IN).sum(1) for (n, m), slope in effects}
+    return Reading(member.layer, None, weight, generator, Statistics(**known))
+
+
+def _scales(model: nn.Module, group: Group) -> Tensor:
+    """Sum of |gamma| over the norms on each unit."""
+    score = torch.zeros(group.size, dtype=torch.float64)
+    norms = [m for m in group.members if getattr(model.get_submodule(m.layer), "affine", False)]
+    for member in norms:
+        gamma = model.get_submodule(member.layer).get_parameter("weight").detach()
+        score.index_add_(0, member.units, gamma.abs().double().cpu()[member.channels])
+    if not norms:
+        raise PruningError(
+            "criterion 'bn_scale' finds no batch norm with a scale on the channels of "
+            f"{group.root!r}: choose l1, l2, taylor or random, or protect={[group.root]}"
+        )
+    check_losses(score.numpy(), "bn_scale", group.root, group.size)
+    return score
 
 
 def _ladder(
     groups: list[Group], scores: list[Tensor], scope: str, min_channels: int, round_to: int
 ) -> Callable[[int], Keep]:
-    """From the number of least important units that go to what stays."""
-    tables = [
-        s.view(g.blocks, -1).sort(dim=1, stable=True) for g, s in zip(groups, scores, strict=True)
-    ]
-    ranking = []
-    for i, (values, order) in enumerate(tables):
+    """From the number of least important units that go to what stays.
+
+    In a group of several blocks, a unit is one channel of each: the least important left there.
+    """
+    orders, ranking = [], []
+    for number, (group, score) in enumerate(zip(groups, scores, strict=True)):
+        losses, order = score.view(group.blocks, -1).sort(dim=1, stable=True)
+        orders.append(order)
         places = [(k + 0.5) / order.shape[1] for k in range(order.shape[1])]
-        means = values.mean(0).tolist() if scope == "global" else places
-        ranking += [(mean, place, i) for mean, place in zip(means, places, strict=True)]
-    owners = torch.tensor([i for _, _, i in sorted(ranking)], dtype=torch.int64)
+        shares = (losses.mean(0) / score.mean().clamp_min(1e-30)).tolist()
+        values = shares if scope == "global" else places
+        ranking += [(value, place, number) for value, place in zip(values, places, strict=True)]
+    owners = torch.tensor([number for _, _, number in sorted(ranking)])
 
     def ladder(prefix: int) -> Keep:
         gone = owners[:prefix].bincount(minlength=len(groups)).tolist()
         keep = {}
-        for group, (_, order), count in zip(groups, tables, gone, strict=True):
-            units, step = order.shape[1], round_to // math.gcd(round_to, group.blocks)
-            left = -(-max(units - count, -(-min_channels // group.blocks), 1) // step) * step
-            mask = torch.ones(order.shape, dtype=torch.bool)
-            keep[group.root] = mask.scatter_(1, order[:, : max(units - left, 0)], False).flatten()
+        for group, order, count in zip(groups, orders, gone, strict=True):
+            step = round_to // math.gcd(round_to, group.blocks)
+            least = max(-(-min_channels // group.blocks), 1)
+            left = -(-max(order.shape[1] - count, least) // step) * step
+            first = order[:, : max(order.shape[1] - left, 0)]
+            mask = torch.ones(order.shape, dtype=torch.bool).scatter_(1, first, False)
+            keep[group.root] = mask.flatten()
         return keep
 
     return ladder
 
 
-def _unprotected(model: nn.Module, groups: list[Group], protect: Iterable[str]) -> list[Group]:
-    if isinstance(protect, str):
-        raise PruningError(f"protect={protect!r} is one string; give a list, [{protect!r}]")
-    names = [n for n, m in model.named_modules() if any(hasattr(m, key) for key in WIDTHS)]
-    protected: set[str] = set()
-    for pattern in protect:
-        # A pattern names a layer or a parent of it.
-        reach = (pattern, f"{pattern}.*")
-        found = {n for n in names if any(fnmatch.fnmatchcase(n, p) for p in reach)}
-        if not found:
-            raise PruningError(
-                f"protect pattern {pattern!r} matches no layer; names look like "
-                f"{', '.join(names[:4])}, ..., {names[-1]}"
-            )
-        protected |= found
-    return [g for g in groups if not protected & {m.layer for m in g.members}]
+def _unprotected(model: nn.Module, groups: list[Group], patterns: tuple[str, ...]) -> list[Group]:
+    names = [name for name, module in model.named_modules() if isinstance(module, Layer)]
+    matched = matching(names, patterns)
+    free = [g for g in groups if not any(m.layer in matched for m in g.members)]
+    if free:
+        return free
+    raise PruningError(f"protect={list(patterns)} leaves no channels that could be cut")
 
 
-def _calibration(calibration: Iterable[object] | None, criterion: str) -> Batches | None:
-    if criterion == "taylor":
-        if calibration is not None:
-            return read_batches(calibration, needs_labels=True)
-        raise PruningError(
-            "criterion 'taylor' needs labels: give calibration=(images, labels) batches"
-        )
-    if calibration is not None:
-        raise PruningError(f"calibration has no effect: criterion {criterion!r} reads no images")
-    return None
+def _check_exact(model: nn.Module, groups: list[Group], keep: Keep, image: Tensor) -> None:
+    if is_exact(model, groups, keep, image):
+        return
+    cuts = [root for root, mask in keep.items() if not mask.all()]
+    wrong = [root for root in cuts if not is_exact(model, groups, {root: keep[root]}, image)]
+    raise PruningError(
+        "the pruned net would not equal the masked one: what the model does with the outputs "
+        f"of {', '.join(wrong) or 'several layers together'} depends on their number or order "
+        "(a shuffle, a sum with the input, a fixed view, a layer that torch-pruning does not "
+        f"know); leave those layers as they are{f': protect={wrong}' if wrong else ''}"
+    )
 
 
-def _arguments(model: nn.Module, example_inputs: Tensor | Sequence[Any] | None) -> tuple[Any, ...]:
-    if example_inputs is None:
-        raise PruningError(
-            "example_inputs is missing: give a batch that the model takes, such as "
-            "torch.zeros(1, 3, 224, 224); its size is also the one for macs"
-        )
-    device = next(model.parameters()).device
-    parts = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    return tuple(x.to(device) if isinstance(x, Tensor) else x for x in parts)
-
-
-def _check_model(model: nn.Module) -> None:
-    modules = list(model.modules())
-    if isinstance(model, DenseNet):
-        raise PruningError("this is a DenseNet of prune_dn; use prune(), which cuts more finely")
-    norms = any(isinstance(m, nn.LayerNorm) for m in modules)
+def _check_model(model: nn.Module, criterion: str, unit: str, input_size: ImageSize | None) -> None:
+    check_not_wrapped(model)
+    kind = type(model).__name__
+    if not any(isinstance(module, Conv) for module in model.modules()):
+        raise PruningError(f"this {kind} has no 2-D convolution: only CNNs can be pruned")
+    layer_norms = any(isinstance(module, nn.LayerNorm) for module in model.modules())
     for name, module in model.named_modules():
-        kind = type(module).__name__
-        if isinstance(module, nn.MultiheadAttention) or (norms and "Attention" in kind):
+        part = type(module).__name__
+        if isinstance(module, nn.MultiheadAttention) or (layer_norms and "Attention" in part):
             raise PruningError(
-                f"{name} is attention ({kind}): prune_generic cuts channels of CNNs only; use "
-                "torch-pruning's own pruners for transformers"
+                f"this {kind} is a transformer ({name} is a {part}): only CNNs can be pruned; "
+                "torch-pruning's own pruners cut transformers"
             )
-    if not any(isinstance(m, _ConvNd) for m in modules):
+    if CRITERIA[criterion].need == "gram":
         raise PruningError(
-            f"this {type(model).__name__} has no convolution: prune_generic cuts channels of CNNs"
+            f"criterion {criterion!r} is for DenseNets; for a {kind} choose one of "
+            f"{', '.join(n for n, c in sorted(CRITERIA.items()) if c.need != 'gram')}"
         )
-
-
-def _check(ratio: Any, unit: str, criterion: str, scope: str, least: Any, step: Any) -> None:
-    number = isinstance(ratio, int | float) and not isinstance(ratio, bool)
-    if not number or not 0 < ratio < 1:
-        hint = f"; did you mean {ratio / 100}?" if number and 1 < ratio < 100 else ""
-        raise PruningError(f"pruning_ratio is {ratio!r}; it must lie in (0, 1){hint}")
-    given = {"unit": unit, "scope": scope, "criterion": criterion}
-    choices = (BUDGET_UNITS, SCOPES, GENERIC_CRITERIA)
-    for (name, value), allowed in zip(given.items(), choices, strict=True):
-        if value not in allowed:
-            raise PruningError(f"{name} {value!r} is unknown; choose from {', '.join(allowed)}")
-    for name, value in (("min_channels", least), ("round_to", step)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise PruningError(f"{name} is {value!r}; it must be an integer of at least 1")
+    normed = any(isinstance(module, _BatchNorm) for module in model.modules())
+    if unit == "channels" and not normed:
+        raise PruningError(
+            f"this {kind} has no batch norms, whose channels are counted: choose unit='params' or "
+            "unit='macs'"
+        )
+    if input_size is None:
+        raise PruningError(
+            f"the size of images is needed for a {kind}: give input_size in pixels, such as 224 "
+            "or (height, width)"
+        )

@@ -246,15 +246,19 @@ def observe(
 def judge(reading: Reading, criterion: str) -> Scores:
     """The criterion's score of each channel that is read, checked."""
     losses: Scores = CRITERIA[criterion].function(reading).double().cpu().numpy()
-    if losses.shape != (channels := reading.weight.shape[1],):
+    check_losses(losses, criterion, reading.name, reading.weight.shape[1])
+    return losses
+
+
+def check_losses(losses: Scores, criterion: str, name: str, channels: int) -> None:
+    """Raise PruningError unless they are `channels` finite numbers."""
+    if losses.shape != (channels,):
         raise PruningError(
-            f"criterion {criterion!r} gave shape {losses.shape} for {reading.name}, "
+            f"criterion {criterion!r} gave shape {losses.shape} for {name}, "
             f"which reads {channels} channels"
         )
     if not np.isfinite(losses).all():
         raise PruningError(
-            f"criterion {criterion!r}: {int((~np.isfinite(losses)).sum())} scores of "
-            f"{reading.name} are not finite; the weights hold NaN or infinity, so load a sound "
-            "checkpoint"
+            f"criterion {criterion!r}: {int((~np.isfinite(losses)).sum())} scores of {name} "
+            "are not finite; the weights hold NaN or infinity, so load a sound checkpoint"
         )
-    return losses

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prune_dn.errors import PruningError
 from prune_dn.models import densenet
-from prune_dn.pruning.generic import prune_generic
+from prune_dn.pruning.generic import prune_cnn
 
 X = torch.zeros(1, 3, 64, 64)
 
@@ -80,7 +80,7 @@ def counted(net: nn.Module, unit: str) -> float:
 def test_half_goes_and_the_net_still_trains(name, unit, scope) -> None:
     net = randomise_(NETS[name](), 1)
     before = copy.deepcopy(net.state_dict())
-    small = prune_generic(net, 0.5, unit=unit, scope=scope, example_inputs=X)
+    small = prune_cnn(net, 0.5, unit=unit, scope=scope, example_inputs=X)
     removed = 1 - counted(small, unit) / counted(net, unit)
     assert 0.5 <= removed < 0.53
     assert net.state_dict().keys() == small.state_dict().keys()
@@ -102,7 +102,7 @@ def test_pruned_equals_masked_on_a_resnet(criterion) -> None:
     net = resnet().double().eval()
     with torch.no_grad():
         net(torch.randn(2, 3, 64, 64).double())
-    small = prune_generic(net, 0.5, criterion=criterion, example_inputs=X.double(), seed=3)
+    small = prune_cnn(net, 0.5, criterion=criterion, example_inputs=X.double(), seed=3)
     dense, norms = copy.deepcopy(net), dict(net.named_modules())
 
     def mask(reader: str, norm: str) -> None:
@@ -131,7 +131,7 @@ def test_bn_scale_cuts_the_smallest_scales() -> None:
     net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(32, 2))
     gamma = torch.tensor([0.1, -5, 0.2, 3, 1, 0.3, -2, 0.4])
     net[1].weight.data = gamma.clone()
-    small = prune_generic(net, 0.5, example_inputs=torch.zeros(1, 3, 2, 2))
+    small = prune_cnn(net, 0.5, example_inputs=torch.zeros(1, 3, 2, 2))
     assert small[1].weight.tolist() == gamma[[1, 3, 4, 6]].tolist()
     assert torch.equal(small[3].weight, net[3].weight.view(2, 8, 4)[:, [1, 3, 4, 6]].flatten(1))
 
@@ -142,7 +142,7 @@ def test_magnitudes_are_of_what_makes_and_reads_a_channel(criterion) -> None:
     made, read = net[0].weight.flatten(1), net[2].weight.transpose(0, 1).flatten(1)
     norm = torch.linalg.vector_norm(torch.cat([made, read], 1), int(criterion[1]), dim=1)
     kept = norm.topk(3).indices.sort().values
-    small = prune_generic(net, 0.5, criterion=criterion, example_inputs=torch.zeros(1, 2, 4, 4))
+    small = prune_cnn(net, 0.5, criterion=criterion, example_inputs=torch.zeros(1, 2, 4, 4))
     assert torch.equal(small[0].weight, net[0].weight[kept])
 
 
@@ -166,7 +166,7 @@ def test_taylor_keeps_what_the_loss_needs() -> None:
         gate = torch.ones(1, 8, 1, 1, requires_grad=True)
         loss = nn.functional.cross_entropy(net[4:](net[:4](x) * gate), y)
         want += torch.autograd.grad(loss, gate)[0].abs().flatten()
-    small = prune_generic(
+    small = prune_cnn(
         net, 0.3, criterion="taylor", calibration=data, example_inputs=data[0][0], scope="local"
     )
     kept = want.topk(small[0].out_channels).indices.sort().values
@@ -179,7 +179,7 @@ def test_grouped_convs_lose_equally_from_each_group() -> None:
         nn.Conv2d(3, 16, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 24, 3, groups=4),
         nn.BatchNorm2d(24), nn.ReLU(), nn.Conv2d(24, 2, 1),
     )  # fmt: skip
-    small = prune_generic(randomise_(net, 0), 0.4, example_inputs=torch.zeros(1, 3, 8, 8))
+    small = prune_cnn(randomise_(net, 0), 0.4, example_inputs=torch.zeros(1, 3, 8, 8))
     grouped = small[3]
     assert grouped.groups == 4
     assert grouped.in_channels % 4 == grouped.out_channels % 4 == 0
@@ -190,14 +190,14 @@ def test_grouped_convs_lose_equally_from_each_group() -> None:
 def test_transposed_convs_and_outputs_that_are_read_again() -> None:
     x = torch.zeros(1, 3, 8, 8)
     net = randomise_(UNet(), 0)
-    small = prune_generic(net, 0.5, criterion="l2", example_inputs=x)
+    small = prune_cnn(net, 0.5, criterion="l2", example_inputs=x)
     assert {k: v.shape for k, v in small(x).items()} == {k: v.shape for k, v in net(x).items()}
     assert small.up[0].in_channels < 8 or small.up[0].out_channels < 6
 
 
 def test_what_is_protected_stays() -> None:
     net = resnet()
-    small = prune_generic(net, 0.3, protect=["layer1.0", "fc", "layer2.?.conv1"], example_inputs=X)
+    small = prune_cnn(net, 0.3, protect=["layer1.0", "fc", "layer2.?.conv1"], example_inputs=X)
     for name in ("conv1", "layer1.0.conv1", "layer1.1.conv2", "layer4.1.conv2", "layer2.0.conv1"):
         assert small.get_submodule(name).out_channels == net.get_submodule(name).out_channels
     assert small.fc.weight.shape == net.fc.weight.shape
@@ -205,7 +205,7 @@ def test_what_is_protected_stays() -> None:
 
 
 def test_widths_are_multiples_and_no_smaller_than_asked() -> None:
-    small = prune_generic(
+    small = prune_cnn(
         resnet(), 0.6, unit="macs", round_to=8, min_channels=20, example_inputs=X, criterion="l1"
     )
     widths = {m.num_features for m in small.modules() if isinstance(m, nn.BatchNorm2d)}
@@ -218,7 +218,7 @@ def test_flags_and_memory_format_stay() -> None:
     net.layer1.requires_grad_(False)
     net.layer2.eval()
     with torch.no_grad():
-        small = prune_generic(net, 0.5, example_inputs=X)
+        small = prune_cnn(net, 0.5, example_inputs=X)
     assert [p.requires_grad for p in small.parameters()] == [
         p.requires_grad for p in net.parameters()
     ]
@@ -229,7 +229,7 @@ def test_flags_and_memory_format_stay() -> None:
 
 def test_the_seed_decides_what_is_random() -> None:
     net, options = resnet(), {"criterion": "random", "scope": "local", "example_inputs": X}
-    one, same, other = (prune_generic(net, 0.5, seed=s, **options).conv1.weight for s in (1, 1, 2))
+    one, same, other = (prune_cnn(net, 0.5, seed=s, **options).conv1.weight for s in (1, 1, 2))
     assert torch.equal(one, same)
     assert one.shape == other.shape and not torch.equal(one, other)
 
@@ -263,7 +263,7 @@ def test_requests_that_cannot_be_met(options, message) -> None:
     net = resnet()
     ratio = options.pop("pruning_ratio", 0.5)
     with pytest.raises(PruningError, match=message):
-        prune_generic(net, ratio, **{"example_inputs": X, **options})
+        prune_cnn(net, ratio, **{"example_inputs": X, **options})
 
 
 def plain() -> nn.Module:
@@ -291,9 +291,9 @@ def broken() -> nn.Module:
 )
 def test_models_that_are_refused(make, message) -> None:
     with pytest.raises(PruningError, match=message):
-        prune_generic(make(), 0.3, example_inputs=X)
+        prune_cnn(make(), 0.3, example_inputs=X)
 
 
 def test_a_shuffled_net_prunes_around_the_protected_layer() -> None:
-    small = prune_generic(Shuffled(), 0.2, protect=["first"], example_inputs=X)
+    small = prune_cnn(Shuffled(), 0.2, protect=["first"], example_inputs=X)
     assert small.first.out_channels == 8 and small.second.out_channels < 6
