@@ -152,7 +152,7 @@ def _scales(model: nn.Module, group: Group) -> Tensor:
     if not norms:
         raise PruningError(
             "criterion 'bn_scale' finds no batch norm with a scale on the channels of "
-            f"{group.root!r}: choose l1, l2, taylor or random, or protect={[group.root]}"
+            f"{group.root!r}: choose another criterion, or protect={[group.root]}"
         )
     check_losses(score.numpy(), "bn_scale", group.root, group.size)
     return score

@@ -11,9 +11,10 @@ from oracle import randomise_
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from prune_dn.errors import PruningError
-from prune_dn.models import densenet
-from prune_dn.pruning.generic import prune_cnn
+import prune_dn
+from prune_dn import prune
+from prune_dn.errors import ConfigError, ConversionError, PruneDNError, PruningError
+from prune_dn.pruning import CRITERIA
 
 X = torch.zeros(1, 3, 64, 64)
 
@@ -37,6 +38,21 @@ class Shuffled(nn.Module):
         x = self.norm(self.first(x))
         x = x.view(len(x), 2, -1, *x.shape[2:]).transpose(1, 2).flatten(1, 2)
         return self.head(self.norm2(self.second(x)).mean((2, 3)))
+
+
+class Forked(nn.Module):
+    """Two convs read the same maps; gates stand where each reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8))
+        self.left, self.right = nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 3, padding=1, stride=2)
+        self.head = nn.Linear(64 + 16, 3)
+
+    def forward(self, x, left=1, right=1):
+        x = self.stem(x).relu()
+        maps = [self.left(x * left), self.right(x * right)]
+        return self.head(torch.cat([m.flatten(1) for m in maps], 1))
 
 
 class UNet(nn.Module):
@@ -66,7 +82,9 @@ def resnet(seed: int = 0) -> nn.Module:
 
 
 def counted(net: nn.Module, unit: str) -> float:
-    """Parameters, or the multiply-adds that PyTorch counts."""
+    """Norm channels, parameters, or the multiply-adds that PyTorch counts."""
+    if unit == "channels":
+        return sum(m.num_features for m in net.modules() if isinstance(m, nn.BatchNorm2d))
     if unit == "params":
         return sum(p.numel() for p in net.parameters())
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -75,12 +93,12 @@ def counted(net: nn.Module, unit: str) -> float:
 
 
 @pytest.mark.parametrize("scope", ["global", "local"])
-@pytest.mark.parametrize("unit", ["params", "macs"])
+@pytest.mark.parametrize("unit", ["channels", "params", "macs"])
 @pytest.mark.parametrize("name", NETS)
 def test_half_goes_and_the_net_still_trains(name, unit, scope) -> None:
     net = randomise_(NETS[name](), 1)
     before = copy.deepcopy(net.state_dict())
-    small = prune_cnn(net, 0.5, unit=unit, scope=scope, example_inputs=X)
+    small = prune(net, 0.5, unit=unit, scope=scope, input_size=64)
     removed = 1 - counted(small, unit) / counted(net, unit)
     assert 0.5 <= removed < 0.53
     assert net.state_dict().keys() == small.state_dict().keys()
@@ -102,7 +120,7 @@ def test_pruned_equals_masked_on_a_resnet(criterion) -> None:
     net = resnet().double().eval()
     with torch.no_grad():
         net(torch.randn(2, 3, 64, 64).double())
-    small = prune_cnn(net, 0.5, criterion=criterion, example_inputs=X.double(), seed=3)
+    small = prune(net, 0.5, criterion=criterion, input_size=64, seed=3)
     dense, norms = copy.deepcopy(net), dict(net.named_modules())
 
     def mask(reader: str, norm: str) -> None:
@@ -131,47 +149,72 @@ def test_bn_scale_cuts_the_smallest_scales() -> None:
     net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(32, 2))
     gamma = torch.tensor([0.1, -5, 0.2, 3, 1, 0.3, -2, 0.4])
     net[1].weight.data = gamma.clone()
-    small = prune_cnn(net, 0.5, example_inputs=torch.zeros(1, 3, 2, 2))
+    small = prune(net, 0.5, input_size=2)
     assert small[1].weight.tolist() == gamma[[1, 3, 4, 6]].tolist()
     assert torch.equal(small[3].weight, net[3].weight.view(2, 8, 4)[:, [1, 3, 4, 6]].flatten(1))
 
 
 @pytest.mark.parametrize("criterion", ["l1", "l2"])
-def test_magnitudes_are_of_what_makes_and_reads_a_channel(criterion) -> None:
-    net = nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Conv2d(6, 2, 1))
-    made, read = net[0].weight.flatten(1), net[2].weight.transpose(0, 1).flatten(1)
-    norm = torch.linalg.vector_norm(torch.cat([made, read], 1), int(criterion[1]), dim=1)
-    kept = norm.topk(3).indices.sort().values
-    small = prune_cnn(net, 0.5, criterion=criterion, example_inputs=torch.zeros(1, 2, 4, 4))
+def test_magnitudes_are_of_what_reads_a_channel(criterion) -> None:
+    net = nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Conv2d(6, 2, 3))
+    small = prune(net, 0.4, criterion=criterion, unit="params", input_size=8)
+    read = net[2].weight.transpose(0, 1).flatten(1)
+    norms = torch.linalg.vector_norm(read, int(criterion[1]), dim=1)
+    kept = norms.topk(small[0].out_channels).indices.sort().values
+    assert 2 < len(kept) < 6
     assert torch.equal(small[0].weight, net[0].weight[kept])
 
 
-def test_taylor_keeps_what_the_loss_needs() -> None:
-    """Against the definition: the loss's slope with a gate on each channel, at 1."""
-    net = randomise_(
-        nn.Sequential(
-            nn.Conv2d(3, 8, 3, padding=1),
-            nn.BatchNorm2d(8),
-            nn.ReLU(),
-            nn.Conv2d(8, 8, 3, padding=1, groups=8),
-            nn.Conv2d(8, 4, 1),
-            nn.Flatten(),
-            nn.Linear(64, 3),
-        ),
-        5,
-    ).eval()
+def test_a_linear_layer_reads_a_flattened_map_like_a_conv_of_its_size() -> None:
+    """And a transposed conv like the conv that it transposes, a grouped one like its parts."""
+    conv = nn.Conv2d(6, 4, (2, 3))
+    flat = nn.Linear(36, 4)
+    flat.weight.data = conv.weight.data.flatten(1)
+    across = nn.ConvTranspose2d(6, 4, (2, 3))
+    across.weight.data = conv.weight.data.transpose(0, 1)
+    stem = nn.Sequential(nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6))
+    for criterion in ("l1", "l2", "fpgm", "lamp"):
+        kept = [
+            prune(nn.Sequential(*stem, *end), 0.5, criterion=criterion, input_size=(2, 3))[0].weight
+            for end in ([conv], [nn.Flatten(), flat], [across])
+        ]
+        assert torch.equal(kept[0], kept[1]) and torch.equal(kept[0], kept[2])
+
+
+@pytest.mark.parametrize("criterion", ["activation", "taylor", "fisher"])
+def test_statistics_are_of_one_reader_at_a_time(criterion) -> None:
+    """The definitions, per image, with a gate where each of two readers takes the same maps."""
+    net = randomise_(Forked(), 5).eval()
     data = [(torch.randn(6, 3, 4, 4), torch.tensor([0, 1, 2, 0, 1, 2])) for _ in range(2)]
     want = torch.zeros(8)
-    for x, y in data:
-        gate = torch.ones(1, 8, 1, 1, requires_grad=True)
-        loss = nn.functional.cross_entropy(net[4:](net[:4](x) * gate), y)
-        want += torch.autograd.grad(loss, gate)[0].abs().flatten()
-    small = prune_cnn(
-        net, 0.3, criterion="taylor", calibration=data, example_inputs=data[0][0], scope="local"
-    )
-    kept = want.topk(small[0].out_channels).indices.sort().values
-    assert torch.equal(small[0].weight, net[0].weight[kept])
+    for x, y in [(x[None], y[None]) for xs, ys in data for x, y in zip(xs, ys, strict=True)]:
+        gates = [torch.ones(1, 8, 1, 1, requires_grad=True) for _ in range(2)]
+        loss = nn.functional.cross_entropy(net(x, *gates), y)
+        for gradient in torch.autograd.grad(loss, gates):
+            slope = gradient.flatten()
+            seen = net.stem(x).relu().abs().mean((0, 2, 3))
+            want += {"activation": seen, "taylor": slope.abs(), "fisher": slope**2}[criterion]
+    small = prune(net, 0.3, criterion=criterion, calibration=data, protect=["head"])
+    assert 3 < small.stem[0].out_channels < 8
+    kept = want.topk(small.stem[0].out_channels).indices.sort().values
+    assert torch.equal(small.stem[0].weight, net.stem[0].weight[kept])
     assert all(p.grad is None for p in net.parameters())
+    assert not any(x.requires_grad for x, _ in data)
+
+
+def test_a_criterion_of_ones_own_serves_all_nets() -> None:
+    net = resnet()
+
+    @prune_dn.register_criterion("largest_weight")
+    def largest(reading):
+        return reading.weight.abs().amax(dim=(0, 2, 3))
+
+    try:
+        small = prune(net, 0.5, criterion="largest_weight", scope="local", input_size=64)
+    finally:
+        del CRITERIA["largest_weight"]
+    kept = net.layer1[0].conv2.weight.abs().amax(dim=(0, 2, 3)).topk(32).indices.sort().values
+    assert torch.equal(small.layer1[0].bn1.bias, net.layer1[0].bn1.bias[kept])
 
 
 def test_grouped_convs_lose_equally_from_each_group() -> None:
@@ -179,7 +222,7 @@ def test_grouped_convs_lose_equally_from_each_group() -> None:
         nn.Conv2d(3, 16, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 24, 3, groups=4),
         nn.BatchNorm2d(24), nn.ReLU(), nn.Conv2d(24, 2, 1),
     )  # fmt: skip
-    small = prune_cnn(randomise_(net, 0), 0.4, example_inputs=torch.zeros(1, 3, 8, 8))
+    small = prune(randomise_(net, 0), 0.4, input_size=8)
     grouped = small[3]
     assert grouped.groups == 4
     assert grouped.in_channels % 4 == grouped.out_channels % 4 == 0
@@ -190,14 +233,14 @@ def test_grouped_convs_lose_equally_from_each_group() -> None:
 def test_transposed_convs_and_outputs_that_are_read_again() -> None:
     x = torch.zeros(1, 3, 8, 8)
     net = randomise_(UNet(), 0)
-    small = prune_cnn(net, 0.5, criterion="l2", example_inputs=x)
+    small = prune(net, 0.5, criterion="l2", unit="params", input_size=8)
     assert {k: v.shape for k, v in small(x).items()} == {k: v.shape for k, v in net(x).items()}
     assert small.up[0].in_channels < 8 or small.up[0].out_channels < 6
 
 
 def test_what_is_protected_stays() -> None:
     net = resnet()
-    small = prune_cnn(net, 0.3, protect=["layer1.0", "fc", "layer2.?.conv1"], example_inputs=X)
+    small = prune(net, 0.3, protect=["layer1.0", "fc", "layer2.?.conv1"], input_size=64)
     for name in ("conv1", "layer1.0.conv1", "layer1.1.conv2", "layer4.1.conv2", "layer2.0.conv1"):
         assert small.get_submodule(name).out_channels == net.get_submodule(name).out_channels
     assert small.fc.weight.shape == net.fc.weight.shape
@@ -205,8 +248,8 @@ def test_what_is_protected_stays() -> None:
 
 
 def test_widths_are_multiples_and_no_smaller_than_asked() -> None:
-    small = prune_cnn(
-        resnet(), 0.6, unit="macs", round_to=8, min_channels=20, example_inputs=X, criterion="l1"
+    small = prune(
+        resnet(), 0.6, unit="macs", round_to=8, min_channels=20, input_size=64, criterion="l1"
     )
     widths = {m.num_features for m in small.modules() if isinstance(m, nn.BatchNorm2d)}
     assert all(w % 8 == 0 and w >= 24 for w in widths)
@@ -218,7 +261,7 @@ def test_flags_and_memory_format_stay() -> None:
     net.layer1.requires_grad_(False)
     net.layer2.eval()
     with torch.no_grad():
-        small = prune_cnn(net, 0.5, example_inputs=X)
+        small = prune(net, 0.5, input_size=64)
     assert [p.requires_grad for p in small.parameters()] == [
         p.requires_grad for p in net.parameters()
     ]
@@ -228,10 +271,34 @@ def test_flags_and_memory_format_stay() -> None:
 
 
 def test_the_seed_decides_what_is_random() -> None:
-    net, options = resnet(), {"criterion": "random", "scope": "local", "example_inputs": X}
-    one, same, other = (prune_cnn(net, 0.5, seed=s, **options).conv1.weight for s in (1, 1, 2))
+    net, options = resnet(), {"criterion": "random", "scope": "local", "input_size": 64}
+    one, same, other = (prune(net, 0.5, seed=s, **options).conv1.weight for s in (1, 1, 2))
     assert torch.equal(one, same)
     assert one.shape == other.shape and not torch.equal(one, other)
+
+
+def test_a_shuffled_net_prunes_around_the_protected_layer() -> None:
+    small = prune(Shuffled(), 0.2, protect=["first"], input_size=64)
+    assert small.first.out_channels == 8 and small.second.out_channels < 6
+
+
+def test_a_pruned_net_goes_through_torchs_own_files(tmp_path) -> None:
+    small = prune(resnet(), 0.5, unit="macs", input_size=64).eval()
+    x = torch.randn(2, 3, 64, 64)
+    torch.save(small, tmp_path / "small.pt")
+    again = torch.load(tmp_path / "small.pt", weights_only=False)
+    assert torch.equal(again(x), small(x))
+    exported = torch.export.export(small, (x,)).module()
+    torch.testing.assert_close(exported(x), small(x))
+    assert prune_dn.recalibrate_batch_norm_(small, [x]) == 1
+    with pytest.raises(PruneDNError, match=r"a ResNet: .* torch.save\(model, path\)"):
+        prune_dn.save(small, tmp_path / "small.safetensors")
+
+
+def test_pruning_again_goes_on_from_there() -> None:
+    once = prune(resnet(), 0.5, unit="macs", input_size=64)
+    twice = prune(once, 0.5, unit="macs", input_size=64)
+    assert 0.5 <= 1 - counted(twice, "macs") / counted(once, "macs") < 0.53
 
 
 LABELLED = [(torch.randn(2, 3, 64, 64), torch.tensor([0, 9]))]
@@ -240,34 +307,31 @@ LABELLED = [(torch.randn(2, 3, 64, 64), torch.tensor([0, 9]))]
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pruning_ratio": 0.0}, r"pruning_ratio is 0.0; it must lie in \(0, 1\)"),
+        ({"pruning_ratio": 0.0}, "pruning_ratio is 0: nothing would be cut"),
         ({"pruning_ratio": 50}, r"did you mean 0.5\?"),
-        ({"pruning_ratio": float("nan")}, "pruning_ratio is nan"),
-        ({"criterion": "l3"}, "criterion 'l3' is unknown; choose from bn_scale, l1, l2"),
+        ({"criterion": "l3"}, "criterion 'l3' is unknown; choose from activation, bn_scale"),
+        ({"criterion": "reconstruction", "calibration": [X]}, "is for DenseNets; .* ResNet choose"),
         ({"unit": "flops"}, "unit 'flops' is unknown; choose from channels, params, macs"),
         ({"scope": "here"}, "scope 'here' is unknown; choose from global, local"),
+        ({"units": ["edge"]}, r"units=\['edge'\] is for DenseNets; leave it out for a ResNet"),
+        ({"compensate": "mean"}, "compensate='mean' is for DenseNets; leave it out for a ResNet"),
         ({"min_channels": 0}, "min_channels is 0; it must be an integer of at least 1"),
-        ({"protect": ["layer9"]}, "'layer9' matches no layer; names look like conv1, bn1"),
+        ({"protect": ["layer9"]}, "'layer9' matches no module; names look like conv1, bn1"),
         ({"protect": "fc"}, r"is one string; give a list, \['fc'\]"),
-        ({"protect": ["*"]}, r"cannot bring channels from .* allow is .* \(0.0% fewer\)"),
+        ({"protect": ["*"]}, r"protect=\['\*'\] leaves no channels that could be cut"),
         ({"pruning_ratio": 0.9, "min_channels": 60}, "cannot bring channels .* ask for less"),
-        ({"example_inputs": None}, "example_inputs is missing: give a batch"),
-        ({"example_inputs": torch.zeros(1, 5, 64, 64)}, "cannot trace the model .* 5 channels"),
-        ({"criterion": "taylor"}, "'taylor' needs labels: give calibration="),
+        ({"input_size": None}, "size of images is needed for a ResNet: give input_size in pixels"),
+        ({"input_size": 0}, "image_size is 0; give pixels"),
+        ({"criterion": "taylor"}, "'taylor' needs calibration images: give calibration="),
         ({"criterion": "taylor", "calibration": [X]}, "needs labels: give calibration batches"),
-        ({"criterion": "taylor", "calibration": LABELLED}, "labels below the number of classes"),
+        ({"criterion": "taylor", "calibration": LABELLED}, "labels must be integers from 0 to 4"),
         ({"calibration": [X]}, "calibration has no effect: criterion 'bn_scale'"),
     ],
 )
 def test_requests_that_cannot_be_met(options, message) -> None:
-    net = resnet()
     ratio = options.pop("pruning_ratio", 0.5)
-    with pytest.raises(PruningError, match=message):
-        prune_cnn(net, ratio, **{"example_inputs": X, **options})
-
-
-def plain() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3))
+    with pytest.raises(PruneDNError, match=message):
+        prune(resnet(), ratio, **{"input_size": 64, **options})
 
 
 def broken() -> nn.Module:
@@ -276,24 +340,59 @@ def broken() -> nn.Module:
     return net
 
 
+class OtherForward(zoo.DenseNet):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+PLAIN = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3))
+
+
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("make", "options", "error", "message"),
     [
-        (lambda: zoo.VisionTransformer(64, 16, 1, 2, 8, 16), "is attention .* CNNs only"),
-        (lambda: zoo.swin_t(), r"is attention \(ShiftedWindowAttention\)"),
-        (lambda: nn.Sequential(nn.Flatten(), nn.Linear(3, 2)), "Sequential has no convolution"),
-        (lambda: densenet([1], 4), "DenseNet of prune_dn; use prune"),
-        (lambda: nn.Conv2d(3, 4, 1), "no channels .* reaches an output of the net"),
-        (plain, "no batch norm with a scale on the channels of .* choose l1, l2"),
-        (Shuffled, r"outputs of first depends on their number or order .* protect=\['first'\]"),
-        (broken, "scores of layer1.0.conv. are not finite"),
+        (zoo.swin_t, {}, PruningError, "transformer .* is a ShiftedWindowAttention"),
+        (
+            lambda: zoo.VisionTransformer(64, 16, 1, 2, 8, 16),
+            {},
+            PruningError,
+            "this VisionTransformer is a transformer .* only CNNs can be pruned",
+        ),
+        (lambda: nn.Linear(3, 2), {}, PruningError, "Linear has no 2-D convolution: only CNNs"),
+        (
+            lambda: nn.Conv2d(3, 4, 1),
+            {"unit": "params", "criterion": "l1"},
+            PruningError,
+            "no channels .* reaches an output of the net",
+        ),
+        (lambda: PLAIN, {}, PruningError, "no batch norms, .* choose unit='params' or unit='macs'"),
+        (
+            lambda: PLAIN,
+            {"unit": "macs"},
+            PruningError,
+            "no batch norm with a scale on the channels of '0': choose another criterion",
+        ),
+        (
+            Shuffled,
+            {},
+            PruningError,
+            r"outputs of first depends on their number or order .* protect=\['first'\]",
+        ),
+        (broken, {}, PruningError, "1 scores of layer1.0.conv1 are not finite"),
+        (lambda: nn.DataParallel(resnet()), {}, ConversionError, "unwrap it: pass model.module"),
+        (lambda: OtherForward(8, (1, 1)), {}, ConversionError, "OtherForward changes the forward"),
     ],
 )
-def test_models_that_are_refused(make, message) -> None:
-    with pytest.raises(PruningError, match=message):
-        prune_cnn(make(), 0.3, example_inputs=X)
+def test_models_that_are_refused(make, options, error, message) -> None:
+    with pytest.raises(error, match=message):
+        prune(make(), 0.3, **{"input_size": 64, **options})
 
 
-def test_a_shuffled_net_prunes_around_the_protected_layer() -> None:
-    small = prune_cnn(Shuffled(), 0.2, protect=["first"], example_inputs=X)
-    assert small.first.out_channels == 8 and small.second.out_channels < 6
+def test_an_image_that_the_net_cannot_take() -> None:
+    with pytest.raises(ConfigError, match=r"does not run on an image of shape \(1, 3, 5, 5\)"):
+        prune(zoo.alexnet(), 0.3, unit="macs", criterion="l1", input_size=5)
+
+
+def test_plans_are_for_densenets() -> None:
+    with pytest.raises(ConversionError, match="ResNet is no DenseNet; .* `prune` takes other CNNs"):
+        prune_dn.make_plan(resnet(), 0.5)
