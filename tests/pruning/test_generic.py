@@ -92,8 +92,10 @@ def counted(net: nn.Module, unit: str) -> float:
     return counter.get_total_flops() / 2
 
 
-@pytest.mark.parametrize("scope", ["global", "local"])
-@pytest.mark.parametrize("unit", ["channels", "params", "macs"])
+@pytest.mark.parametrize(
+    ("unit", "scope"),
+    [("channels", "global"), ("params", "global"), ("macs", "global"), ("macs", "local")],
+)
 @pytest.mark.parametrize("name", NETS)
 def test_half_goes_and_the_net_still_trains(name, unit, scope) -> None:
     net = randomise_(NETS[name](), 1)
@@ -114,35 +116,49 @@ def test_half_goes_and_the_net_still_trains(name, unit, scope) -> None:
     assert all(p.grad is not None for p in small.parameters())
 
 
-@pytest.mark.parametrize("criterion", ["bn_scale", "l1", "l2", "random"])
-def test_pruned_equals_masked_on_a_resnet(criterion) -> None:
-    """The oracle knows resnets: which norm's channels each conv reads, recognised by their bias."""
-    net = resnet().double().eval()
-    with torch.no_grad():
-        net(torch.randn(2, 3, 64, 64).double())
+def read_by(name: str, net: nn.Module) -> dict[str, str]:
+    """Of each conv and linear layer a norm whose channels it reads, from the papers' figures."""
+    names, found = dict(net.named_modules()), {}
+    if name == "vgg16_bn":
+        convs = [n for n, m in names.items() if isinstance(m, nn.Conv2d)]
+        norms = [n for n, m in names.items() if isinstance(m, nn.BatchNorm2d)]
+        return dict(zip([*convs[1:], "3"], norms, strict=True))
+    if name == "resnet18":
+        stream = "bn1"
+        for block in (f"layer{stage}.{n}" for stage in range(1, 5) for n in range(2)):
+            found |= {f"{block}.conv1": stream, f"{block}.conv2": f"{block}.bn1"}
+            if f"{block}.downsample.0" in names:
+                found[f"{block}.downsample.0"] = stream
+            stream = f"{block}.bn2"
+        return found | {"fc": stream}
+    found, stream = {"features.1.conv.1": "features.1.conv.0.1"}, "features.1.conv.2"
+    for block in range(2, 18):  # expand, filter by depth, project
+        found[f"features.{block}.conv.0.0"] = stream
+        found[f"features.{block}.conv.2"] = f"features.{block}.conv.1.1"
+        stream = f"features.{block}.conv.3"
+    return found | {"features.18.0": stream, "classifier.1": "features.18.1"}
+
+
+@pytest.mark.parametrize("criterion", ["bn_scale", "l2", "random"])
+@pytest.mark.parametrize("name", NETS)
+def test_pruned_equals_masked(name, criterion) -> None:
+    """Which channels stayed is recognised by their norm's bias, all of which differ."""
+    net = randomise_(NETS[name](), 0).double().eval()
     small = prune(net, 0.5, criterion=criterion, input_size=64, seed=3)
     dense, norms = copy.deepcopy(net), dict(net.named_modules())
-
-    def mask(reader: str, norm: str) -> None:
-        kept = torch.isin(norms[norm].bias, small.get_submodule(norm).bias).double()
-        assert int(kept.sum()) == small.get_submodule(norm).num_features
-        shape = (-1,) if reader == "fc" else (-1, 1, 1)
-        dense.get_submodule(reader).register_forward_pre_hook(
-            lambda _, args: args[0] * kept.reshape(shape)
-        )
-
-    stream = "bn1"
-    for stage in range(1, 5):
-        for block in (f"layer{stage}.0", f"layer{stage}.1"):
-            mask(f"{block}.conv1", stream)
-            mask(f"{block}.conv2", f"{block}.bn1")
-            if f"{block}.downsample.0" in norms:
-                mask(f"{block}.downsample.0", stream)
-            stream = f"{block}.bn2"
-    mask("fc", stream)
     x = torch.randn(2, 3, 64, 64).double()
+    for reader, norm in read_by(name, net).items():
+        kept = torch.isin(norms[norm].bias, small.get_submodule(norm).bias).double()
+        assert 0 < int(kept.sum()) == small.get_submodule(norm).num_features
+        layer = dense.get_submodule(reader)
+        if isinstance(layer, nn.Conv2d):
+            kept = kept[:, None, None]
+        elif layer.in_features > len(kept):
+            kept = kept.repeat_interleave(layer.in_features // len(kept))
+        layer.register_forward_pre_hook(lambda _, args, kept=kept: args[0] * kept)
     torch.testing.assert_close(small(x), dense(x))
     assert small(x).std() > 0
+    assert not torch.allclose(small(x), net(x))
 
 
 def test_bn_scale_cuts_the_smallest_scales() -> None:
@@ -394,5 +410,7 @@ def test_an_image_that_the_net_cannot_take() -> None:
 
 
 def test_plans_are_for_densenets() -> None:
-    with pytest.raises(ConversionError, match="ResNet is no DenseNet; .* `prune` takes other CNNs"):
+    with pytest.raises(
+        ConversionError, match=r"ResNet is no DenseNet; .* `prune` takes other CNNs"
+    ):
         prune_dn.make_plan(resnet(), 0.5)
