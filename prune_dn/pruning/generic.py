@@ -59,7 +59,8 @@ def prune_cnn(
     `calibration` where it is not given.
 
     Outputs of the net and of linear layers stay, and channels that pass a split, a norm over
-    channels (layer or group norm), a shared weight or a bare parameter.
+    channels (layer or group norm), a shared weight or a bare parameter; for `bn_scale`, also those
+    without a norm of their own.
 
     Raises PruningError for a request that is wrong or out of reach, and for transformers.
 
@@ -77,6 +78,8 @@ def prune_cnn(
     image, uses = example_image(model, input_size), weight_uses(model, input_size)
     groups = find_groups(model, image)
     free = _unprotected(model, groups, patterns)
+    if criterion == "bn_scale":
+        free = _scaled(model, free)
     scores = importance(model, free, criterion, batches, seed)
     ladder = _ladder(free, scores, scope, min_channels, round_to)
     shapes = copy.deepcopy(model).to("meta")
@@ -145,15 +148,9 @@ def _reading(
 def _scales(model: nn.Module, group: Group) -> Tensor:
     """Sum of |gamma| over the norms on each unit."""
     score = torch.zeros(group.size, dtype=torch.float64)
-    norms = [m for m in group.members if getattr(model.get_submodule(m.layer), "affine", False)]
-    for member in norms:
+    for member in _norms(model, group):
         gamma = model.get_submodule(member.layer).get_parameter("weight").detach()
         score.index_add_(0, member.units, gamma.abs().double().cpu()[member.channels])
-    if not norms:
-        raise PruningError(
-            "criterion 'bn_scale' finds no batch norm with a scale on the channels of "
-            f"{group.root!r}: choose another criterion, or protect={[group.root]}"
-        )
     check_losses(score.numpy(), "bn_scale", group.root, group.size)
     return score
 
@@ -188,6 +185,21 @@ def _ladder(
         return keep
 
     return ladder
+
+
+def _scaled(model: nn.Module, groups: list[Group]) -> list[Group]:
+    found = [group for group in groups if _norms(model, group)]
+    if found:
+        return found
+    raise PruningError(
+        f"criterion 'bn_scale': no norm with a scale is on channels of this {type(model).__name__} "
+        "that can go; choose a criterion that reads weights, such as l2"
+    )
+
+
+def _norms(model: nn.Module, group: Group) -> list[Member]:
+    """The norms with a scale on the channels of a group."""
+    return [m for m in group.members if getattr(model.get_submodule(m.layer), "affine", False)]
 
 
 def _unprotected(model: nn.Module, groups: list[Group], patterns: tuple[str, ...]) -> list[Group]:

@@ -170,6 +170,15 @@ def test_bn_scale_cuts_the_smallest_scales() -> None:
     assert torch.equal(small[3].weight, net[3].weight.view(2, 8, 4)[:, [1, 3, 4, 6]].flatten(1))
 
 
+def test_bn_scale_leaves_what_has_no_norm() -> None:
+    net = zoo.mobilenet_v3_small(num_classes=5)
+    small = prune(net, 0.4, unit="macs", input_size=64)
+    squeeze = small.features[1].block[1]
+    assert squeeze.fc1.out_channels == net.features[1].block[1].fc1.out_channels
+    small = prune(net, 0.4, unit="macs", input_size=64, criterion="l2", scope="local")
+    assert small.features[1].block[1].fc1.out_channels < squeeze.fc1.out_channels
+
+
 @pytest.mark.parametrize("criterion", ["l1", "l2"])
 def test_magnitudes_are_of_what_reads_a_channel(criterion) -> None:
     net = nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Conv2d(6, 2, 3))
@@ -386,7 +395,7 @@ PLAIN = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3))
             lambda: PLAIN,
             {"unit": "macs"},
             PruningError,
-            "no batch norm with a scale on the channels of '0': choose another criterion",
+            "no norm with a scale is on channels of this Sequential that can go; choose",
         ),
         (
             Shuffled,
