@@ -8,32 +8,24 @@ from typing import Literal
 import numpy as np
 
 from prune_dn.errors import PruningError
-from prune_dn.profiling import (
-    Cost,
-    ImageSize,
-    Widths,
-    block_pixels,
-    cost_rows,
-    stem_pixels,
-    total,
-)
+from prune_dn.profiling import Cost, ImageSize, cost_rows, total
 from prune_dn.pruning.importance import Scores
 from prune_dn.pruning.prices import Costs, Indices, Market
+from prune_dn.pruning.rates import Rates, total_cost, unit_costs
 from prune_dn.pruning.units import Group, Mask, Units
 
-Unit = Literal["channels", "params", "macs"]
 Scope = Literal["global", "local"]
-BUDGET_UNITS: tuple[Unit, ...] = ("channels", "params", "macs")
 SCOPES: tuple[Scope, ...] = ("global", "local")
 ROUNDS = 6
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much must go, of what, counted how."""
+    """How much may stay, of what (`unit` is its name), counted how."""
 
     target: float
-    unit: Unit
+    unit: str
+    rates: Rates
     scope: Scope
     min_channels: int
     round_to: int
@@ -51,7 +43,7 @@ def choose(units: Units, scores: Scores, may_go: Mask, budget: Budget) -> Mask:
     Units are ranked by importance per cost saved (scope `global`: `prices`, with whole layers among
     them) or by their rank within their module (`local`). The cheapest units whose savings add up to
     half of what is still too much go, everything is priced anew, and so on; at the end the shortest
-    prefix of the ranking that leaves at most `target` of `budget.unit` is found by bisection, so
+    prefix of the ranking that leaves at most `target` is found by bisection, so
     that the result is within the cost of one unit (of `round_to` units; of one layer) of it. Raises
     PruningError when even the whole ranking is not enough.
     """
@@ -94,7 +86,7 @@ class _Ranking:
 
     def remains(self, keep: Mask) -> float:
         """What is left of the budget's unit."""
-        return float(getattr(cost(self.units, keep, self.budget.image_size), self.budget.unit))
+        return total_cost(self.units, keep, self.budget.rates, self.budget.image_size)
 
     def meets(self, keep: Mask) -> bool:
         """Whether that is little enough."""
@@ -140,7 +132,7 @@ class _Ranking:
         return self.units.close(less)
 
     def _costs(self, keep: Mask) -> Costs:
-        return unit_costs(self.units, keep, self.budget.unit, self.budget.image_size)
+        return unit_costs(self.units, keep, self.budget.rates, self.budget.image_size)
 
 
 def floor(units: Units, scores: Scores, may_go: Mask, min_channels: int) -> tuple[Mask, Mask]:
@@ -186,44 +178,13 @@ def _quantiles(units: Units, scores: Scores) -> Scores:
     return value
 
 
-def unit_costs(units: Units, keep: Mask, unit: Unit, image_size: ImageSize | None) -> Costs:
-    """What each unit, and each part however narrow, costs by itself in the net that `keep` leaves."""
-    config, widths = units.config, units.widths(keep)
-    pixels = [stem_pixels(config, image_size), *block_pixels(config, image_size)]
-    each, reading, upkeep = np.zeros(units.size), np.zeros(units.size), []
-
-    def price(inputs: int, outputs: int, kernel: int, area: int, norms: int) -> int:
-        weights = inputs * outputs * kernel * kernel
-        return {"channels": norms, "params": weights + 2 * norms, "macs": weights * area}[unit]
-
-    for part in units.parts():
-        read, narrow, filters = widths.get(part.name, Widths(0, 0, 0))
-        area = 1 if part.stream is None else pixels[part.block]
-        kernel = 3 if part.is_dense_layer else 1
-        if part.edges is None:
-            kernel = 3 if config.stem == "cifar" else 7
-        elif part.bottleneck is None:
-            each[part.edges.units] = price(1, filters, kernel, area, 1)
-        else:
-            each[part.edges.units] = price(1, narrow or 0, 1, area, 1)
-            each[part.bottleneck.units] = price(read, 1, 1, area, 1) + price(1, filters, 3, area, 0)
-        if part.stream is not None:
-            siblings, norms = part.stream.siblings, int(part.name == "features.conv0")
-            norms &= config.stem == "imagenet"
-            each[part.stream.units] = price(narrow or read, siblings, kernel, area, norms)
-        if part.edges is not None:
-            # What a layer without a bottleneck reads is counted in its filters.
-            shared = part.bottleneck is None
-            reading[part.edges.units] = price(0, 0, 0, 0, 1) if shared else each[part.edges.start]
-        upkeep.append(price(0, 0, 0, 0, narrow or 0))
-    return Costs(each, reading, np.array(upkeep, dtype=float), np.zeros(len(upkeep)))
-
-
 def _unreachable(units: Units, budget: Budget, least: float) -> PruningError:
-    whole = getattr(cost(units, np.ones(units.size, dtype=bool), budget.image_size), budget.unit)
+    everything = np.ones(units.size, dtype=bool)
+    whole = total_cost(units, everything, budget.rates, budget.image_size)
+    digits = 0 if float(whole).is_integer() else 3
     return PruningError(
-        f"cannot bring {budget.unit} from {whole:,} down to {budget.target:,.0f}: the least that "
+        f"cannot bring {budget.unit} from {whole:,.{digits}f} down to {budget.target:,.{digits}f}: the least that "
         f"min_channels={budget.min_channels}, round_to={budget.round_to}, the protected units and "
-        f"the chosen kinds of unit allow is {least:,.0f} ({1 - least / whole:.1%} fewer); ask for "
+        f"the chosen kinds of unit allow is {least:,.{digits}f} ({1 - least / whole:.1%} fewer); ask for "
         "less, or allow more"
     )

@@ -14,6 +14,7 @@ from prune_dn.models.densenet import build_empty
 from prune_dn.profiling import ImageSize
 from prune_dn.pruning.compensate import check_compensation, compensate_plan
 from prune_dn.pruning.importance import reads_images
+from prune_dn.pruning.latency_model import LatencyModel
 from prune_dn.pruning.plan import Plan, make_plan
 
 
@@ -32,6 +33,7 @@ def prune(
     round_to: int = 1,
     input_size: ImageSize | None = None,
     seed: int = 0,
+    latency_model: LatencyModel | None = None,
 ) -> DenseNet:
     """A smaller DenseNet: `make_plan`, `apply_plan`, `compensate_plan`; `model` stays as it is.
 
@@ -60,6 +62,7 @@ def prune(
         round_to=round_to,
         input_size=input_size,
         seed=seed,
+        latency_model=latency_model,
         calibration=batches if reads_images(criterion) or compensate == "none" else None,
     )
     small = apply_plan(net, plan)
