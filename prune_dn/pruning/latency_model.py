@@ -107,6 +107,27 @@ def fit_latency_model(
     return LatencyModel(rates, float(found[0]), error, runtime, batch_size, size, where)
 
 
+def requested_model(
+    model: nn.Module,
+    unit: str,
+    runtime: Runtime | None,
+    batch_size: int | None,
+    image_size: ImageSize | None,
+) -> LatencyModel | None:
+    """The model of latency that a recipe or command asks for; None unless `unit` is latency."""
+    if unit != LATENCY:
+        if runtime is not None or batch_size is not None:
+            given = "runtime" if runtime is not None else "batch_size"
+            raise PruningError(f"{given} has no effect with unit {unit!r}; use unit latency")
+        return None
+    return fit_latency_model(
+        model,
+        runtime=runtime or "onnxruntime",
+        batch_size=batch_size or 1,
+        image_size=image_size,
+    )
+
+
 def check_latency_model(model: LatencyModel | None, unit: str, size: ImageSize) -> None:
     """Raise PruningError for a model of latency that has no effect, or is for other images."""
     if model is not None and unit != LATENCY:
