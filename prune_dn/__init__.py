@@ -30,6 +30,7 @@ __all__ = [
     "count_per_layer",
     "export_onnx",
     "export_torch",
+    "fit_latency_model",
     "load",
     "make_plan",
     "measure_latency",
@@ -51,6 +52,7 @@ _HOMES = {
     "pruning": (
         "Plan",
         "apply_plan",
+        "fit_latency_model",
         "make_plan",
         "prune",
         "recalibrate_batch_norm_",

@@ -23,8 +23,14 @@ def prune(
     ratio: Annotated[float, typer.Option(help="The fraction to remove, between 0 and 1.")],
     output: options.Output,
     unit: Annotated[
-        str, typer.Option(help="What the ratio counts: channels, params, macs.")
+        str, typer.Option(help="What the ratio counts: channels, params, macs, latency.")
     ] = "channels",
+    runtime: Annotated[
+        str | None, typer.Option(help="For latency: onnxruntime or eager.  [default: onnxruntime]")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="For latency: images at once.  [default: 1]")
+    ] = None,
     criterion: options.Criterion = "bn_scale",
     scope: Annotated[
         str, typer.Option(help="Rank over the whole net: global; or local.")
@@ -75,6 +81,8 @@ def prune(
         recalibrate=recalibrate,
         compensate=compensate,
         calibration=calibration,
+        runtime=runtime,
+        batch_size=batch_size,
         data=jobs.DataOptions(data, data_root, image_size, mean, std, normalize, seed=seed),
     )
     _show(figures, as_json)

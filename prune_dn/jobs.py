@@ -29,6 +29,7 @@ from prune_dn.pruning import (
 )
 from prune_dn.pruning.compensate import check_compensation
 from prune_dn.pruning.importance import reads_images
+from prune_dn.pruning.latency_model import requested_model
 from prune_dn.recipe import Recipe
 from prune_dn.sources import CIFAR_NORMALISATION, DATASETS
 from prune_dn.training import FitConfig, fit
@@ -106,11 +107,14 @@ def prune_checkpoint(
     recalibrate: int,
     compensate: str,
     calibration: int | None,
+    runtime: str | None,
+    batch_size: int | None,
     data: DataOptions,
 ) -> dict[str, Any]:
     """Cut a checkpoint by `ratio`; `arguments` are those of `make_plan`.
 
-    `calibration` is how many training images the criterion and `compensate` see (None = 512).
+    `calibration` is how many training images the criterion and `compensate` see (None = 512);
+    `runtime` and `batch_size` are those of the unit `latency`.
     """
     _output(output, ".safetensors")
     model, info = load(checkpoint), read_info(checkpoint)
@@ -126,7 +130,12 @@ def prune_checkpoint(
     if reads or compensate != "none":
         images = calibration_batches(sets.train, calibration, seed=data.seed)
     plan = make_plan(
-        model, ratio, input_size=size, calibration=images if reads else None, **arguments
+        model,
+        ratio,
+        input_size=size,
+        calibration=images if reads else None,
+        latency_model=requested_model(model, arguments["unit"], runtime, batch_size, size),  # type: ignore[arg-type]
+        **arguments,
     )
     small = apply_plan(model, plan)
     if compensate != "none":

@@ -32,6 +32,7 @@ from prune_dn.pruning import (
     recalibrate_batch_norm_,
 )
 from prune_dn.pruning.importance import reads_images
+from prune_dn.pruning.latency_model import requested_model
 from prune_dn.recipe import DataSection, ModelSection, PruneSection, Recipe
 from prune_dn.report import write_report
 from prune_dn.run_folder import RunFolder
@@ -46,6 +47,8 @@ NOT_PLANNED = {
     "seed",
     "compensate",
     "calibration",
+    "runtime",
+    "batch_size",
 }
 PACKAGES = ("prune_dn", "torch", "torchvision", "accelerate", "numpy", "onnxruntime")
 
@@ -101,6 +104,9 @@ def plan_round(
         input_size=data.spec.image_size,
         calibration=calibration(recipe, data) if reads_images(section.criterion) else None,
         baseline=dense.config,
+        latency_model=requested_model(
+            model, section.unit, section.runtime, section.batch_size, data.spec.image_size
+        ),
     )
 
 

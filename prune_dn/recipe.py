@@ -162,11 +162,15 @@ class DataSection(Section):
 class PruneSection(Section):
     """What `prune_dn.prune` takes, and how often to prune.
 
-    `calibration` is how many training images the criterion and the compensation see (None = 512, see `data.calibration_batches`).
+    `calibration` is how many training images the criterion and the compensation see (None = 512, see
+    `data.calibration_batches`). `runtime` (None = onnxruntime) and `batch_size` (None = 1) are those
+    of the unit `latency`.
     """
 
     pruning_ratio: Ratio
-    unit: Literal["channels", "params", "macs"] = "channels"
+    unit: Literal["channels", "params", "macs", "latency"] = "channels"
+    runtime: Literal["eager", "onnxruntime"] | None = None
+    batch_size: Count | None = None
     criterion: _choice("criterion", CRITERIA) = "bn_scale"  # type: ignore[valid-type]
     scope: Literal["global", "local"] = "global"
     units: Annotated[tuple[Literal["stream", "bottleneck", "edge"], ...], Field(min_length=1)] = (
@@ -233,6 +237,10 @@ class Recipe(Section):
                 "prune.calibration has no effect: the criterion reads only the weights and "
                 "compensate is none; leave it out"
             )
+        if self.prune is not None and self.prune.unit != "latency":
+            for key in ("runtime", "batch_size"):
+                if getattr(self.prune, key) is not None:
+                    raise ValueError(f"prune.{key} has no effect: prune.unit is not latency")
         if self.prune is not None and self.prune.rounds > 1 and self.finetune is None:
             raise ValueError("prune.rounds above 1 fine-tunes between the rounds; add finetune")
         return self

@@ -9,7 +9,7 @@ from typing import Any
 from prune_dn.files import atomic_path, write_text
 
 STAGES = ("dense", "pruned", "recalibrated", "fine-tuned")
-_UNITS = {"channels": "channels", "params": "params", "macs": "MACs"}
+_UNITS = {"channels": "channels", "params": "params", "macs": "MACs", "latency": "milliseconds"}
 Metrics = Mapping[str, Any]
 
 

@@ -184,9 +184,21 @@ def test_prune_can_recalibrate(run: Run, net: Path) -> None:
     assert different and all("running_" in k for k in different)
 
 
+def test_prune_to_a_latency(run: Run, net: Path) -> None:
+    arguments = ["--ratio", 0.1, "--unit", "latency", "--runtime", "eager", "--batch-size", 2]
+    found = document(run("prune", net, *arguments, "-o", "fast.safetensors", "--json"))
+    assert found["unit"] == "latency"
+    ratio = 1 - found["latency_after"] / found["latency_before"]
+    assert found["achieved"] == pytest.approx(ratio, abs=1e-5)
+    assert found["params_after"] < found["params_before"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--ratio", 0.5, "--runtime", "eager"], "runtime has no effect with unit 'channels'"),
+        (["--ratio", 0.5, "--batch-size", 8], "batch_size has no effect with unit 'channels'"),
+        (["--ratio", 0.5, "--unit", "latency", "--runtime", "tvm"], "runtime is 'tvm'; choose"),
         (["--ratio", 0], "pruning_ratio is 0"),
         (["--ratio", 1], r"pruning_ratio is 1.0; it must lie in \(0, 1\)"),
         (["--ratio", 50], "did you mean 0.5"),

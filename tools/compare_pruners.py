@@ -2,12 +2,15 @@
 
     python tools/compare_pruners.py net.safetensors data/cifar10 --normalize cifar10
     python tools/compare_pruners.py net.safetensors data/cifar10 --ratios 0.5 --methods 'tp/*'
+    python tools/compare_pruners.py net.safetensors data/cifar10 --epochs 1 --seeds 0 1 2
 
-Every row is one-shot: nothing is fine-tuned. All get the same calibration and recalibration images,
-plain training images; `recalibrated` is the accuracy after the norms' statistics were estimated
-anew, for everybody. Torch-Pruning's ratio is found by bisection, so that at least the asked share of
-MACs goes. A row is kept in OUT/results.jsonl as soon as it is there; a run that was stopped goes on.
-The last line is JSON.
+A row is one method, one share of MACs and one seed: accuracy as the net is after the cut
+(`one-shot`), after its norms' statistics were estimated anew (`recalibrated`) and, with `--epochs`,
+after fine-tuning the recalibrated net, the same for everybody. All get the same plain training
+images. A seed draws the images and orders the fine-tuning. Torch-Pruning's ratio is found by
+bisection, so that at least the asked share of MACs goes. A row is kept in OUT/results.jsonl as soon
+as it is there; a run that was stopped goes on. OUT gets table.md and pareto.png; `--docs FILE NAME`
+writes the table between FILE's `<!-- NAME -->` and `<!-- end NAME -->`. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -17,136 +20,210 @@ import copy
 import fnmatch
 import hashlib
 import json
+import statistics
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from pruning_methods import macs_of, methods
+from results import Row, measured, write_between
+from torch import nn
 
 import prune_dn
-from prune_dn.data import calibration_batches, calibration_loader, load_datasets
-from prune_dn.files import write_text
+from prune_dn.data import Datasets, calibration_batches, calibration_loader, load_datasets
+from prune_dn.files import atomic_path, write_text
 from prune_dn.jobs import NORMALISATIONS
 from prune_dn.latency import compare_latency, machine
-from prune_dn.models import DenseNet
-from prune_dn.pruning import CRITERIA, recalibrate_batch_norm_
-from prune_dn.pruning.importance import reads_images
-from prune_dn.training import evaluate
+from prune_dn.pruning import recalibrate_batch_norm_
+from prune_dn.report import markdown_table
+from prune_dn.training import FitConfig, evaluate, fit
 
-Batches = list[tuple[Tensor, Tensor]]
-Method = Callable[[DenseNet, float, Batches, int], nn.Module]
-UNITS = {
-    "stream": ("stream",),
-    "edge": ("edge",),
-    "bottleneck": ("bottleneck",),
-    "stream+bottleneck": ("stream", "bottleneck"),
-    "all": ("stream", "bottleneck", "edge"),
-}
-THEIRS = ("bn_scale", "l1", "l2", "taylor", "lamp", "fpgm")
-COLUMNS = ("method", "asked", "macs cut", "params", "one-shot", "recalibrated", "seconds")
+ACCURACIES = ("one_shot", "recalibrated", "fine_tuned")
+TIMES = tuple(
+    f"{runtime}_batch{batch}" for runtime in ("eager", "onnxruntime") for batch in (1, 32)
+)
 
 
-def ours(criterion: str, compensate: str, units: tuple[str, ...]) -> Method:
-    """Our `prune` with these choices."""
+class Comparison:
+    """One checkpoint, its data, and how a row is measured."""
 
-    def cut(net: DenseNet, ratio: float, batches: Batches, size: int) -> nn.Module:
-        needs = reads_images(criterion) or compensate != "none"
-        return prune_dn.prune(
-            net,
-            ratio,
-            unit="macs",
-            criterion=criterion,
-            compensate=compensate,
-            units=units,
-            calibration=batches if needs else None,
-            input_size=size,
+    def __init__(self, given: argparse.Namespace) -> None:
+        self.given = given
+        self.net = prune_dn.load(given.checkpoint).eval()
+        self.methods = methods()
+        self.whole = macs_of(self.net, given.image_size)
+        mean, std = NORMALISATIONS[given.normalize]
+        self.data: Datasets = load_datasets(
+            "image_folder", root=given.data, image_size=given.image_size, mean=mean, std=std
         )
+        told = vars(given).items()
+        left_out = ("ratios", "methods", "out", "seeds", "docs")
+        self.settings = {key: str(value) for key, value in told if key not in left_out}
+        self.settings["checkpoint"] = hashlib.sha256(given.checkpoint.read_bytes()).hexdigest()[:12]
+        self.settings["machine"] = machine()
 
-    return cut
+    def keys(self) -> list[Row]:
+        """The rows that were asked for, the dense net first."""
+        names = [
+            name
+            for name in self.methods
+            if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.given.methods)
+        ]
+        asked = [
+            (r, name, s) for r in self.given.ratios for name in names for s in self.given.seeds
+        ]
+        rows = [{"method": name, "asked": ratio, "seed": seed} for ratio, name, seed in asked]
+        dense = {"method": "dense", "asked": 0.0, "seed": self.given.seeds[0]}
+        return [{**row, "settings": self.settings} for row in [dense, *rows]]
+
+    def measure(self, key: Row) -> Row:
+        """What one row's net is and does."""
+        start = time.perf_counter()
+        try:
+            model = self._cut(key)
+        except Exception as error:
+            return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+        row: Row = {
+            "seconds": time.perf_counter() - start,
+            "macs_cut": 1 - macs_of(model, self.given.image_size) / self.whole,
+            "params": sum(p.numel() for p in model.parameters()),
+            "one_shot": self._accuracy(model),
+        }
+        if self.given.latency:
+            row |= self._latency(model)
+        loader = calibration_loader(self.data.train, 64, seed=key["seed"])
+        recalibrate_batch_norm_(model, loader, max_batches=-(-self.given.recalibration // 64))
+        row["recalibrated"] = self._accuracy(model)
+        if self.given.epochs and key["asked"]:
+            config = FitConfig(
+                epochs=self.given.epochs,
+                learning_rate=self.given.learning_rate,
+                schedule="one_cycle",
+                precision=self.given.precision,
+            )
+            row["fit_seconds"] = fit(
+                model, self.data, config, seed=key["seed"], progress=False
+            ).seconds
+            row["fine_tuned"] = self._accuracy(model)
+        return {**row, "images": len(getattr(self.data, self.given.split))}
+
+    def _cut(self, key: Row) -> nn.Module:
+        if not key["asked"]:
+            return copy.deepcopy(self.net)
+        seed, size = key["seed"], self.given.image_size
+        batches = calibration_batches(self.data.train, self.given.calibration, seed=seed)
+        return self.methods[key["method"]](self.net, key["asked"], batches, size, seed)
+
+    def _accuracy(self, model: nn.Module) -> float:
+        images = getattr(self.data, self.given.split)
+        return 100 * evaluate(model, images, precision=self.given.precision).accuracy
+
+    def _latency(self, model: nn.Module) -> Row:
+        """Milliseconds of a batch, pruned and dense measured in turns, and their ratio."""
+        row: Row = {}
+        for name in TIMES:
+            runtime, _, batch = name.partition("_batch")
+            found = compare_latency(
+                {"dense": self.net, "pruned": model},
+                batch_size=int(batch),
+                image_size=self.given.image_size,
+                in_channels=self.net.config.in_channels,
+                runtime=runtime,  # type: ignore[arg-type]
+                repeats=self.given.repeats,
+            )
+            row[f"{name}_ms"] = found["pruned"].median_ms
+            row[f"{name}_vs_dense"] = found["pruned"].median_ms / found["dense"].median_ms
+        return row
 
 
-def theirs(criterion: str, global_pruning: bool) -> Method:
-    """Torch-Pruning's BasePruner with these choices, its ratio bisected to the MACs asked for."""
-    import torch_pruning as tp
-
-    importance = {
-        "bn_scale": tp.importance.BNScaleImportance,
-        "l1": lambda: tp.importance.GroupMagnitudeImportance(p=1),
-        "l2": lambda: tp.importance.GroupMagnitudeImportance(p=2),
-        "taylor": tp.importance.GroupTaylorImportance,
-        "lamp": tp.importance.LAMPImportance,
-        "fpgm": tp.importance.FPGMImportance,
-    }[criterion]
-
-    def once(net: DenseNet, ratio: float, batches: Batches, size: int) -> nn.Module:
-        model = copy.deepcopy(net).eval()
-        if criterion == "taylor":
-            for images, labels in batches:
-                F.cross_entropy(model(images), labels, reduction="sum").backward()
-        tp.pruner.BasePruner(
-            model,
-            torch.zeros(1, net.config.in_channels, size, size),
-            importance=importance(),
-            pruning_ratio=ratio,
-            max_pruning_ratio=0.95,
-            global_pruning=global_pruning,
-            ignored_layers=[model.classifier],
-        ).step()
-        model.zero_grad()
-        return model
-
-    def cut(net: DenseNet, ratio: float, batches: Batches, size: int) -> nn.Module:
-        whole, low, high, best = macs_of(net, size), 0.0, 1.0, None
-        for _ in range(8):
-            middle = (low + high) / 2
-            model = once(net, middle, batches, size)
-            if macs_of(model, size) <= (1 - ratio) * whole:
-                high, best = middle, model
-            else:
-                low = middle
-        if best is None:
-            raise RuntimeError(f"no ratio removes {ratio:.0%} of the MACs")
-        return best
-
-    return cut
-
-
-def methods() -> dict[str, Method]:
-    found: dict[str, Method] = {}
-    for criterion in sorted(CRITERIA):
-        for compensate in ("none", "mean", "least_squares"):
-            for name, units in UNITS.items():
-                found[f"ours/{criterion}/{compensate}/{name}"] = ours(criterion, compensate, units)
-    for criterion in THEIRS:
-        for scope in ("global", "local"):
-            found[f"tp/{criterion}/{scope}"] = theirs(criterion, scope == "global")
-    return found
-
-
-def macs_of(model: nn.Module, size: int) -> int:
-    """MACs of one image, by torch's counter: the same for both sides."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(torch.zeros(1, 3, size, size))
-    return int(counter.get_total_flops()) // 2
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown, best first within each ratio."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * (len(COLUMNS) - 1)]
-    for row in sorted(rows, key=lambda r: (r["asked"], -r.get("recalibrated", 0))):
-        if "error" in row:
-            lines.append(f"| {row['method']} | {row['asked']:.0%} | error: {row['error']} |||||")
+def table(rows: list[Row]) -> str:
+    """Markdown, the best first within each share: means over seeds, and their spread."""
+    groups: dict[tuple[float, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["asked"], row["method"]), []).append(row)
+    accuracies = [name for name in ACCURACIES if any(name in row for row in rows)]
+    times = [name for name in TIMES if any(f"{name}_vs_dense" in row for row in rows)]
+    head = ["method", "fewer MACs", "params", *(name.replace("_", "-") for name in accuracies)]
+    head += [name.replace("_", " ").replace("batch", "batch ") for name in times]
+    lines = []
+    for (asked, method), found in groups.items():
+        good = [row for row in found if "error" not in row]
+        if not good:
+            lines.append((asked, 0.0, [method, f"{asked:.0%}", "failed", *[""] * (len(head) - 2)]))
             continue
-        lines.append(
-            f"| {row['method']} | {row['asked']:.0%} | {row['macs_cut']:.1%} | {row['params']:,} | "
-            f"{row['one_shot']:.2f} | {row['recalibrated']:.2f} | {row['seconds']:.1f} |"
-        )
-    return "\n".join(lines) + "\n"
+        cells = [f"{_mean(good, 'macs_cut'):.1%}", f"{_mean(good, 'params'):,.0f}"]
+        cells += [_with_spread(good, name) for name in accuracies]
+        cells += [f"{_mean(good, f'{name}_vs_dense'):.2f}x" for name in times]
+        best = _mean(good, next(a for a in reversed(accuracies) if a in good[0]))
+        lines.append((asked, -best, [method, *cells, f"{_mean(good, 'seconds'):.1f}"]))
+    return markdown_table([*head, "seconds"], [line for *_, line in sorted(lines)]) + "\n"
+
+
+def equal_accuracy(rows: list[Row], accuracy: str, latency: str) -> list[Row]:
+    """Per row of Torch-Pruning: our fastest net that is at least as accurate, and their ratio."""
+    rows = [row for row in rows if accuracy in row and f"{latency}_ms" in row]
+    pairs = []
+    for their in (row for row in rows if row["method"].startswith("tp/")):
+        good = [
+            row
+            for row in rows
+            if row["method"].startswith("ours/") and row[accuracy] >= their[accuracy]
+        ]
+        if good:
+            best = min(good, key=lambda row: row[f"{latency}_vs_dense"])
+            pairs.append(
+                {
+                    "theirs": f"{their['method']} {their['asked']:.0%}",
+                    "ours": f"{best['method']} {best['asked']:.0%}",
+                    "accuracy": (their[accuracy], best[accuracy]),
+                    "latency_ratio": best[f"{latency}_vs_dense"] / their[f"{latency}_vs_dense"],
+                }
+            )
+    return pairs
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Accuracy against MACs and, where it was measured, against latency; one line per method."""
+    from matplotlib.figure import Figure
+
+    accuracies = [name for name in ACCURACIES if any(name in row for row in rows)]
+    against = ["macs_left", *(f"{t}_vs_dense" for t in TIMES if f"{t}_vs_dense" in rows[0])]
+    rows = [{**row, "macs_left": 1 - row["macs_cut"]} for row in rows if "error" not in row]
+    names = list(dict.fromkeys(row["method"] for row in rows if row["asked"]))
+    figure = Figure(figsize=(5 * len(accuracies), 4 * len(against) + 1), layout="constrained")
+    panels = figure.subplots(len(against), len(accuracies), squeeze=False)
+    for key, line in zip(against, panels, strict=True):
+        for accuracy, axes in zip(accuracies, line, strict=True):
+            for name in names:
+                found = [r for r in rows if r["method"] == name and accuracy in r]
+                points = sorted(
+                    (_mean(same, key), _mean(same, accuracy))
+                    for asked in {r["asked"] for r in found}
+                    for same in [[r for r in found if r["asked"] == asked]]
+                )
+                ours = name.startswith("ours/")
+                if points:
+                    style = "-" if ours else "--"
+                    axes.plot(*zip(*points, strict=True), style, marker=".", label=name)
+            axes.axhline(rows[0]["one_shot"], color="#888888", lw=0.8)
+            axes.set(xlabel=key.replace("_", " "), ylabel=f"{accuracy.replace('_', '-')}, %")
+            axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def _mean(rows: list[Row], key: str) -> float:
+    return statistics.fmean(row[key] for row in rows)
+
+
+def _with_spread(rows: list[Row], key: str) -> str:
+    values = [row[key] for row in rows if key in row]
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f}{spread}"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -162,94 +239,31 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--calibration", type=int, default=384)
     parser.add_argument("--recalibration", type=int, default=1024)
+    parser.add_argument("--epochs", type=int, default=0, help="of fine-tuning, for everybody")
+    parser.add_argument("--learning-rate", type=float, default=0.05)
     parser.add_argument("--split", choices=["test", "val"], default="test")
     parser.add_argument("--precision", choices=["no", "bf16"], default="no")
     parser.add_argument("--latency", action="store_true", help="eager and onnxruntime, batch 1, 32")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--repeats", type=int, default=30, help="of a latency measurement")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--docs", nargs=2, metavar=("FILE", "NAME"))
     given = parser.parse_args(arguments)
 
-    mean, std = NORMALISATIONS[given.normalize]
-    net = prune_dn.load(given.checkpoint).eval()
-    data = load_datasets(
-        "image_folder",
-        root=given.data,
-        image_size=given.image_size,
-        mean=mean,
-        std=std,
-        seed=given.seed,
-    )
-    batches = calibration_batches(data.train, given.calibration, seed=given.seed)
-    loader = calibration_loader(data.train, 64, seed=given.seed)
-    images = getattr(data, given.split)
-    whole = macs_of(net, given.image_size)
-    settings = {
-        key: str(value)
-        for key, value in vars(given).items()
-        if key not in ("ratios", "methods", "out")
-    }
-    settings["checkpoint"] = hashlib.sha256(given.checkpoint.read_bytes()).hexdigest()[:12]
-    settings["machine"] = machine(torch.device("cpu"))
-
-    given.out.mkdir(parents=True, exist_ok=True)
-    results = given.out / "results.jsonl"
-    # The last line may be half a line, of a run that was killed while it wrote.
-    kept = results.read_text().splitlines() if results.exists() else []
-    kept = [line for line in kept if line.endswith("}")]
-    write_text(results, "".join(line + "\n" for line in kept))
-    mine = [row for row in map(json.loads, kept) if row["settings"] == settings]
-    done = {(row["method"], row["asked"]): row for row in mine if "error" not in row}
-
-    def measure(method: str, asked: float, cut: Callable[[], nn.Module]) -> dict[str, Any]:
-        row: dict[str, Any] = {"method": method, "asked": asked, "settings": settings}
-        start = time.perf_counter()
-        try:
-            model = cut()
-        except Exception as error:
-            return {**row, "error": f"{type(error).__name__}: {error}".splitlines()[0]}
-        row["seconds"] = time.perf_counter() - start
-        row["macs_cut"] = 1 - macs_of(model, given.image_size) / whole
-        row["params"] = sum(p.numel() for p in model.parameters())
-        score = evaluate(model, images, precision=given.precision)
-        row["one_shot"], row["images"] = 100 * score.accuracy, score.n
-        recalibrate_batch_norm_(model, loader, max_batches=-(-given.recalibration // 64))
-        row["recalibrated"] = 100 * evaluate(model, images, precision=given.precision).accuracy
-        if given.latency:
-            for runtime in ("eager", "onnxruntime"):
-                for batch in (1, 32):
-                    found = compare_latency(
-                        {"dense": net, "pruned": model},
-                        batch_size=batch,
-                        image_size=given.image_size,
-                        in_channels=net.config.in_channels,
-                        runtime=runtime,
-                    )
-                    ratio = found["pruned"].median_ms / found["dense"].median_ms
-                    row[f"{runtime}_batch{batch}_vs_dense"] = ratio
-        return row
-
-    wanted = {
-        name: method
-        for name, method in methods().items()
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in given.methods)
-    }
-    jobs: list[tuple[str, float, Callable[[], nn.Module]]] = [
-        ("dense", 0.0, lambda: copy.deepcopy(net))
-    ]
-    for asked in given.ratios:
-        for name, method in wanted.items():
-            jobs.append((name, asked, partial(method, net, asked, batches, given.image_size)))
-    rows = []
-    for name, asked, cut in jobs:
-        row = done.get((name, asked)) or measure(name, asked, cut)
-        if (name, asked) not in done:
-            with results.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+    comparison = Comparison(given)
+    rows: list[dict[str, Any]] = []
+    for row in measured(given.out / "results.jsonl", comparison.keys(), comparison.measure):
         rows.append(row)
         shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
         print({k: v for k, v in shown.items() if k != "settings"}, flush=True)
-    write_text(given.out / "table.md", table(rows))
-    print(f"{settings['machine']}, torch {torch.__version__}, {torch.get_num_threads()} threads")
-    print(json.dumps({"rows": rows}))
+    text = table(rows)
+    write_text(given.out / "table.md", text)
+    if any("error" not in row for row in rows[1:]):
+        plot(rows, given.out / "pareto.png")
+    if given.docs:
+        write_between(Path(given.docs[0]), given.docs[1], text)
+    equal = {a: equal_accuracy(rows, a, "onnxruntime_batch1") for a in ACCURACIES}
+    print(comparison.settings["machine"])
+    print(json.dumps({"rows": rows, "equal_accuracy": equal}))
     if any("error" in row for row in rows):
         raise SystemExit(1)
 

@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from prune_dn.errors import PruningError
-from prune_dn.profiling import (
-    Cost,
-    ImageSize,
-    Widths,
-    block_pixels,
-    cost_rows,
-    stem_pixels,
-    total,
-)
+from prune_dn.profiling import Cost, ImageSize, cost_rows, total
 from prune_dn.pruning.importance import Scores
-from prune_dn.pruning.units import Group, Mask, Part, Units
+from prune_dn.pruning.prices import Costs, Indices, Market
+from prune_dn.pruning.rates import Rates, total_cost, unit_costs
+from prune_dn.pruning.units import Group, Mask, Units
 
-Unit = Literal["channels", "params", "macs"]
 Scope = Literal["global", "local"]
-BUDGET_UNITS: tuple[Unit, ...] = ("channels", "params", "macs")
 SCOPES: tuple[Scope, ...] = ("global", "local")
+ROUNDS = 6
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much must go, of what, counted how."""
+    """How much may stay, of what (`unit` is its name), counted how."""
 
     target: float
-    unit: Unit
+    unit: str
+    rates: Rates
     scope: Scope
     min_channels: int
     round_to: int
@@ -47,82 +40,133 @@ def cost(units: Units, keep: Mask, image_size: ImageSize | None) -> Cost:
 def choose(units: Units, scores: Scores, may_go: Mask, budget: Budget) -> Mask:
     """The closed `keep` that cuts the least important units until `budget.target` is reached.
 
-    Units are ranked by importance per cost saved (scope `global`) or by their rank within their
-    module (`local`); the shortest prefix of the ranking that leaves at most `target` of
-    `budget.unit` is found by bisection, so that the result is within the cost of one unit (of
-    `round_to` units) of it. Raises PruningError when even the whole ranking is not enough.
+    Units are ranked by importance per cost saved (scope `global`: `prices`, with whole layers among
+    them) or by their rank within their module (`local`). The cheapest units whose savings add up to
+    half of what is still too much go, everything is priced anew, and so on; at the end the shortest
+    prefix of the ranking that leaves at most `target` is found by bisection, so
+    that the result is within the cost of one unit (of `round_to` units; of one layer) of it. Raises
+    PruningError when even the whole ranking is not enough.
     """
-    may_go = may_go & ~floor(units, scores, may_go, budget.min_channels)
-    value = _price(units, scores, budget) if budget.scope == "global" else _quantiles(units, scores)
-    candidates = np.flatnonzero(may_go)
-    ranking = candidates[np.argsort(value[candidates], kind="stable")]
-    by_group = _by_group(units, ranking)
-    place = np.empty(units.size, dtype=np.intp)
-    place[ranking] = np.arange(len(ranking))
-
-    def cut(prefix: int) -> Mask:
-        keep = np.ones(units.size, dtype=bool)
-        for group in units.groups:
-            ordered = by_group[group.start]
-            count = int(np.searchsorted(place[ordered], prefix))
-            kept = group.size - count
-            rounded = -(-kept // budget.round_to) * budget.round_to
-            keep[ordered[: max(group.size - rounded, 0)]] = False
-        return units.close(keep)
-
-    def remains(prefix: int) -> float:
-        return float(getattr(cost(units, cut(prefix), budget.image_size), budget.unit))
-
-    least = remains(len(ranking))
-    if least > budget.target:
-        raise _unreachable(units, budget, least)
-    low, high = 0, len(ranking)
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if remains(middle) <= budget.target else (middle + 1, high)
-    return cut(low)
+    fixed, spare = floor(units, scores, may_go, budget.min_channels)
+    may_go = may_go & ~fixed
+    if budget.scope == "local":
+        may_go &= ~spare
+    whole = np.ones(units.size, dtype=bool)
+    ranking = _Ranking(units, scores, may_go, spare, budget)
+    least = ranking.cut(whole, ranking.order(whole))
+    if not ranking.meets(least):
+        raise _unreachable(units, budget, ranking.remains(least))
+    keep = whole
+    for _ in range(ROUNDS if budget.scope == "global" else 0):
+        order = ranking.order(keep)
+        saved = np.cumsum(ranking.saved(keep)[order])
+        excess = ranking.remains(keep) - budget.target
+        less = ranking.cut(keep, order[: int(np.searchsorted(saved, excess / 2))])
+        if ranking.meets(less):
+            break
+        keep = less
+    order = ranking.order(keep)
+    count = ranking.enough(keep, order)
+    # A whole layer can be more than what is missing: then others go instead, if they can.
+    if spare[order[count - 1]] and ranking.meets(ranking.cut(keep, order[~spare[order]])):
+        order = order[~spare[order]]
+        count = ranking.enough(keep, order)
+    return ranking.cut(keep, order[:count])
 
 
-def floor(units: Units, scores: Scores, may_go: Mask, min_channels: int) -> Mask:
-    """Units that must stay so that no width falls below `min_channels`.
+class _Ranking:
+    """In which order the units of a net go, and what is left when some have gone."""
 
-    First the best of each producer and bottleneck; then, for each reader, its best edges to
-    channels that stay anyway, or else its best edges with their channels.
+    def __init__(
+        self, units: Units, scores: Scores, may_go: Mask, spare: Mask, budget: Budget
+    ) -> None:
+        self.units, self.scores, self.may_go, self.budget = units, scores, may_go, budget
+        self.spare = spare
+        self.market = Market(units, scores, may_go)
+
+    def remains(self, keep: Mask) -> float:
+        """What is left of the budget's unit."""
+        return total_cost(self.units, keep, self.budget.rates, self.budget.image_size)
+
+    def meets(self, keep: Mask) -> bool:
+        """Whether that is little enough."""
+        return self.remains(keep) <= self.budget.target
+
+    def enough(self, keep: Mask, order: Indices) -> int:
+        """How many units of `order` must go to meet the target, by bisection."""
+        low, high = 1, len(order)
+        while low < high:
+            middle = (low + high) // 2
+            enough = self.meets(self.cut(keep, order[:middle]))
+            low, high = (low, middle) if enough else (middle + 1, high)
+        return low
+
+    def saved(self, keep: Mask) -> Scores:
+        """What cutting each unit alone saves now."""
+        return self.market.saved(keep, self._costs(keep))
+
+    def order(self, keep: Mask) -> Indices:
+        """The units that may go, the first to go first."""
+        candidates = np.flatnonzero(keep & self.may_go)
+        if self.budget.scope == "local":
+            value = _quantiles(self.units, self.scores)
+            return candidates[np.argsort(value[candidates], kind="stable")]
+        own, layers = self.market.prices(keep, self._costs(keep))
+        layer = np.where(self.market.kind == "s", layers[self.market.part], np.inf)
+        value = np.where(self.spare, layer, np.minimum(own, layer))
+        candidates = candidates[np.isfinite(value[candidates])]
+        return candidates[np.lexsort((own[candidates], value[candidates]))]
+
+    def cut(self, keep: Mask, gone: Indices) -> Mask:
+        """What stays of `keep`; a cut width is a multiple of `round_to`: the first to go go."""
+        less = keep.copy()
+        starts = np.array([group.start for group in self.units.groups])
+        owner = np.searchsorted(starts, gone, side="right") - 1
+        by_group = gone[np.argsort(owner, kind="stable")]
+        counts = np.bincount(owner, minlength=len(starts))
+        begins = np.cumsum(counts) - counts
+        for number in np.flatnonzero(counts):
+            alive = int(keep[self.units.groups[number].units].sum())
+            kept = -(-(alive - counts[number]) // self.budget.round_to) * self.budget.round_to
+            less[by_group[begins[number] : begins[number] + max(alive - kept, 0)]] = False
+        return self.units.close(less)
+
+    def _costs(self, keep: Mask) -> Costs:
+        return unit_costs(self.units, keep, self.budget.rates, self.budget.image_size)
+
+
+def floor(units: Units, scores: Scores, may_go: Mask, min_channels: int) -> tuple[Mask, Mask]:
+    """Units that must stay so that no width falls below `min_channels`: always, or with their layer.
+
+    The best of each producer and bottleneck; then, for each reader, its best edges to channels that
+    stay anyway, or else its best edges with their channels. The filters of a dense layer that stay
+    only for its own width are in the second mask: they may go when the whole layer goes.
     """
-    stay = np.zeros(units.size, dtype=bool)
-    for group in units.groups:
-        if group.kind != "edge":
-            stay[_best(group, scores, stay | ~may_go, min_channels)] = True
+    fixed, spare = (np.zeros(units.size, dtype=bool) for _ in range(2))
     for stream in units.streams:
         carrier = np.zeros(stream.width, dtype=np.intp)
         for part in stream.producers:
             assert part.stream is not None
-            carrier[part.made()] = np.arange(
-                part.stream.start, part.stream.start + part.stream.size
-            )
+            carrier[part.made()] = np.arange(part.stream.start, part.stream.units.stop)
+            mine = spare if part.is_dense_layer else fixed
+            mine[_best(part.stream, scores, ~may_go, min_channels)] = True
+            if part.bottleneck is not None:
+                fixed[_best(part.bottleneck, scores, ~may_go, min_channels)] = True
         for part in stream.readers:
             assert part.edges is not None
-            # An edge outranks another whose channel may go, or that may itself go.
-            stays = (stay | ~may_go)[carrier[part.positions]]
-            order = np.lexsort((scores[part.edges.units], stays))[::-1][:min_channels]
-            stay[part.edges.start + order] = True
-            stay[carrier[part.positions[order]]] = True
-    return stay
+            # An edge outranks another whose channel may go sooner, or that may itself go.
+            stays = np.where(fixed | ~may_go, 2, spare)
+            order = np.lexsort((scores[part.edges.units], stays[carrier[part.positions]]))
+            best = order[::-1][:min_channels]
+            fixed[part.edges.start + best] = True
+            fixed[carrier[part.positions[best]]] = True
+    return fixed, spare & ~fixed
 
 
 def _best(group: Group, scores: Scores, stays: Mask, count: int) -> np.ndarray:
     """The `count` units of a group to keep: those that stay anyway, then the most important."""
     order = np.lexsort((scores[group.units], stays[group.units]))[::-1]
     return group.start + order[:count]
-
-
-def _by_group(units: Units, ranking: np.ndarray) -> dict[int, np.ndarray]:
-    """The ranking split by group, in order, by the group's start."""
-    starts = np.array([group.start for group in units.groups])
-    order = ranking[np.argsort(np.searchsorted(starts, ranking, side="right"), kind="stable")]
-    ends = np.searchsorted(starts, order, side="right")
-    bounds = np.searchsorted(ends, np.arange(1, len(starts)), side="right")
-    return dict(zip(starts.tolist(), np.split(order, bounds), strict=True))
 
 
 def _quantiles(units: Units, scores: Scores) -> Scores:
@@ -134,66 +178,13 @@ def _quantiles(units: Units, scores: Scores) -> Scores:
     return value
 
 
-def _price(units: Units, scores: Scores, budget: Budget) -> Scores:
-    """Importance per cost that the first cut of the unit saves."""
-    saved = unit_costs(units, budget.unit, budget.image_size)
-    return scores / saved
-
-
-def unit_costs(units: Units, unit: Unit, image_size: ImageSize | None) -> Scores:
-    """What cutting each unit alone saves, in `unit`, with all other units in place."""
-    config = units.config
-    pixels = block_pixels(config, image_size)
-    imagenet = config.stem == "imagenet"
-    saved = np.zeros(units.size)
-    widths = units.widths(np.ones(units.size, dtype=bool))
-
-    def price(inputs: int, outputs: int, kernel: int, area: int, norms: int) -> int:
-        weights = inputs * outputs * kernel * kernel
-        return {"channels": norms, "params": weights + 2 * norms, "macs": weights * area}[unit]
-
-    for b, stream in enumerate(units.streams):
-        lost = np.zeros(stream.width)
-        for part in stream.readers:
-            assert part.edges is not None
-            edge, narrow = _reading_costs(part, widths[part.name], pixels[b], price)
-            saved[part.edges.units] = edge
-            lost[part.positions] += edge
-            if part.bottleneck is not None:
-                saved[part.bottleneck.units] = narrow
-        for part in stream.producers:
-            group = part.stream
-            assert group is not None
-            read, bottleneck, _ = widths[part.name]
-            if part.is_dense_layer:
-                filters = price(bottleneck or read, group.siblings, 3, pixels[b], 0)
-            elif b == 0:
-                kernel = 7 if imagenet else 3
-                filters = price(read, 1, kernel, stem_pixels(config, image_size), int(imagenet))
-            else:
-                filters = price(read, group.siblings, 1, pixels[b - 1], 0)
-            saved[group.units] = filters + lost[part.made()].sum(axis=0)
-    return saved
-
-
-def _reading_costs(
-    part: Part, widths: Widths, area: int, price: Callable[[int, int, int, int, int], int]
-) -> tuple[int, int]:
-    """What one edge, and one bottleneck channel, of a reader saves."""
-    read, bottleneck, filters = widths
-    if not part.is_dense_layer:
-        return price(1, filters, 1, 1 if part.stream is None else area, 1), 0
-    if bottleneck is None:
-        return price(1, filters, 3, area, 1), 0
-    narrow = price(read, 1, 1, area, 1) + price(1, filters, 3, area, 0)
-    return price(1, bottleneck, 1, area, 1), narrow
-
-
 def _unreachable(units: Units, budget: Budget, least: float) -> PruningError:
-    whole = getattr(cost(units, np.ones(units.size, dtype=bool), budget.image_size), budget.unit)
+    everything = np.ones(units.size, dtype=bool)
+    whole = total_cost(units, everything, budget.rates, budget.image_size)
+    digits = 0 if float(whole).is_integer() else 3
     return PruningError(
-        f"cannot bring {budget.unit} from {whole:,} down to {budget.target:,.0f}: the least that "
+        f"cannot bring {budget.unit} from {whole:,.{digits}f} down to {budget.target:,.{digits}f}: the least that "
         f"min_channels={budget.min_channels}, round_to={budget.round_to}, the protected units and "
-        f"the chosen kinds of unit allow is {least:,.0f} ({1 - least / whole:.1%} fewer); ask for "
+        f"the chosen kinds of unit allow is {least:,.{digits}f} ({1 - least / whole:.1%} fewer); ask for "
         "less, or allow more"
     )

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,15 @@ from prune_dn.profiling import ImageSize, count, default_image_size
 from prune_dn.pruning import budget as budgets
 from prune_dn.pruning.calibration import Batches, read_batches
 from prune_dn.pruning.importance import CRITERIA, importance
+from prune_dn.pruning.latency_model import (
+    LATENCY,
+    LatencyModel,
+    check_latency_model,
+    fit_latency_model,
+    meet_latency,
+)
 from prune_dn.pruning.protect import protected_units
+from prune_dn.pruning.rates import COUNTED, Rates
 from prune_dn.pruning.units import KINDS, Group, Mask, Units
 
 FORMAT = "prune_dn.plan/1"
@@ -116,12 +124,13 @@ def make_plan(
     seed: int = 0,
     calibration: Iterable[object] | None = None,
     baseline: DenseNetConfig | None = None,
+    latency_model: LatencyModel | None = None,
 ) -> Plan:
     """Decide what to cut from a DenseNet (ours, torchvision's or timm's); nothing is changed.
 
-    `pruning_ratio` in (0, 1) is the share of `unit` (`channels` of norms, `params`, `macs` at
-    `input_size`) that goes, measured against `baseline`, or the model itself. `units` are the kinds
-    that may be cut: `stream`, `bottleneck`, `edge`. `scope` ranks over the whole net (`global`) or
+    `pruning_ratio` in (0, 1) is the share of `unit` (`channels` of norms, `params`, `macs` or
+    `latency` at `input_size`) that goes, measured against `baseline`, or the model itself. `units`
+    are the kinds that may be cut: `stream`, `bottleneck`, `edge`. `scope` ranks over the whole net (`global`) or
     cuts the same share of each module (`local`). A width that is cut becomes a multiple of
     `round_to` (the kept count is rounded up; a channel that nobody reads goes all the same), and no
     width falls below `min_channels`. Modules whose names, or whose parents' names, match a pattern
@@ -129,6 +138,10 @@ def make_plan(
 
     Some criteria need `calibration`: batches of images (N, C, H, W), or (images, labels) batches for
     `taylor` and `fisher`; any iterable, normalised as in training. `prune-dn criteria` lists them.
+
+    `latency` is priced by `latency_model`, by default `fit_latency_model(model)`: onnxruntime at batch
+    1 on this machine. The net is then timed beside the baseline and the plan corrected until the
+    measured time meets the request; the times are in `achieved`.
 
     Raises PruningError for a request that is wrong, cannot be met, or would change nothing.
 
@@ -148,18 +161,26 @@ def make_plan(
     for group in table.groups:
         if group.kind not in kinds:
             may_go[group.units] = False
-    before = count(net, input_size)
-    whole = before if baseline is None else count(baseline, input_size)
-    target = (1.0 - pruning_ratio) * getattr(whole, unit)
-    if getattr(before, unit) <= target:
+    size = default_image_size(net.config) if input_size is None else input_size
+    if unit == LATENCY and latency_model is None:
+        latency_model = fit_latency_model(net, image_size=size, seed=seed)
+    check_latency_model(latency_model, unit, size)
+    whole = net.config if baseline is None else baseline
+    measure = _measure(unit, size, latency_model)
+    target = (1.0 - pruning_ratio) * measure(whole)
+    if measure(net.config) <= target:
         raise PruningError(
             f"pruning_ratio={pruning_ratio} of {unit} is reached already: the net has "
-            f"{getattr(before, unit):,} of {getattr(whole, unit):,}; nothing would be cut"
+            f"{round(measure(net.config), 3):,} of {round(measure(whole), 3):,}; nothing would be cut"
         )
-    budget = budgets.Budget(target, unit, scope, min_channels, round_to, input_size)  # type: ignore[arg-type]
     scores = importance(net, table, criterion, calibration=batches, seed=seed)
-    keep = budgets.choose(table, scores, may_go, budget)
-    after = budgets.cost(table, keep, input_size)
+    rates = COUNTED.get(unit, Rates())
+    budget = budgets.Budget(target, unit, rates, scope, min_channels, round_to, size)  # type: ignore[arg-type]
+    times: dict[str, float] = {}
+    if latency_model is None:
+        keep = budgets.choose(table, scores, may_go, budget)
+    else:
+        keep, times = meet_latency(table, scores, may_go, budget, latency_model, whole)
     requested = {
         "pruning_ratio": pruning_ratio,
         "unit": unit,
@@ -169,18 +190,29 @@ def make_plan(
         "protect": list(patterns),
         "min_channels": min_channels,
         "round_to": round_to,
-        "input_size": default_image_size(net.config) if input_size is None else input_size,
+        "input_size": size,
         "seed": seed,
         "calibration_images": None if batches is None else len(batches),
     }
-    achieved = {
-        "unit": unit,
-        "ratio": 1.0 - getattr(after, unit) / getattr(whole, unit),
-        "baseline": dataclasses.asdict(whole),
-        "before": dataclasses.asdict(before),
-        "after": dataclasses.asdict(after),
-    }
+    if latency_model is not None:
+        requested["latency_model"] = dataclasses.asdict(latency_model)
+    costs = {"baseline": whole, "before": net.config, "after": table.after(keep)}
+    achieved: dict[str, Any] = {"unit": unit}
+    for when, config in costs.items():
+        achieved[when] = dataclasses.asdict(count(config, size))
+        if times:
+            achieved[when]["latency"] = times[when]
+    achieved["ratio"] = 1.0 - achieved["after"][unit] / achieved["baseline"][unit]
     return plan_of(table, keep, requested, achieved, protected)
+
+
+def _measure(
+    unit: str, size: ImageSize, latency_model: LatencyModel | None
+) -> Callable[[DenseNetConfig], float]:
+    """What a net of a given shape has of `unit`."""
+    if latency_model is not None:
+        return latency_model.predict
+    return lambda config: getattr(count(config, size), unit)
 
 
 def plan_of(
@@ -232,7 +264,7 @@ def check_request(
         hint = f"; did you mean {ratio / 100}?" if 1 < ratio < 100 else ""
         raise PruningError(f"pruning_ratio is {ratio!r}; it must lie in (0, 1){hint}")
     choices: list[tuple[str, str, Iterable[str]]] = [
-        ("unit", unit, budgets.BUDGET_UNITS),
+        ("unit", unit, (*COUNTED, LATENCY)),
         ("scope", scope, budgets.SCOPES),
     ]
     for name, value, allowed in choices:

@@ -155,7 +155,8 @@ def _cuts(
     """The different cuts of one group, smallest first."""
     only = np.zeros(table.size, dtype=bool)
     only[group.units] = may_go[group.units]
-    only &= ~budgets.floor(table, scores, only, 1)
+    fixed, spare = budgets.floor(table, scores, only, 1)
+    only &= ~(fixed | spare)
     candidates = np.flatnonzero(only)
     ranking = candidates[np.argsort(scores[candidates], kind="stable")]
     asked: dict[int, list[float]] = {}

@@ -15,6 +15,7 @@ from prune_dn.profiling import ImageSize
 from prune_dn.pruning.compensate import check_compensation, compensate_plan
 from prune_dn.pruning.generic import prune_cnn
 from prune_dn.pruning.importance import reads_images
+from prune_dn.pruning.latency_model import LATENCY, LatencyModel
 from prune_dn.pruning.plan import Plan, make_plan, names_in
 
 _UNITS = ("stream", "bottleneck")
@@ -35,6 +36,7 @@ def prune(
     round_to: int = 1,
     input_size: ImageSize | None = None,
     seed: int = 0,
+    latency_model: LatencyModel | None = None,
 ) -> nn.Module:
     """A smaller net of the same kind; `model` stays as it is.
 
@@ -45,7 +47,7 @@ def prune(
     result, or at least `recalibrate_batch_norm_` it.
 
     Any other CNN becomes a smaller one of its own class (see `generic.prune_cnn`). It needs
-    `input_size`, or `calibration` images to take it from, and has neither `units` nor `compensate`.
+    `input_size`, or `calibration` images to take it from; `units`, `compensate` and latency are for DenseNets.
 
     >>> import torchvision
     >>> small = prune(torchvision.models.densenet121(), 0.5)
@@ -54,7 +56,7 @@ def prune(
     """
     check_not_wrapped(model)
     if isinstance(model, nn.Module) and not is_densenet(model):
-        _check_cnn_options(model, names_in(units, "units"), compensate)
+        _check_cnn_options(model, names_in(units, "units"), compensate, unit, latency_model)
         return prune_cnn(
             model,
             pruning_ratio,
@@ -83,6 +85,7 @@ def prune(
         round_to=round_to,
         input_size=input_size,
         seed=seed,
+        latency_model=latency_model,
         calibration=batches if reads_images(criterion) or compensate == "none" else None,
     )
     small = apply_plan(net, plan)
@@ -91,7 +94,13 @@ def prune(
     return compensate_plan(small, net, plan, batches, compensate, seed=seed)
 
 
-def _check_cnn_options(model: nn.Module, units: tuple[str, ...], compensate: str) -> None:
+def _check_cnn_options(
+    model: nn.Module,
+    units: tuple[str, ...],
+    compensate: str,
+    unit: str,
+    latency_model: LatencyModel | None,
+) -> None:
     kind = type(model).__name__
     if units != _UNITS:
         raise PruningError(f"units={list(units)} is for DenseNets; leave it out for a {kind}")
@@ -99,6 +108,11 @@ def _check_cnn_options(model: nn.Module, units: tuple[str, ...], compensate: str
         raise PruningError(
             f"compensate={compensate!r} is for DenseNets; leave it out for a {kind}, and fine-tune "
             "the result or at least recalibrate_batch_norm_ it"
+        )
+    if unit == LATENCY or latency_model is not None:
+        raise PruningError(
+            f"a latency budget is for DenseNets; for a {kind} choose unit='macs', without a "
+            "latency_model, and compare_latency afterwards"
         )
 
 

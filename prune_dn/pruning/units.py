@@ -50,7 +50,8 @@ class Part:
     """A stem, dense layer, transition or classifier: what it reads and what it makes.
 
     `positions` are the stream positions that it reads (edge i reads positions[i]); `offset` is
-    where its own channels begin in the stream that it writes.
+    where its own channels begin in the stream that it writes. `block` counts dense blocks from 1:
+    the one that it is in, or that a transition or classifier reads; 0 = the stem.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Part:
     stream: Group | None
     positions: Positions
     offset: int
+    block: int
 
     @property
     def is_dense_layer(self) -> bool:
@@ -99,20 +101,18 @@ class Units:
         self.size = 0
         width = config.num_init_features
         stem = self._group("stream", "features.conv0", width)
-        writer = Part("features.conv0", None, None, stem, np.arange(0), 0)
+        writer = Part("features.conv0", None, None, stem, np.arange(0), 0, 0)
         for b, block in enumerate(config.blocks, start=1):
             layers = []
             for layer in block:
-                layers.append(self._layer(f"features.denseblock{b}.{layer.name}", layer, width))
+                layers.append(self._layer(b, layer, width))
                 width += layer.out_channels
             if b <= len(config.transitions):
-                reader = self._transition(
-                    f"features.transition{b}", config.transitions[b - 1], width
-                )
+                reader = self._transition(b, config.transitions[b - 1], width)
             else:
                 positions = _positions(config.classifier_indices, width)
                 edges = self._group("edge", "features.norm5", len(positions))
-                reader = Part("classifier", edges, None, None, positions, 0)
+                reader = Part("classifier", edges, None, None, positions, 0, b)
             self.streams.append(Stream(width, writer, tuple(layers), reader))
             if reader.stream is not None:
                 width, writer = config.transitions[b - 1].out_channels, reader
@@ -198,19 +198,21 @@ class Units:
         self.size += size
         return group
 
-    def _layer(self, name: str, layer: LayerConfig, width: int) -> Part:
+    def _layer(self, block: int, layer: LayerConfig, width: int) -> Part:
+        name = f"features.denseblock{block}.{layer.name}"
         positions = _positions(layer.input_indices, width)
         edges = self._group("edge", f"{name}.norm1", len(positions))
         narrow = None
         if layer.bottleneck is not None:
             narrow = self._group("bottleneck", f"{name}.conv1", layer.bottleneck)
         last = f"{name}.conv1" if narrow is None else f"{name}.conv2"
-        return Part(name, edges, narrow, self._made(last, layer), positions, width)
+        return Part(name, edges, narrow, self._made(last, layer), positions, width, block)
 
-    def _transition(self, name: str, transition: TransitionConfig, width: int) -> Part:
+    def _transition(self, block: int, transition: TransitionConfig, width: int) -> Part:
+        name = f"features.transition{block}"
         positions = _positions(transition.input_indices, width)
         edges = self._group("edge", f"{name}.norm", len(positions))
-        return Part(name, edges, None, self._made(f"{name}.conv", transition), positions, 0)
+        return Part(name, edges, None, self._made(f"{name}.conv", transition), positions, 0, block)
 
     def _made(self, name: str, part: LayerConfig | TransitionConfig) -> Group:
         siblings, survivors = (1, 1) if part.mfm is None else MFM_KINDS[part.mfm]

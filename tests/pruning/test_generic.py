@@ -340,6 +340,7 @@ LABELLED = [(torch.randn(2, 3, 64, 64), torch.tensor([0, 9]))]
         ({"scope": "here"}, "scope 'here' is unknown; choose from global, local"),
         ({"units": ["edge"]}, r"units=\['edge'\] is for DenseNets; leave it out for a ResNet"),
         ({"compensate": "mean"}, "compensate='mean' is for DenseNets; leave it out for a ResNet"),
+        ({"unit": "latency"}, "latency budget is for DenseNets; for a ResNet choose unit='macs'"),
         ({"min_channels": 0}, "min_channels is 0; it must be an integer of at least 1"),
         ({"protect": ["layer9"]}, "'layer9' matches no module; names look like conv1, bn1"),
         ({"protect": "fc"}, r"is one string; give a list, \['fc'\]"),

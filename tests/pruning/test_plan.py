@@ -35,8 +35,10 @@ def test_the_budget_is_met_within_one_unit(net, unit, scope, criterion) -> None:
     after = getattr(count(plan.config_after), unit)
     assert after == plan.achieved["after"][unit]
     assert plan.achieved["ratio"] == pytest.approx(1 - after / whole)
-    # The dearest unit: a stem channel, read by all of block 1 and made by 27 weights a pixel.
-    dearest = {"channels": 4, "params": 27 + 3 * 16 + 20 + 8, "macs": (27 + 3 * 16 + 20) * 1024}
+    # The dearest unit: a filter of the first layer, 16 x 9 weights, read by two layers (16 weights
+    # each) and the transition (20). A whole layer goes only if that does not overshoot by more.
+    weights = 16 * 9 + 2 * 16 + 20
+    dearest = {"channels": 4, "params": weights + 2 * 3, "macs": weights * 1024}
     assert after <= 0.6 * whole < after + dearest[unit]
 
 
@@ -75,7 +77,7 @@ def test_cut_widths_are_multiples(round_to) -> None:
 def test_growth_12_rounds_to_8_only() -> None:
     plan = make_plan(densenet40(), 0.3, round_to=8, criterion="random")
     layers = {r["after"] for r in plan.layers if r["kind"] == "stream" and r["before"] == 12}
-    assert layers == {8, 12}
+    assert 8 in layers and layers <= {0, 8, 12}
 
 
 @given(st.integers(1, 6), st.sampled_from(["global", "local"]), st.floats(0.1, 0.8), st.booleans())
@@ -89,7 +91,13 @@ def test_no_width_falls_below_the_floor(least, scope, ratio, edges) -> None:
         # Cut by edges, a stream channel may lose its last reader: then it goes, floor or not.
         if not (edges and row["kind"] == "stream") and row["after"]:
             assert row["after"] >= least
-        assert row["after"] or edges
+        assert row["after"] or edges or gone_whole(plan, row["name"])
+
+
+def gone_whole(plan: Plan, name: str) -> bool:
+    layer = name.rpartition(".")[0]
+    rows = [row for row in plan.layers if row["name"].startswith(f"{layer}.")]
+    return "denselayer" in layer and all(row["after"] == 0 for row in rows)
 
 
 def plan_or_none(net: DenseNet, ratio: float, **request: object) -> Plan | None:
@@ -160,7 +168,7 @@ def test_a_plan_survives_its_file(net, tmp_path) -> None:
         ("50", "must be a number"),
         (True, "must be a number"),
         (None, "must be a number"),
-        (0.99, "cannot bring channels"),
+        (0.999, "cannot bring channels"),
     ],
 )
 def test_impossible_ratios(net, ratio, text) -> None:

@@ -1,0 +1,219 @@
+"""How long a DenseNet takes, as a sum over its parts, fitted on the machine at hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from prune_dn.errors import PruningError
+from prune_dn.latency import Runtime, compare_latency
+from prune_dn.models import DenseNet, DenseNetConfig
+from prune_dn.models.convert import convert
+from prune_dn.profiling import ImageSize, default_image_size
+from prune_dn.pruning.budget import Budget, choose
+from prune_dn.pruning.importance import Scores
+from prune_dn.pruning.rates import Rates, total_cost
+from prune_dn.pruning.units import Mask, Units
+
+LATENCY = "latency"
+TRIES = 4
+TOLERANCE = 0.03
+FEATURES = (
+    "mac_1x1",
+    "mac_kxk",
+    "normalised",
+    "concatenated",
+    "gathered",
+    "gather",
+    "layer",
+)
+
+
+@dataclass(frozen=True)
+class LatencyModel:
+    """Milliseconds of a batch = `constant` + the sum that `rates` stand for; JSON-able.
+
+    `error` is the median of |predicted - measured| / measured over nets that the fit did not see.
+    """
+
+    rates: Rates
+    constant: float
+    error: float
+    runtime: Runtime
+    batch_size: int
+    image_size: ImageSize
+    machine: str
+
+    def predict(self, config: DenseNetConfig) -> float:
+        """Milliseconds of one batch of a net of this shape."""
+        units = Units(config)
+        everything = np.ones(units.size, dtype=bool)
+        return self.constant + total_cost(units, everything, self.rates, self.image_size)
+
+    def measure(self, *configs: DenseNetConfig, repeats: int = 30) -> list[float]:
+        """Milliseconds of one batch, median, of nets of these shapes, timed in turns."""
+        different = list(dict.fromkeys(configs))
+        times, _ = _measure(different, self.runtime, self.batch_size, self.image_size, repeats)
+        return [times[different.index(config)] for config in configs]
+
+
+def fit_latency_model(
+    model: nn.Module,
+    *,
+    runtime: Runtime = "onnxruntime",
+    batch_size: int = 1,
+    image_size: ImageSize | None = None,
+    nets: int = 16,
+    repeats: int = 30,
+    seed: int = 0,
+) -> LatencyModel:
+    """Time `nets` random cuts of a DenseNet, in turns, and fit the rates that explain the times.
+
+    The cuts are of all kinds of units and depend on `seed`; the fit is least squares of relative
+    errors with rates that are not negative. Takes the time of exporting `nets` nets for onnxruntime
+    (4 to 12 s each), or some seconds for `eager`; threads are PyTorch's present number.
+
+    >>> from prune_dn.models import densenet
+    >>> net = densenet([2, 2], 8, stem="cifar", num_classes=10)
+    >>> timing = fit_latency_model(net, runtime="eager", nets=8, repeats=3)
+    >>> timing.predict(net.config) > 0
+    True
+    """
+    config = convert(model).config
+    size = default_image_size(config) if image_size is None else image_size
+    units = Units(config)
+    generator = np.random.default_rng(seed)
+    keeps = [np.ones(units.size, dtype=bool)]
+    keeps += [_random_cut(units, generator) for _ in range(nets - 1)]
+    configs = [units.after(keep) for keep in keeps]
+    times, where = _measure(configs, runtime, batch_size, size, repeats)
+    # A column per rate: what the net costs where that rate is 1 and all others are 0.
+    counts = [
+        [1.0, *(total_cost(units, keep, Rates(**{name: 1}), size) for name in FEATURES)]
+        for keep in keeps
+    ]
+    table, taken = np.array(counts), np.array(times)
+    found = _least_squares(table, taken)
+    errors = []
+    for fold in range(4):
+        out = np.arange(len(taken)) % 4 == fold
+        predicted = table[out] @ _least_squares(table[~out], taken[~out])
+        errors += (np.abs(predicted - taken[out]) / taken[out]).tolist()
+    rates = Rates(**dict(zip(FEATURES, found[1:].tolist(), strict=True)))
+    error = float(np.median(errors))
+    return LatencyModel(rates, float(found[0]), error, runtime, batch_size, size, where)
+
+
+def requested_model(
+    model: nn.Module,
+    unit: str,
+    runtime: Runtime | None,
+    batch_size: int | None,
+    image_size: ImageSize | None,
+) -> LatencyModel | None:
+    """The model of latency that a recipe or command asks for; None unless `unit` is latency."""
+    if unit != LATENCY:
+        if runtime is not None or batch_size is not None:
+            given = "runtime" if runtime is not None else "batch_size"
+            raise PruningError(f"{given} has no effect with unit {unit!r}; use unit latency")
+        return None
+    return fit_latency_model(
+        model,
+        runtime=runtime or "onnxruntime",
+        batch_size=batch_size or 1,
+        image_size=image_size,
+    )
+
+
+def check_latency_model(model: LatencyModel | None, unit: str, size: ImageSize) -> None:
+    """Raise PruningError for a model of latency that has no effect, or is for other images."""
+    if model is not None and unit != LATENCY:
+        raise PruningError(f"latency_model has no effect with unit {unit!r}; use unit='latency'")
+    if model is not None and model.image_size != size:
+        raise PruningError(
+            f"latency_model was fitted on images of {model.image_size} pixels, and input_size is "
+            f"{size}; fit it with image_size={size}"
+        )
+
+
+def meet_latency(
+    units: Units,
+    scores: Scores,
+    may_go: Mask,
+    budget: Budget,
+    model: LatencyModel,
+    baseline: DenseNetConfig,
+) -> tuple[Mask, dict[str, float]]:
+    """The `keep` whose measured time meets `budget.target`, and the times in ms.
+
+    What the model predicts wrongly is measured and asked for again, up to four times; the result is
+    the cut with the longest time of those that meet the request, or else the shortest.
+    """
+    share = budget.target / model.predict(baseline)
+    wanted = budget.target
+    found: list[tuple[bool, float, Mask, dict[str, float]]] = []
+    for _ in range(TRIES):
+        asked = replace(budget, target=wanted - model.constant, rates=model.rates)
+        try:
+            keep = choose(units, scores, may_go, asked)
+        except PruningError:
+            if not found:
+                raise
+            break
+        names = ("baseline", "before", "after")
+        times = model.measure(baseline, units.config, units.after(keep))
+        over = times[2] / (share * times[0])
+        found.append(
+            (over > 1, -over if over <= 1 else over, keep, dict(zip(names, times, strict=True)))
+        )
+        if 1 - TOLERANCE <= over <= 1:
+            break
+        wanted *= (1 - TOLERANCE / 2) / over
+    _, _, keep, measured = min(found, key=lambda attempt: attempt[:2])
+    return keep, measured
+
+
+def _measure(
+    configs: list[DenseNetConfig],
+    runtime: Runtime,
+    batch_size: int,
+    image_size: ImageSize,
+    repeats: int,
+) -> tuple[list[float], str]:
+    """Medians of nets with random weights, which take the time of any others, and the machine."""
+    with torch.random.fork_rng(devices=[]):
+        nets = {str(i): DenseNet(config).eval() for i, config in enumerate(configs)}
+    found = compare_latency(
+        nets, batch_size=batch_size, image_size=image_size, runtime=runtime, repeats=repeats
+    )
+    times = [found[str(i)].median_ms for i in range(len(configs))]
+    return times, found["0"].machine
+
+
+def _random_cut(units: Units, generator: np.random.Generator) -> Mask:
+    """A closed `keep` that leaves a random share of each kind of unit in each block."""
+    keep = np.ones(units.size, dtype=bool)
+    shares = generator.uniform(0.15, 1.0, size=(3, len(units.streams) + 1))
+    shares[generator.random(3) < 0.4] = 1.0  # some cuts leave a kind as it is
+    kinds = {"stream": 0, "bottleneck": 1, "edge": 2}
+    for part in units.parts():
+        for group in (part.edges, part.bottleneck, part.stream):
+            if group is not None:
+                share = shares[kinds[group.kind], part.block]
+                keep[group.units] = generator.random(group.size) < share
+                keep[group.start] = True
+    return units.close(keep)
+
+
+def _least_squares(table: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """Coefficients of at least 0 with the least squared relative error."""
+    from sklearn.linear_model import LinearRegression
+
+    scale = np.maximum(table.max(axis=0), 1e-12)
+    rows = table / scale / times[:, None]
+    fit = LinearRegression(positive=True, fit_intercept=False).fit(rows, np.ones(len(times)))
+    found: np.ndarray = fit.coef_ / scale
+    return found

@@ -1,0 +1,152 @@
+"""The price at which each unit is better gone: estimated harm per cost saved, with what hangs on it.
+
+At a price of p per unit of cost, something stays as long as its going harms more than p times what
+it costs. So each unit has one price above which it goes:
+
+- an edge or a bottleneck channel: harm / cost;
+- the first edges that a reader gives up also pay for its gather, so that no edge goes below the
+  price at which all that would go by then save more than the gather costs;
+- a stream channel: where what its readers would lose no longer pays for its filter. A reader for
+  which the edge alone is too dear has given it up by then: sum of max(0, h - p c) = p f;
+- a whole layer: where what its channels are worth beyond their own cost no longer pays for its
+  upkeep: what it reads, and what it costs however narrow it is. Its channels go by then.
+
+Each sum is convex in p and piecewise linear, so that Newton's steps end at its root. Costs are those
+of the net as it stands; after a cut everything is priced anew, for an edge saves less once its
+layer's bottleneck is narrow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from prune_dn.pruning.importance import Scores
+from prune_dn.pruning.units import Mask, Units
+
+Indices = npt.NDArray[np.intp]
+Active = Callable[[Scores], tuple[Scores, Scores]]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What going saves: each edge, bottleneck channel or filter by itself; each part's fixed costs.
+
+    `reading` is what an edge adds to the upkeep of its layer, `upkeep` what a layer costs apart from
+    its edges and filters, `gather` what the first edge that goes adds. (units,) twice, (parts,) twice.
+    """
+
+    unit: Scores
+    reading: Scores
+    upkeep: Scores
+    gather: Scores
+
+
+class Market:
+    """The units of a net, who reads and who belongs to whom, and their prices."""
+
+    def __init__(self, units: Units, harm: Scores, may_go: Mask) -> None:
+        """`harm` of edges and bottleneck channels (that of filters is what their readers lose)."""
+        self.harm, self.may_go = harm, may_go
+        self.part = np.zeros(units.size, dtype=np.intp)  # of each unit
+        self.kind = np.zeros(units.size, dtype="U1")
+        self.parts = list(units.parts())
+        for number, part in enumerate(self.parts):
+            for group in (part.edges, part.bottleneck, part.stream):
+                if group is not None:
+                    self.part[group.units] = number
+                    self.kind[group.units] = group.kind[0]
+        self.source = np.zeros(units.size, dtype=np.intp)  # the stream unit that an edge reads
+        for stream in units.streams:
+            maker = np.empty(stream.width, dtype=np.intp)
+            for part in stream.producers:
+                assert part.stream is not None
+                maker[part.made()] = np.arange(part.stream.start, part.stream.units.stop)
+            for part in stream.readers:
+                assert part.edges is not None
+                self.source[part.edges.units] = maker[part.positions]
+        self.is_layer = np.array([part.is_dense_layer for part in self.parts])
+
+    def prices(self, keep: Mask, costs: Costs) -> tuple[Scores, Scores]:
+        """(units,) by itself, and (parts,) as a whole layer (infinite for what cannot go whole)."""
+        price = np.full(len(keep), np.inf)
+        alone = keep & (self.kind != "s") & (costs.unit > 0)
+        price[alone] = self.harm[alone] / costs.unit[alone]
+        edges = np.flatnonzero(keep & (self.kind == "e"))
+        price[edges] = np.maximum(price[edges], self._gathers(edges, costs)[self.part[edges]])
+        made = np.flatnonzero(keep & (self.kind == "s"))
+        price[made] = self._channels(edges, costs)[made]
+        return price, self._layers(edges, made, costs)
+
+    def saved(self, keep: Mask, costs: Costs) -> Scores:
+        """What cutting each unit alone saves now; a filter takes its edges with it."""
+        edges = np.flatnonzero(keep & (self.kind == "e"))
+        return costs.unit + self._sum(self.source[edges], costs.unit[edges], len(keep))
+
+    def _channels(self, edges: Indices, costs: Costs) -> Scores:
+        """The price of each stream channel."""
+        return _newton(np.zeros(len(costs.unit)), lambda price: self._worth(edges, price, costs))
+
+    def _layers(self, edges: Indices, made: Indices, costs: Costs) -> Scores:
+        """The price of each dense layer as a whole."""
+        count = len(self.parts)
+        lone = self.may_go[edges]
+        harm, cost, reader = self.harm[edges], costs.reading[edges], self.part[edges]
+
+        def active(price: Scores) -> tuple[Scores, Scores]:
+            worth, filters = self._worth(edges, price[self.part], costs)
+            pays = made[worth[made] > price[self.part[made]] * filters[made]]
+            gone = lone & (harm < price[reader] * cost)
+            total = self._sum(self.part[pays], worth[pays], count)
+            total -= self._sum(reader[gone], harm[gone], count)
+            upkeep = costs.upkeep + self._sum(reader[~gone], cost[~gone], count)
+            return total, upkeep + self._sum(self.part[pays], filters[pays], count)
+
+        price = _newton(np.zeros(count), active)
+        bound = np.bincount(self.part[made], ~self.may_go[made], count) > 0
+        price[bound | ~self.is_layer] = np.inf
+        return price
+
+    def _gathers(self, edges: Indices, costs: Costs) -> Scores:
+        """The price below which giving up edges does not pay for the reader's gather."""
+        count = len(self.parts)
+        edges = edges[self.may_go[edges] & (costs.unit[edges] > 0)]
+        harm, cost, reader = self.harm[edges], costs.unit[edges], self.part[edges]
+        highest = np.zeros(count)
+        np.maximum.at(highest, reader, harm / cost)
+
+        def active(price: Scores) -> tuple[Scores, Scores]:
+            gone = harm <= price[reader] * cost
+            spared = self._sum(reader[gone], cost[gone], count) - costs.gather
+            return self._sum(reader[gone], harm[gone], count), spared
+
+        price = _newton(highest, active)
+        never = self._sum(reader, cost, count) <= costs.gather
+        return np.where(costs.gather > 0, np.where(never, np.inf, price), 0.0)
+
+    def _worth(self, edges: Indices, price: Scores, costs: Costs) -> tuple[Scores, Scores]:
+        """Per stream unit at its price: harm and cost of what is still read, filter included."""
+        harm, cost, source = self.harm[edges], costs.unit[edges], self.source[edges]
+        read = ~self.may_go[edges] | (harm > price[source] * cost)
+        size = len(costs.unit)
+        filters = np.where(self.kind == "s", costs.unit, 0.0)
+        worth = self._sum(source[read], harm[read], size)
+        return worth, filters + self._sum(source[read], cost[read], size)
+
+    @staticmethod
+    def _sum(where: Indices, values: Scores, size: int) -> Scores:
+        return np.bincount(where, values, size).astype(np.float64)
+
+
+def _newton(price: Scores, active: Active) -> Scores:
+    """Roots of harm(p) - p cost(p), each convex and piecewise linear, from one side."""
+    for _ in range(100):
+        harm, cost = active(price)
+        found = np.divide(harm, cost, out=price.copy(), where=cost > 0)
+        if np.allclose(found, price, rtol=1e-9, atol=0):
+            break
+        price = found
+    return price

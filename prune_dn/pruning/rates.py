@@ -1,0 +1,158 @@
+"""What each part of a DenseNet costs: in channels, params or MACs by formula, in time by measurement.
+
+All four are one sum with different rates, so that one plan can be priced in any of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from prune_dn.profiling import ImageSize, Widths, block_pixels, stem_pixels
+from prune_dn.pruning.prices import Costs
+from prune_dn.pruning.units import Mask, Part, Units
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Cost per weight and per norm channel, and, for one image, per multiply-add and per element.
+
+    `concatenated`: an element of the stream, for every reader (which concatenates it);
+    `gathered`: an element that a reader selects; `gather`, `layer`: each one of them.
+    """
+
+    weight: float = 0
+    norm_channel: float = 0
+    mac_1x1: float = 0
+    mac_kxk: float = 0
+    normalised: float = 0
+    concatenated: float = 0
+    gathered: float = 0
+    gather: float = 0
+    layer: float = 0
+
+    def conv(self, inputs: int, outputs: int, kernel: int, pixels: int) -> float:
+        """A convolution without bias."""
+        mac = self.mac_1x1 if kernel == 1 else self.mac_kxk
+        return inputs * outputs * kernel * kernel * (self.weight + pixels * mac)
+
+    def norm(self, channels: int, pixels: int) -> float:
+        """A batch norm (and the ReLU behind it)."""
+        return channels * (self.norm_channel + pixels * self.normalised)
+
+
+COUNTED = {
+    "channels": Rates(norm_channel=1),
+    "params": Rates(weight=1, norm_channel=2),
+    "macs": Rates(mac_1x1=1, mac_kxk=1),
+}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of the net that a `keep` leaves: its widths, and that of the stream that it reads."""
+
+    part: Part
+    read: int
+    bottleneck: int | None
+    filters: int
+    stream: int
+    kernel: int
+    pixels: int
+    conv_pixels: int
+
+
+def pieces(units: Units, keep: Mask, image_size: ImageSize | None) -> Iterator[Piece]:
+    """All parts, in the order in which they run; one that went whole has widths of 0."""
+    config, widths = units.config, units.widths(keep)
+    areas = [stem_pixels(config, image_size), *block_pixels(config, image_size)]
+    stream = config.in_channels
+    for part in units.parts():
+        read, narrow, filters = widths.get(part.name, Widths(0, 0, 0))
+        area = areas[part.block]
+        kernel = 3 if part.is_dense_layer or config.stem == "cifar" else 7
+        if part.edges is not None and not part.is_dense_layer:
+            kernel = 1
+        conv_area = 1 if part.stream is None else area
+        seen = stream if filters else 0
+        yield Piece(part, read, narrow, filters, seen, kernel, area, conv_area)
+        if part.stream is not None:
+            made = filters // part.stream.siblings * part.stream.survivors
+            stream = stream + made if part.is_dense_layer else made
+
+
+def total_cost(units: Units, keep: Mask, rates: Rates, image_size: ImageSize | None) -> float:
+    """What the net costs that a closed `keep` leaves."""
+    found = 0.0
+    for piece in pieces(units, keep, image_size):
+        if not piece.filters:
+            continue
+        area, narrow = piece.pixels, piece.bottleneck
+        if piece.part.edges is not None:
+            found += rates.norm(piece.read, area) + rates.concatenated * piece.stream * area
+            if piece.read < piece.stream:
+                found += rates.gather + rates.gathered * piece.read * area
+        elif units.config.stem == "imagenet":
+            found += rates.norm(piece.filters, area)
+        if piece.part.is_dense_layer:
+            found += rates.layer
+        if narrow is None:
+            found += rates.conv(piece.read, piece.filters, piece.kernel, piece.conv_pixels)
+            if piece.part.stream is None:
+                found += rates.weight * piece.filters  # the classifier's bias
+        else:
+            found += rates.conv(piece.read, narrow, 1, area) + rates.norm(narrow, area)
+            found += rates.conv(narrow, piece.filters, 3, area)
+    return found
+
+
+def unit_costs(units: Units, keep: Mask, rates: Rates, image_size: ImageSize | None) -> Costs:
+    """What each unit, and each part however narrow, costs by itself in the net that `keep` leaves."""
+    each, reading = np.zeros(units.size), np.zeros(units.size)
+    found = list(pieces(units, keep, image_size))
+    upkeep, gather = np.zeros(len(found)), np.zeros(len(found))
+    # How many parts concatenate what a part makes: those after it that read the same stream.
+    later = [_later(found, number) for number in range(len(found))]
+    for number, piece in enumerate(found):
+        part, read, narrow, filters = piece.part, piece.read, piece.bottleneck, piece.filters
+        area = piece.pixels
+        if part.edges is None:
+            norm = rates.norm(1, area) if units.config.stem == "imagenet" else 0.0
+        else:
+            norm = 0.0
+            edge = rates.norm(1, area) + rates.gathered * area
+            if read == piece.stream:
+                gather[number] = rates.gather + rates.gathered * read * area
+            if narrow is None:
+                # What such a layer reads is counted in its filters.
+                reading[part.edges.units] = edge
+                edge += rates.conv(1, filters, piece.kernel, piece.conv_pixels)
+            else:
+                edge += rates.conv(1, narrow, 1, area)
+                reading[part.edges.units] = edge
+            each[part.edges.units] = edge
+        if part.bottleneck is not None:
+            each[part.bottleneck.units] = (
+                rates.conv(read, 1, 1, area) + rates.norm(1, area) + rates.conv(1, filters, 3, area)
+            )
+            upkeep[number] = rates.norm(narrow or 0, area)
+        if part.is_dense_layer:
+            upkeep[number] += rates.layer
+        if part.stream is not None:
+            copies, where = later[number]
+            each[part.stream.units] = (
+                rates.conv(narrow or read, part.stream.siblings, piece.kernel, area)
+                + norm
+                + rates.concatenated * part.stream.survivors * copies * where
+            )
+    return Costs(each, reading, upkeep, gather)
+
+
+def _later(found: list[Piece], number: int) -> tuple[int, int]:
+    """How many parts read what this one makes, and at how many pixels."""
+    part = found[number].part
+    block = part.block + (0 if part.is_dense_layer else 1)
+    readers = [p for p in found[number + 1 :] if p.part.block == block and p.filters]
+    return len(readers), readers[0].pixels if readers else 0

@@ -1,0 +1,75 @@
+"""The model of latency: rates are found again from times that they made; plans meet measured times."""
+
+from __future__ import annotations
+
+import pytest
+
+from prune_dn.errors import PruningError
+from prune_dn.models import densenet
+from prune_dn.pruning import fit_latency_model, latency_model, make_plan
+from prune_dn.pruning.latency_model import LatencyModel
+from prune_dn.pruning.rates import Rates
+
+NET = densenet([3, 3], 8, bn_size=2, stem="cifar", num_classes=5).eval()
+RATES = Rates(mac_1x1=2e-7, mac_kxk=1e-7, normalised=3e-6, concatenated=1e-6, layer=0.05)
+TRUE = LatencyModel(RATES, 0.3, 0.0, "eager", 1, 32, "made up")
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, factor: float = 1.0) -> None:
+    """Let nets take `factor` times what TRUE predicts for the cut ones, instead of timing them."""
+
+    def measure(configs, runtime, batch_size, image_size, repeats):
+        times = [TRUE.predict(c) * (1 if c == NET.config else factor) for c in configs]
+        return times, "made up"
+
+    monkeypatch.setattr(latency_model, "_measure", measure)
+
+
+def test_known_rates_are_found_again(monkeypatch) -> None:
+    pretend(monkeypatch)
+    found = fit_latency_model(NET, runtime="eager", nets=24)
+    assert found.error < 1e-6
+    assert found.constant == pytest.approx(0.3, rel=1e-3)
+    assert found.rates.mac_kxk == pytest.approx(1e-7, rel=1e-3)
+    assert found.rates.layer == pytest.approx(0.05, rel=1e-3)
+    assert found.rates.gathered == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.25, 0.8])
+def test_the_measured_time_meets_the_request(monkeypatch, factor) -> None:
+    pretend(monkeypatch, factor)
+    plan = make_plan(NET, 0.4, unit="latency", latency_model=TRUE, criterion="l1")
+    dense, small = (plan.achieved[when]["latency"] for when in ("before", "after"))
+    assert dense == pytest.approx(TRUE.predict(NET.config))
+    assert small == pytest.approx(factor * TRUE.predict(plan.config_after))
+    assert plan.achieved["ratio"] == pytest.approx(1 - small / dense)
+    assert 0.4 <= plan.achieved["ratio"] < 0.45
+    assert plan.requested["latency_model"]["rates"]["mac_1x1"] == 2e-7
+    assert type(plan).from_json(plan.to_json()) == plan
+
+
+def test_the_default_model_is_fitted(monkeypatch) -> None:
+    pretend(monkeypatch)
+    plan = make_plan(NET, 0.3, unit="latency", criterion="l1")
+    assert plan.requested["latency_model"]["runtime"] == "onnxruntime"
+    assert plan.achieved["ratio"] >= 0.3
+
+
+def test_a_model_where_it_has_no_effect_and_one_for_other_images() -> None:
+    with pytest.raises(PruningError, match="latency_model has no effect with unit 'macs'"):
+        make_plan(NET, 0.4, unit="macs", latency_model=TRUE)
+    with pytest.raises(PruningError, match="fitted on images of 32 pixels, and input_size is 48"):
+        make_plan(NET, 0.4, unit="latency", latency_model=TRUE, input_size=48)
+
+
+def test_out_of_reach(monkeypatch) -> None:
+    pretend(monkeypatch)
+    with pytest.raises(PruningError, match="cannot bring latency from"):
+        make_plan(NET, 0.99, unit="latency", latency_model=TRUE)
+
+
+def test_a_real_fit_and_a_real_plan() -> None:
+    found = fit_latency_model(NET, runtime="eager", nets=8, repeats=3)
+    assert found.predict(NET.config) > 0
+    plan = make_plan(NET, 0.2, unit="latency", latency_model=found, criterion="random")
+    assert plan.achieved["after"]["latency"] > 0

@@ -1,0 +1,110 @@
+"""Prices against brute force, and costs against the counter."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prune_dn.models import densenet
+from prune_dn.profiling import count
+from prune_dn.pruning.prices import Market
+from prune_dn.pruning.rates import COUNTED, Rates, total_cost, unit_costs
+from prune_dn.pruning.units import Mask, Units
+
+MFM = {"denseblock1.denselayer2": "2/1", "transition1": "3/2"}
+BOTTLENECKS = densenet([2, 3, 1], 6, bn_size=2, stem="imagenet", num_classes=5).config
+BASIC = densenet([2, 2], 6, bn_size=None, stem="cifar", num_classes=5, mfm=MFM).config
+TIMES = Rates(0, 0, 2e-3, 3e-3, 0.5, 0.25, 0.125, 100.0, 1000.0)
+
+
+def random_cut(units: Units, seed: int) -> Mask:
+    keep = np.random.default_rng(seed).random(units.size) < 0.7
+    for group in units.groups:
+        keep[group.start] = True
+    return units.close(keep)
+
+
+@given(st.sampled_from([BOTTLENECKS, BASIC]), st.integers(0, 10_000))
+def test_the_sum_over_parts_is_what_the_counter_counts(config, seed) -> None:
+    units = Units(config)
+    keep = random_cut(units, seed)
+    counted = count(units.after(keep), 40)
+    for unit, rates in COUNTED.items():
+        assert total_cost(units, keep, rates, 40) == getattr(counted, unit)
+
+
+@given(st.sampled_from([BOTTLENECKS, BASIC]), st.integers(0, 10_000), st.data())
+def test_a_unit_saves_what_it_costs(config, seed, data) -> None:
+    """A single cut, nothing falling out with it: the difference of two totals."""
+    units = Units(config)
+    keep = random_cut(units, seed)
+    market = Market(units, np.ones(units.size), np.ones(units.size, dtype=bool))
+    unit = data.draw(st.sampled_from(np.flatnonzero(keep).tolist()))
+    group = next(g for g in units.groups if g.units.start <= unit < g.units.stop)
+    without = keep.copy()
+    without[unit] = False
+    closed = units.close(without)
+    with_it = keep & (market.kind == "e") & (market.source == unit)
+    if (closed != (without & ~(with_it if group.kind == "stream" else False))).any():
+        return  # a layer or a channel fell out too
+    for rates in (*COUNTED.values(), dataclasses.replace(TIMES, gather=0, gathered=0)):
+        costs = unit_costs(units, keep, rates, 40)
+        difference = total_cost(units, keep, rates, 40) - total_cost(units, closed, rates, 40)
+        found = market.saved(keep, costs)[unit]
+        if group.kind == "stream" and group.siblings != group.survivors:
+            continue  # MFM 3/2: other channels of the unit's readers depend on it
+        assert found == pytest.approx(difference)
+
+
+def test_a_layer_goes_where_its_channels_no_longer_pay_for_it() -> None:
+    """By brute force: at each price, is the net better off without the layer?"""
+    units = Units(BOTTLENECKS)
+    generator = np.random.default_rng(1)
+    harm, may_go = generator.random(units.size), np.ones(units.size, dtype=bool)
+    market = Market(units, harm, may_go)
+    keep = np.ones(units.size, dtype=bool)
+    costs = unit_costs(units, keep, COUNTED["params"], 40)
+    _, layers = market.prices(keep, costs)
+    number = next(i for i, part in enumerate(market.parts) if part.is_dense_layer)
+    part = market.parts[number]
+    assert part.stream is not None and part.edges is not None
+
+    def gain(price: float) -> float:
+        """What keeping the layer is worth at this price, everything else being chosen well."""
+        worth = 0.0
+        for unit in range(part.stream.start, part.stream.units.stop):
+            edges = np.flatnonzero((market.kind == "e") & (market.source == unit))
+            read = sum(max(0.0, harm[e] - price * costs.unit[e]) for e in edges)
+            worth += max(0.0, read - price * costs.unit[unit])
+        for edge in range(part.edges.start, part.edges.units.stop):
+            worth -= min(harm[edge], price * costs.unit[edge])
+        return worth - price * costs.upkeep[number]
+
+    price = layers[number]
+    assert gain(price) == pytest.approx(0, abs=1e-9)
+    assert gain(0.99 * price) > 0 > gain(1.01 * price)
+    assert np.isinf(layers[[not p.is_dense_layer for p in market.parts]]).all()
+
+
+def test_a_gather_raises_the_price_of_the_first_edges() -> None:
+    units = Units(BOTTLENECKS)
+    keep = np.ones(units.size, dtype=bool)
+    market = Market(units, np.random.default_rng(2).random(units.size), keep)
+    costs = unit_costs(units, keep, TIMES, 40)
+    alone, _ = market.prices(keep, dataclasses.replace(costs, gather=0 * costs.gather))
+    price, _ = market.prices(keep, costs)
+    for number, part in enumerate(market.parts):
+        if part.edges is None:
+            continue
+        lowest = price[part.edges.units].min()
+        harm, cost = market.harm[part.edges.units], costs.unit[part.edges.units]
+        if np.isinf(lowest):
+            assert cost.sum() <= costs.gather[number]
+        else:  # what has gone at that price saves exactly the gather
+            gone = np.maximum(lowest * cost - harm, 0).sum()
+            assert gone == pytest.approx(lowest * costs.gather[number])
+        assert (price[part.edges.units] == np.maximum(alone[part.edges.units], lowest)).all()

@@ -1,0 +1,153 @@
+"""The pruners that `compare_pruners.py` sets side by side: ours, Torch-Pruning's, Network Slimming's.
+
+A method is a function `(net, ratio, batches, image_size, seed) -> pruned net` that removes at least
+`ratio` of the MACs and as little more as it can.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import prune_dn
+from prune_dn.models import DenseNet
+from prune_dn.pruning import CRITERIA
+from prune_dn.pruning.budget import cost
+from prune_dn.pruning.importance import importance, reads_images
+from prune_dn.pruning.plan import plan_of
+from prune_dn.pruning.units import Mask, Units
+
+Batches = list[tuple[Tensor, Tensor]]
+Method = Callable[[DenseNet, float, Batches, int, int], nn.Module]
+UNITS = {
+    "stream": ("stream",),
+    "edge": ("edge",),
+    "bottleneck": ("bottleneck",),
+    "stream+bottleneck": ("stream", "bottleneck"),
+    "all": ("stream", "bottleneck", "edge"),
+}
+THEIRS = ("bn_scale", "l1", "l2", "taylor", "lamp", "fpgm")
+
+
+def methods() -> dict[str, Method]:
+    """All methods by name: `ours/CRITERION/COMPENSATE/UNITS`, `tp/CRITERION/SCOPE`, `slimming`."""
+    found: dict[str, Method] = {"slimming": slimming}
+    for criterion in sorted(CRITERIA):
+        for compensate in ("none", "mean", "least_squares"):
+            for name, units in UNITS.items():
+                found[f"ours/{criterion}/{compensate}/{name}"] = ours(criterion, compensate, units)
+    for criterion in THEIRS:
+        for scope in ("global", "local"):
+            found[f"tp/{criterion}/{scope}"] = theirs(criterion, scope == "global")
+    return found
+
+
+def ours(criterion: str, compensate: str, units: tuple[str, ...]) -> Method:
+    """Our `prune` with these choices."""
+
+    def cut(net: DenseNet, ratio: float, batches: Batches, size: int, seed: int) -> nn.Module:
+        needs = reads_images(criterion) or compensate != "none"
+        return prune_dn.prune(
+            net,
+            ratio,
+            unit="macs",
+            criterion=criterion,
+            compensate=compensate,
+            units=units,
+            calibration=batches if needs else None,
+            input_size=size,
+            seed=seed,
+        )
+
+    return cut
+
+
+def slimming(net: DenseNet, ratio: float, batches: Batches, size: int, seed: int) -> nn.Module:
+    """Network Slimming (arXiv:1708.06519): one threshold on |gamma| of every norm; producers stay.
+
+    Its mask sets gamma and beta to zero; the channels behind them are then cut, which changes
+    nothing (`masked == pruned` is a test).
+    """
+    units = Units(net.config)
+    may_go = np.ones(units.size, dtype=bool)
+    for group in units.groups:
+        if group.kind == "stream":
+            may_go[group.units] = False
+        else:  # a layer keeps its largest
+            scores = importance(net, units, "bn_scale")[group.units]
+            may_go[group.start + int(scores.argmax())] = False
+    scores = importance(net, units, "bn_scale")
+    order = np.flatnonzero(may_go)[np.argsort(scores[may_go], kind="stable")]
+
+    def keep(count: int) -> Mask:
+        mask = np.ones(units.size, dtype=bool)
+        mask[order[:count]] = False
+        return units.close(mask)
+
+    target = (1 - ratio) * macs_of(net, size)
+    low, high = 0, len(order)
+    while low < high:
+        middle = (low + high) // 2
+        enough = cost(units, keep(middle), size).macs <= target
+        low, high = (low, middle) if enough else (middle + 1, high)
+    return prune_dn.apply_plan(net, plan_of(units, keep(low)))
+
+
+def theirs(criterion: str, global_pruning: bool) -> Method:
+    """Torch-Pruning's BasePruner with these choices, its ratio bisected to the MACs asked for."""
+    import torch_pruning as tp
+
+    scorer = {
+        "bn_scale": tp.importance.BNScaleImportance,
+        "l1": lambda: tp.importance.GroupMagnitudeImportance(p=1),
+        "l2": lambda: tp.importance.GroupMagnitudeImportance(p=2),
+        "taylor": tp.importance.GroupTaylorImportance,
+        "lamp": tp.importance.LAMPImportance,
+        "fpgm": tp.importance.FPGMImportance,
+    }[criterion]
+
+    def once(net: DenseNet, ratio: float, batches: Batches, size: int) -> nn.Module:
+        model = copy.deepcopy(net).eval()
+        if criterion == "taylor":
+            for images, labels in batches:
+                F.cross_entropy(model(images), labels, reduction="sum").backward()
+        tp.pruner.BasePruner(
+            model,
+            torch.zeros(1, net.config.in_channels, size, size),
+            importance=scorer(),
+            pruning_ratio=ratio,
+            max_pruning_ratio=0.95,
+            global_pruning=global_pruning,
+            ignored_layers=[model.classifier],
+        ).step()
+        model.zero_grad()
+        return model
+
+    def cut(net: DenseNet, ratio: float, batches: Batches, size: int, seed: int) -> nn.Module:
+        whole, low, high, best = macs_of(net, size), 0.0, 1.0, None
+        for _ in range(8):
+            middle = (low + high) / 2
+            model = once(net, middle, batches, size)
+            if macs_of(model, size) <= (1 - ratio) * whole:
+                high, best = middle, model
+            else:
+                low = middle
+        if best is None:
+            raise RuntimeError(f"no ratio removes {ratio:.0%} of the MACs")
+        return best
+
+    return cut
+
+
+def macs_of(model: nn.Module, size: int) -> int:
+    """MACs of one image, by torch's counter: the same for all."""
+    first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(torch.zeros(1, first.in_channels, size, size))
+    return int(counter.get_total_flops()) // 2
