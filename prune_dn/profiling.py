@@ -133,7 +133,7 @@ def example_image(model: nn.Module, image_size: ImageSize | None) -> Tensor:
 def in_channels(model: nn.Module) -> int:
     """Channels of the images that a CNN takes: those of its first convolution."""
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             return module.in_channels
     raise ConfigError(f"this {type(model).__name__} is no CNN: it has no 2-D convolution")
 

@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+import torchvision
 from oracle import randomise_
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -99,3 +100,53 @@ def test_impossible_image_sizes(size) -> None:
         count(densenet40(), size)
     with pytest.raises(ConfigError, match="too small for 3 blocks"):
         count(densenet40(), 3)
+
+
+class Twice(torch.nn.Module):
+    """A transposed conv, a grouped one that runs twice, a linear layer on maps, shared weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = torch.nn.ConvTranspose2d(3, 4, 2, 2, bias=False)
+        self.grouped = torch.nn.Conv2d(4, 4, 3, padding=1, groups=2, bias=False)
+        self.norm = torch.nn.BatchNorm2d(4)
+        self.one, self.other = (torch.nn.Linear(4, 4, bias=False) for _ in range(2))
+        self.other.weight = self.one.weight
+
+    def forward(self, x):
+        x = self.norm(self.grouped(self.grouped(self.up(x)))).movedim(1, -1)
+        return self.other(self.one(x))
+
+
+@pytest.mark.parametrize(
+    ("make", "size"), [(torchvision.models.mobilenet_v2, (64, 96)), (Twice, (4, 6))]
+)
+def test_other_nets_against_pytorchs_counter(make, size) -> None:
+    net = make()
+    cost = count(net, size)
+    assert cost.params == sum(p.numel() for p in net.parameters())
+    assert cost.channels == sum(
+        m.num_features for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)
+    )
+    image = torch.zeros(1, 3, *size)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net.eval()(image)
+    assert cost.macs == counter.get_total_flops() // 2
+
+
+@pytest.mark.parametrize(
+    ("net", "size", "message"),
+    [
+        (
+            torch.nn.Conv2d(3, 4, 1),
+            None,
+            "size of images is needed for a Conv2d: give it in pixels",
+        ),
+        (torch.nn.Linear(3, 4), 8, "this Linear is no CNN: it has no 2-D convolution"),
+        (torch.nn.Conv2d(3, 4, 9), 8, r"Conv2d does not run on an image of shape \(1, 3, 8, 8\)"),
+        (torch.nn.Conv2d(3, 4, 1), 0, "image_size is 0; give pixels"),
+    ],
+)
+def test_other_nets_that_cannot_be_counted(net, size, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        count(net, size)
