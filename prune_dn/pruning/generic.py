@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from prune_dn.errors import PruningError
-from prune_dn.models.convert import check_not_wrapped
 from prune_dn.profiling import ImageSize, example_image, module_rows, total, weight_uses
 from prune_dn.pruning.calibration import Batches, Statistics
 from prune_dn.pruning.coupled import (
@@ -74,7 +73,8 @@ def prune_cnn(
     batches = calibration_for(calibration, criterion)
     if input_size is None and batches is not None:
         input_size = (batches.images[0].shape[2], batches.images[0].shape[3])
-    _check_model(model, criterion, unit, input_size)
+    _check_model(model)
+    _check_options(model, criterion, unit, input_size)
     image, uses = example_image(model, input_size), weight_uses(model, input_size)
     groups = find_groups(model, image)
     free = _unprotected(model, groups, patterns)
@@ -85,9 +85,8 @@ def prune_cnn(
     shapes = copy.deepcopy(model).to("meta")
 
     def remains(prefix: int) -> int:
-        return int(
-            getattr(total(list(module_rows(cut(shapes, groups, ladder(prefix)), uses))), unit)
-        )
+        rows = module_rows(cut(shapes, groups, ladder(prefix)), uses)
+        return int(getattr(total(list(rows)), unit))
 
     low, high = 0, sum(group.size // group.blocks for group in free)
     whole, least = remains(low), remains(high)
@@ -133,7 +132,7 @@ def _reading(
     generator: torch.Generator,
     statistics: Statistics | None,
 ) -> Reading:
-    """How a conv or linear layer reads the units of a group.
+    """How a conv or linear layer reads the units of a group, in their order.
 
     A linear layer behind a flattened map reads it as a conv with a kernel of the map's size would.
     """
@@ -188,6 +187,7 @@ def _ladder(
 
 
 def _scaled(model: nn.Module, groups: list[Group]) -> list[Group]:
+    """The groups that `bn_scale` can judge."""
     found = [group for group in groups if _norms(model, group)]
     if found:
         return found
@@ -203,6 +203,7 @@ def _norms(model: nn.Module, group: Group) -> list[Member]:
 
 
 def _unprotected(model: nn.Module, groups: list[Group], patterns: tuple[str, ...]) -> list[Group]:
+    """The groups of which no layer is protected."""
     names = [name for name, module in model.named_modules() if isinstance(module, Layer)]
     matched = matching(names, patterns)
     free = [g for g in groups if not any(m.layer in matched for m in g.members)]
@@ -212,6 +213,7 @@ def _unprotected(model: nn.Module, groups: list[Group], patterns: tuple[str, ...
 
 
 def _check_exact(model: nn.Module, groups: list[Group], keep: Keep, image: Tensor) -> None:
+    """Raise PruningError where the contract does not hold, with the cuts that break it alone."""
     if is_exact(model, groups, keep, image):
         return
     cuts = [root for root, mask in keep.items() if not mask.all()]
@@ -224,8 +226,8 @@ def _check_exact(model: nn.Module, groups: list[Group], keep: Keep, image: Tenso
     )
 
 
-def _check_model(model: nn.Module, criterion: str, unit: str, input_size: ImageSize | None) -> None:
-    check_not_wrapped(model)
+def _check_model(model: nn.Module) -> None:
+    """Raise PruningError for what is no CNN."""
     kind = type(model).__name__
     if not any(isinstance(module, Conv) for module in model.modules()):
         raise PruningError(f"this {kind} has no 2-D convolution: only CNNs can be pruned")
@@ -237,13 +239,19 @@ def _check_model(model: nn.Module, criterion: str, unit: str, input_size: ImageS
                 f"this {kind} is a transformer ({name} is a {part}): only CNNs can be pruned; "
                 "torch-pruning's own pruners cut transformers"
             )
+
+
+def _check_options(
+    model: nn.Module, criterion: str, unit: str, input_size: ImageSize | None
+) -> None:
+    """Raise PruningError for what makes no sense for this net."""
+    kind = type(model).__name__
     if CRITERIA[criterion].need == "gram":
         raise PruningError(
             f"criterion {criterion!r} is for DenseNets; for a {kind} choose one of "
             f"{', '.join(n for n, c in sorted(CRITERIA.items()) if c.need != 'gram')}"
         )
-    normed = any(isinstance(module, _BatchNorm) for module in model.modules())
-    if unit == "channels" and not normed:
+    if unit == "channels" and not any(isinstance(m, _BatchNorm) for m in model.modules()):
         raise PruningError(
             f"this {kind} has no batch norms, whose channels are counted: choose unit='params' or "
             "unit='macs'"

@@ -49,9 +49,10 @@ class Forked(nn.Module):
         self.left, self.right = nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 3, padding=1, stride=2)
         self.head = nn.Linear(64 + 16, 3)
 
-    def forward(self, x, left=1, right=1):
+    def forward(self, x, *gates):
         x = self.stem(x).relu()
-        maps = [self.left(x * left), self.right(x * right)]
+        read = [x * gate for gate in gates] or [x, x]
+        maps = [self.left(read[0]), self.right(read[1])]
         return self.head(torch.cat([m.flatten(1) for m in maps], 1))
 
 
