@@ -61,3 +61,35 @@ def test_the_sampler_draws_enough_rows() -> None:
     assert positions.min() >= 0 and positions.max() < 1024
     assert sampler(torch.zeros(10, 4, 4, 4), 36) is None
     assert sampler(torch.zeros(10, 4), 4) is None
+
+
+class Forked(torch.nn.Module):
+    """Two readers of the same maps, one of which has the channels last; gates where each reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.left = torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 5, 2)
+        self.right = torch.nn.Linear(8, 5)
+
+    def forward(self, x, *gates):
+        x = self.stem(x).relu()
+        left, right = [x * gate for gate in gates] or (x, x)
+        left, right = self.left(left), self.right(right.movedim(1, -1)).movedim(-1, 1)
+        return left.mean((2, 3)) + right.square().mean((2, 3))
+
+
+def test_statistics_are_of_one_reader_at_a_time() -> None:
+    """Of any net, against the slope of the loss with a gate per image where the reader reads."""
+    net = Forked()
+    images, labels = torch.randn(6, 3, 5, 5), torch.arange(6) % 5
+    data = read_batches(zip(images.split(2), labels.split(2), strict=True), needs_labels=True)
+    gates = [torch.ones(6, 8, 1, 1, requires_grad=True) for _ in range(2)]
+    loss = torch.nn.functional.cross_entropy(net(images, *gates), labels, reduction="sum")
+    maps = net.stem(images).relu().mean((0, 2, 3))
+    gradients = collect(net, ["left", "right"], data, "gradients")
+    activations = collect(net, ["left", "right"], data, "activations")
+    for name, slopes in zip(("left", "right"), torch.autograd.grad(loss, gates), strict=True):
+        torch.testing.assert_close(gradients[name].taylor, slopes.abs().mean((0, 2, 3)))
+        torch.testing.assert_close(gradients[name].fisher, slopes.square().mean((0, 2, 3)) / 2)
+        torch.testing.assert_close(activations[name].activation, maps)
+    assert not images.requires_grad and all(p.grad is None for p in net.parameters())

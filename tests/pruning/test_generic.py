@@ -208,7 +208,7 @@ def test_a_linear_layer_reads_a_flattened_map_like_a_conv_of_its_size() -> None:
 
 
 @pytest.mark.parametrize("criterion", ["activation", "taylor", "fisher"])
-def test_statistics_are_of_one_reader_at_a_time(criterion) -> None:
+def test_statistics_add_up_over_readers(criterion) -> None:
     """The definitions, per image, with a gate where each of two readers takes the same maps."""
     net = randomise_(Forked(), 5).eval()
     data = [(torch.randn(6, 3, 4, 4), torch.tensor([0, 1, 2, 0, 1, 2])) for _ in range(2)]
