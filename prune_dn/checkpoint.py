@@ -30,7 +30,7 @@ _MAX_HEADER = 100_000_000  # bytes, as in the safetensors format
 StrPath = str | os.PathLike[str]
 
 
-def save(model: DenseNet, path: StrPath, *, info: Mapping[str, Any] | None = None) -> None:
+def save(model: nn.Module, path: StrPath, *, info: Mapping[str, Any] | None = None) -> None:
     """Write weights and config to one safetensors file that `load` turns back into the model.
 
     `info` is anything that JSON can hold, read back by `read_info`; usual keys are "data",
@@ -41,7 +41,8 @@ def save(model: DenseNet, path: StrPath, *, info: Mapping[str, Any] | None = Non
     if not isinstance(model, DenseNet):
         raise CheckpointError(
             f"cannot save a {type(model).__name__}: pass a prune_dn DenseNet (model.module of a "
-            "wrapped one, prune_dn.models.convert.convert(model) for one of torchvision or timm)"
+            "wrapped one, prune_dn.models.convert.convert(model) for one of torchvision or timm); "
+            "other nets go through torch.save(model, path) or torch.export"
         )
     state = model.state_dict()
     problems = list(misfits(build_empty(model.config).state_dict(), state))

@@ -1,15 +1,23 @@
-"""Parameters, MACs and channels of a DenseNet, in closed form from its description."""
+"""Parameters, MACs and channels: of a DenseNet in closed form, of another CNN by running it once."""
 
 from __future__ import annotations
 
+import copy
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from prune_dn.errors import ConfigError
 from prune_dn.models import DenseNet, DenseNetConfig
 
 ImageSize = int | tuple[int, int]
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @dataclass(frozen=True)
@@ -43,24 +51,105 @@ class Widths(NamedTuple):
     filters: int
 
 
-def count(model: DenseNet | DenseNetConfig, image_size: ImageSize | None = None) -> Cost:
-    """Parameters, MACs for one image, and norm channels. Nothing is run or changed.
+def count(model: nn.Module | DenseNetConfig, image_size: ImageSize | None = None) -> Cost:
+    """Parameters, MACs for one image, and norm channels; `model` stays as it is.
 
     `image_size` is in pixels, one number or (height, width); None = 32 (cifar) or 224 (imagenet).
+    A net that is not our DenseNet needs it: a copy runs once. Counted are the weights of modules;
+    what a forward multiplies without one (attention's products) is not.
 
     >>> from prune_dn.models import densenet121
     >>> count(densenet121().config)
     Cost(params=7978856, macs=2834161664, channels=41824)
+    >>> from torchvision.models import resnet18
+    >>> count(resnet18(), 224)
+    Cost(params=11689512, macs=1814073344, channels=4800)
     """
     return total(count_per_layer(model, image_size))
 
 
 def count_per_layer(
-    model: DenseNet | DenseNetConfig, image_size: ImageSize | None = None
+    model: nn.Module | DenseNetConfig, image_size: ImageSize | None = None
 ) -> list[LayerCost]:
-    """The cost of each convolution, norm and linear layer, in the order in which they run."""
-    config = model.config if isinstance(model, DenseNet) else model
-    return list(cost_rows(config, widths_of(config), image_size))
+    """The cost of each convolution, norm and linear layer, in the order in which they run.
+
+    Of a net that is not our DenseNet: of each module with parameters, in the order of its modules.
+    """
+    if isinstance(model, DenseNet):
+        model = model.config
+    if isinstance(model, nn.Module):
+        return list(module_rows(model, weight_uses(model, image_size)))
+    return list(cost_rows(model, widths_of(model), image_size))
+
+
+def weight_uses(model: nn.Module, image_size: ImageSize | None) -> Mapping[str, int]:
+    """How often each conv and linear layer applies its weight to one image: its output pixels.
+
+    Of a transposed conv, its input pixels. Raises ConfigError when the net cannot run.
+    """
+    net = copy.deepcopy(model).cpu().float().eval()
+    uses: Counter[str] = Counter()
+
+    def watch(name: str, layer: nn.Module) -> None:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if isinstance(layer, _TRANSPOSED):
+                uses[name] += args[0].numel() // layer.in_channels
+            elif isinstance(layer, _CONVS):
+                uses[name] += output.numel() // layer.out_channels
+            elif isinstance(layer, nn.Linear):
+                uses[name] += output.numel() // layer.out_features
+
+        layer.register_forward_hook(hook)
+
+    for name, layer in net.named_modules():
+        if isinstance(layer, _CONVS + _TRANSPOSED + (nn.Linear,)):
+            watch(name, layer)
+    image = example_image(net, image_size)
+    try:
+        with torch.no_grad():
+            net(image)
+    except Exception as error:
+        raise ConfigError(
+            f"this {type(model).__name__} does not run on an image of shape {tuple(image.shape)} "
+            f"({type(error).__name__}: {error}); give the size that it takes"
+        ) from error
+    return uses
+
+
+def example_image(model: nn.Module, image_size: ImageSize | None) -> Tensor:
+    """One random image (1, C, H, W) on the CPU in float32, with the first conv's channels.
+
+    Raises ConfigError where `image_size` is None or no size, or the net has no 2-D convolution.
+    """
+    if image_size is None:
+        raise ConfigError(
+            f"the size of images is needed for a {type(model).__name__}: give it in pixels, such as "
+            "224 or (height, width)"
+        )
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(1, in_channels(model), *_pair(image_size), generator=generator)
+
+
+def in_channels(model: nn.Module) -> int:
+    """Channels of the images that a CNN takes: those of its first convolution."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            return module.in_channels
+    raise ConfigError(f"this {type(model).__name__} is no CNN: it has no 2-D convolution")
+
+
+def module_rows(model: nn.Module, uses: Mapping[str, int]) -> Iterator[LayerCost]:
+    """The cost of each module's own parameters, shared ones once; `uses` as of `weight_uses`."""
+    seen: set[nn.Parameter] = set()
+    for name, module in model.named_modules():
+        own = set(module.parameters(recurse=False))
+        params = sum(p.numel() for p in own - seen)
+        weight = getattr(module, "weight", None)
+        macs = weight.numel() * uses[name] if name in uses and weight is not None else 0
+        channels = module.num_features if isinstance(module, _BatchNorm) else 0
+        seen |= own
+        if own or macs or channels:
+            yield LayerCost(name, params, macs, channels)
 
 
 def total(rows: list[LayerCost]) -> Cost:
@@ -158,8 +247,11 @@ def block_pixels(config: DenseNetConfig, image_size: ImageSize | None) -> list[i
 
 
 def _sides(config: DenseNetConfig, image_size: ImageSize | None) -> tuple[int, int]:
-    size = default_image_size(config) if image_size is None else image_size
-    sides = tuple(size) if isinstance(size, tuple | list) else (size, size)
+    return _pair(default_image_size(config) if image_size is None else image_size)
+
+
+def _pair(image_size: ImageSize) -> tuple[int, int]:
+    sides = tuple(image_size) if isinstance(image_size, tuple | list) else (image_size, image_size)
     if len(sides) != 2 or any(not isinstance(s, int) or s < 1 for s in sides):
         raise ConfigError(f"image_size is {image_size!r}; give pixels, or (height, width)")
     return sides

@@ -65,20 +65,33 @@ def convert(module: nn.Module) -> DenseNet:
     return model
 
 
+def is_densenet(module: object) -> bool:
+    """Whether it is a DenseNet of ours, torchvision or timm, or a variant or subclass of one."""
+    return isinstance(module, DenseNet) or bool(_known_classes(module))
+
+
+def check_not_wrapped(module: object) -> None:
+    """Raise ConversionError for DataParallel, compiled models and the like."""
+    parts = [n for n, _ in module.named_children()] if isinstance(module, nn.Module) else []
+    if parts in (["module"], ["_orig_mod"]):
+        raise ConversionError(
+            f"the model is wrapped in {type(module).__name__}; unwrap it: "
+            f"pass model.{parts[0]} and wrap the result again"
+        )
+
+
+def _known_classes(module: object) -> list[type]:
+    return [c for c in type(module).__mro__ if _class_path(c) in _KNOWN]
+
+
 def _check_class(module: Any) -> None:
-    for attribute in ("module", "_orig_mod"):
-        if isinstance(module, nn.Module) and isinstance(
-            getattr(module, attribute, None), nn.Module
-        ):
-            raise ConversionError(
-                f"the model is wrapped in {type(module).__name__}; unwrap it: "
-                f"pass model.{attribute} and wrap the result again"
-            )
-    known = [c for c in type(module).__mro__ if _class_path(c) in _KNOWN]
+    check_not_wrapped(module)
+    known = _known_classes(module)
     if not known:
         raise ConversionError(
             f"{_class_name(module)} is no DenseNet; pass a DenseNet of torchvision, timm or "
-            "prune_dn, or use from_state_dict for a state dict with torchvision's keys"
+            "prune_dn (only `prune` takes other CNNs), or use from_state_dict for a state dict with "
+            "torchvision's keys"
         )
     if getattr(type(module), "forward") is not getattr(known[0], "forward"):  # noqa: B009
         raise ConversionError(

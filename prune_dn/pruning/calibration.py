@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from prune_dn.errors import PruningError
 from prune_dn.models import DenseNet
+from prune_dn.profiling import in_channels
 
 Need = Literal["activations", "gradients", "gram"]
 NEEDS: tuple[Need, ...] = ("activations", "gradients", "gram")
@@ -125,7 +126,7 @@ class PixelSampler:
 
 
 def collect(
-    model: DenseNet,
+    model: nn.Module,
     readers: Iterable[str],
     batches: Batches,
     need: Need,
@@ -134,50 +135,58 @@ def collect(
 ) -> Mapping[str, Statistics]:
     """Run `model` over the batches and give the statistics of each reader (a conv or linear layer).
 
-    The model is not touched: a copy runs, in eval mode. Memory does not grow with the number of
+    Where others read the same tensor, only what this reader does with it counts. The model is not
+    touched: a copy runs, in eval mode. Memory does not grow with the number of
     batches; `gram` keeps one matrix per reader. Raises PruningError when the model cannot take the
     images, or a label is no class.
     """
     net = copy.deepcopy(model).eval().requires_grad_(False)
-    net.memory_efficient = False
-    device = net.classifier.weight.device
+    if isinstance(net, DenseNet):
+        net.memory_efficient = False
+    like = next(net.parameters())
     modules = {name: net.get_submodule(name) for name in readers}
     sampler = PixelSampler(len(batches), seed)
-    inputs: dict[str, Tensor] = {}
-    outputs: dict[str, Tensor] = {}
+    seen: list[tuple[str, Tensor, Tensor]] = []  # reader, input, output
     sums: dict[str, dict[str, Any]] = {name: {} for name in modules}
 
     def watch(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            inputs[name], outputs[name] = args[0], output
+            seen.append((name, args[0], output))
 
         return hook
 
+    def own(_: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
+        return args[0].view_as(args[0])  # a node of its own: gradients of other readers stay out
+
     for name, module in modules.items():
+        module.register_forward_pre_hook(own)
         module.register_forward_hook(watch(name))
     for i, images in enumerate(batches.images):
-        images = images.to(device, net.classifier.weight.dtype)
+        images = images.detach().to(like)
         with torch.set_grad_enabled(need != "activations"):
             logits = _forward(net, images.requires_grad_(need != "activations"))
         if need == "activations":
-            for name, x in inputs.items():
-                pixels = x.shape[2] * x.shape[3] if x.ndim == 4 else 1
+            for name, x, _ in seen:
+                x = _channels_second(x, modules[name])
                 dims = [d for d in range(x.ndim) if d != 1]
-                _add(sums[name], "activation", x.abs().sum(dims) / pixels)
+                _add(sums[name], "activation", x.abs().sum(dims) / x.shape[2:].numel())
+            seen.clear()
             continue
+        _check_logits(logits)
         if need == "gradients":
             assert batches.labels is not None
-            labels = _checked(batches.labels[i].to(device), logits.shape[1])
-            watched = inputs
+            labels = _checked(batches.labels[i].to(like.device), logits.shape[1])
+            watched = [x for _, x, _ in seen]
         else:
             drawn = torch.multinomial(
                 logits.detach().float().softmax(1).cpu(), 1, generator=sampler.generator
             )
-            labels, watched = drawn[:, 0].to(device), outputs
+            labels, watched = drawn[:, 0].to(like.device), [out for _, _, out in seen]
         loss = F.cross_entropy(logits.float(), labels, reduction="sum")
-        gradients = torch.autograd.grad(loss, list(watched.values()))
-        for name, gradient in zip(watched, gradients, strict=True):
-            x = inputs[name].detach()
+        gradients = torch.autograd.grad(loss, watched, materialize_grads=True)
+        for (name, x, _), gradient in zip(seen, gradients, strict=True):
+            x = _channels_second(x.detach(), modules[name])
+            gradient = _channels_second(gradient, modules[name])
             over = tuple(range(2, gradient.ndim))
             if need == "gradients":
                 s = (x * gradient).sum(over) if over else x * gradient
@@ -190,8 +199,7 @@ def collect(
                 rows = patches(x, kernel, sampler(x, width)).float()
                 gram = sums[name].setdefault("gram", rows.new_zeros(width, width))
                 gram.addmm_(rows.T, rows, alpha=len(images) / len(rows))
-        inputs.clear()
-        outputs.clear()
+        seen.clear()
     return {
         name: Statistics(**{key: value / len(batches) for key, value in found.items()})
         for name, found in sums.items()
@@ -202,9 +210,13 @@ def _add(sums: dict[str, Any], key: str, value: Tensor) -> None:
     sums[key] = sums[key].add_(value) if key in sums else value
 
 
-def _forward(net: DenseNet, images: Tensor) -> Tensor:
-    channels = net.config.in_channels
-    if images.shape[1] != channels:
+def _channels_second(x: Tensor, layer: nn.Module) -> Tensor:
+    """(N, C, ...): a linear layer has its channels last."""
+    return x.movedim(-1, 1) if isinstance(layer, nn.Linear) else x
+
+
+def _forward(net: nn.Module, images: Tensor) -> Tensor:
+    if images.shape[1] != (channels := in_channels(net)):
         raise PruningError(
             f"calibration images have {images.shape[1]} channels; the model takes {channels}"
         )
@@ -215,6 +227,14 @@ def _forward(net: DenseNet, images: Tensor) -> Tensor:
             f"the model cannot run on calibration images of shape {tuple(images.shape)}: {error}"
         ) from error
     return logits
+
+
+def _check_logits(logits: object) -> None:
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        raise PruningError(
+            f"the model gives {_describe(logits)}; a criterion that follows the loss needs logits "
+            "(N, classes)"
+        )
 
 
 def _checked(labels: Tensor, classes: int) -> Tensor:

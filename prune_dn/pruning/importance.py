@@ -44,11 +44,12 @@ class Reading:
     """A norm and the conv (or classifier) that reads its activated output.
 
     `weight` is (outputs, channels, kernel, kernel); `generator` is for random criteria;
-    `statistics` hold what the criterion needs from calibration images.
+    `statistics` hold what the criterion needs from calibration images. In nets that are no
+    DenseNets `norm` is None: there a norm follows the conv that makes a channel.
     """
 
     name: str
-    norm: nn.BatchNorm2d
+    norm: nn.BatchNorm2d | None
     weight: Tensor
     generator: torch.Generator
     statistics: Statistics = field(default_factory=Statistics)
@@ -95,6 +96,7 @@ def register_criterion(
 @register_criterion("bn_scale")
 def bn_scale(reading: Reading) -> Tensor:
     """|gamma| of the reader's norm: Network Slimming (arXiv:1708.06519)."""
+    assert reading.norm is not None
     return reading.norm.weight.detach().abs()
 
 
@@ -204,16 +206,8 @@ def importance(
         raise PruningError(
             f"criterion {criterion!r} is unknown; choose one of {', '.join(sorted(CRITERIA))}"
         )
-    function, need = CRITERIA[criterion]
-    found: dict[str, Statistics] = {}
     everyone = list(readers(units))
-    if need is not None:
-        if calibration is None:
-            kind = "(images, labels) batches" if need == "gradients" else "batches of images"
-            raise PruningError(
-                f"criterion {criterion!r} needs calibration images: give calibration={kind}"
-            )
-        found.update(collect(model, [r.conv for r in everyone], calibration, need, seed=seed))
+    found = observe(model, [r.conv for r in everyone], criterion, calibration, seed)
     generator = torch.Generator().manual_seed(seed)
     scores = np.zeros(units.size)
     for reader in everyone:
@@ -222,9 +216,7 @@ def importance(
         weight = conv.weight.reshape(*conv.weight.shape[:2], *(conv.weight.shape[2:] or (1, 1)))
         statistics = found.pop(reader.conv, Statistics())
         reading = Reading(reader.norm, norm, weight.float(), generator, statistics)
-        losses = function(reading).double().cpu().numpy()
-        _check_losses(losses, criterion, reader.norm, weight.shape[1])
-        scores[reader.group.units] = losses
+        scores[reader.group.units] = judge(reading, criterion)
     for stream in units.streams:
         lost = np.zeros(stream.width)
         for part in stream.readers:
@@ -236,7 +228,30 @@ def importance(
     return scores
 
 
-def _check_losses(losses: Scores, criterion: str, name: str, channels: int) -> None:
+def observe(
+    model: nn.Module, layers: list[str], criterion: str, calibration: Batches | None, seed: int
+) -> dict[str, Statistics]:
+    """What the criterion needs to know of the inputs of each layer; empty = nothing."""
+    need = CRITERIA[criterion].need
+    if need is None:
+        return {}
+    if calibration is None:
+        kind = "(images, labels) batches" if need == "gradients" else "batches of images"
+        raise PruningError(
+            f"criterion {criterion!r} needs calibration images: give calibration={kind}"
+        )
+    return dict(collect(model, layers, calibration, need, seed=seed))
+
+
+def judge(reading: Reading, criterion: str) -> Scores:
+    """The criterion's score of each channel that is read, checked."""
+    losses: Scores = CRITERIA[criterion].function(reading).double().cpu().numpy()
+    check_losses(losses, criterion, reading.name, reading.weight.shape[1])
+    return losses
+
+
+def check_losses(losses: Scores, criterion: str, name: str, channels: int) -> None:
+    """Raise PruningError unless they are `channels` finite numbers."""
     if losses.shape != (channels,):
         raise PruningError(
             f"criterion {criterion!r} gave shape {losses.shape} for {name}, "

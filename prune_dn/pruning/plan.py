@@ -152,7 +152,7 @@ def make_plan(
     """
     net = convert(model)
     kinds, patterns = names_in(units, "units"), names_in(protect, "protect")
-    _check(pruning_ratio, unit, criterion, scope, kinds, min_channels, round_to)
+    check_request(pruning_ratio, unit, criterion, scope, kinds, min_channels, round_to)
     batches = calibration_for(calibration, criterion)
     table = Units(net.config)
     _check_rounding(table, kinds, round_to)
@@ -262,9 +262,10 @@ def names_in(values: Iterable[str], argument: str) -> tuple[str, ...]:
     return tuple(values)
 
 
-def _check(
+def check_request(
     ratio: Any, unit: str, criterion: str, scope: str, kinds: tuple[str, ...], least: Any, step: Any
 ) -> None:
+    """Raise PruningError for a ratio outside (0, 1), an unknown choice, or a size below 1."""
     if isinstance(ratio, bool) or not isinstance(ratio, int | float) or math.isnan(ratio):
         raise PruningError(f"pruning_ratio is {ratio!r}; it must be a number in (0, 1)")
     if ratio == 0:

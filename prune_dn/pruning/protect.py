@@ -15,19 +15,7 @@ def protected_units(table: Units, patterns: tuple[str, ...]) -> tuple[Mask, dict
     """Units that stay, and per group how many and why."""
     kept_back = np.zeros(table.size, dtype=bool)
     reasons: dict[str, list[str]] = {}
-    matched: dict[str, str] = {}
-    names = [name for part in table.parts() for name in _modules(part)]
-    for pattern in patterns:
-        found = [
-            name for name in names if any(fnmatch.fnmatchcase(n, pattern) for n in _ancestry(name))
-        ]
-        if not found:
-            raise PruningError(
-                f"protect pattern {pattern!r} matches no module; names look like "
-                f"{', '.join(names[:4])}, ..., {names[-1]}"
-            )
-        for name in found:
-            matched.setdefault(name, pattern)
+    matched = matching([name for part in table.parts() for name in _modules(part)], patterns)
 
     def keep_back(group: Group, which: Mask, name: str) -> None:
         if not kept_back[group.units][which].all():
@@ -56,6 +44,23 @@ def protected_units(table: Units, patterns: tuple[str, ...]) -> tuple[Mask, dict
         for name, why in reasons.items()
     }
     return kept_back, described
+
+
+def matching(names: list[str], patterns: tuple[str, ...]) -> dict[str, str]:
+    """The modules whose name, or a parent's, matches a pattern: the first one that does."""
+    matched: dict[str, str] = {}
+    for pattern in patterns:
+        found = [
+            name for name in names if any(fnmatch.fnmatchcase(n, pattern) for n in _ancestry(name))
+        ]
+        if not found:
+            raise PruningError(
+                f"protect pattern {pattern!r} matches no module; names look like "
+                f"{', '.join(names[:4])}, ..., {names[-1]}"
+            )
+        for name in found:
+            matched.setdefault(name, pattern)
+    return matched
 
 
 def _sources(stream: Stream, reader: Part) -> Iterator[tuple[Group, Mask]]:

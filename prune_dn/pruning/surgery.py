@@ -9,13 +9,16 @@ from torch import Tensor, nn
 
 from prune_dn.errors import PruningError
 from prune_dn.models import DenseNet
-from prune_dn.models.convert import convert
+from prune_dn.models.convert import check_not_wrapped, convert, is_densenet
 from prune_dn.models.densenet import build_empty
 from prune_dn.profiling import ImageSize
 from prune_dn.pruning.compensate import check_compensation, compensate_plan
+from prune_dn.pruning.generic import prune_cnn
 from prune_dn.pruning.importance import reads_images
-from prune_dn.pruning.latency_model import LatencyModel
-from prune_dn.pruning.plan import Plan, make_plan
+from prune_dn.pruning.latency_model import LATENCY, LatencyModel
+from prune_dn.pruning.plan import Plan, make_plan, names_in
+
+_UNITS = ("stream", "bottleneck")
 
 
 def prune(
@@ -25,7 +28,7 @@ def prune(
     unit: str = "channels",
     criterion: str = "bn_scale",
     scope: str = "global",
-    units: Iterable[str] = ("stream", "bottleneck"),
+    units: Iterable[str] = _UNITS,
     compensate: str = "none",
     calibration: Iterable[object] | None = None,
     protect: Iterable[str] = (),
@@ -34,19 +37,39 @@ def prune(
     input_size: ImageSize | None = None,
     seed: int = 0,
     latency_model: LatencyModel | None = None,
-) -> DenseNet:
-    """A smaller DenseNet: `make_plan`, `apply_plan`, `compensate_plan`; `model` stays as it is.
+) -> nn.Module:
+    """A smaller net of the same kind; `model` stays as it is.
 
-    Takes our DenseNets, torchvision's and timm's. The arguments are those of `make_plan`, which
-    also says what was achieved. `compensate` is `none`, `mean` or `least_squares` (see
-    `compensate_plan`) and needs `calibration`: a few hundred training images, without
-    augmentation. Without it fine-tune the result, or at least `recalibrate_batch_norm_` it.
+    A DenseNet of ours, torchvision or timm becomes our `DenseNet`, by `make_plan`, `apply_plan` and
+    `compensate_plan`. The arguments are those of `make_plan`, which also says what was achieved.
+    `compensate` is `none`, `mean` or `least_squares` (see `compensate_plan`) and needs
+    `calibration`: a few hundred training images, without augmentation. Without it fine-tune the
+    result, or at least `recalibrate_batch_norm_` it.
+
+    Any other CNN becomes a smaller one of its own class (see `generic.prune_cnn`). It needs
+    `input_size`, or `calibration` images to take it from; `units`, `compensate` and latency are for DenseNets.
 
     >>> import torchvision
     >>> small = prune(torchvision.models.densenet121(), 0.5)
     >>> small.eval()(torch.zeros(1, 3, 64, 64)).shape
     torch.Size([1, 1000])
     """
+    check_not_wrapped(model)
+    if isinstance(model, nn.Module) and not is_densenet(model):
+        _check_cnn_options(model, names_in(units, "units"), compensate, unit, latency_model)
+        return prune_cnn(
+            model,
+            pruning_ratio,
+            unit=unit,
+            criterion=criterion,
+            scope=scope,
+            calibration=calibration,
+            protect=protect,
+            min_channels=min_channels,
+            round_to=round_to,
+            input_size=input_size,
+            seed=seed,
+        )
     check_compensation(compensate, calibration is not None)
     net = convert(model)
     batches = None if calibration is None else list(calibration)
@@ -69,6 +92,28 @@ def prune(
     if batches is None or compensate == "none":
         return small
     return compensate_plan(small, net, plan, batches, compensate, seed=seed)
+
+
+def _check_cnn_options(
+    model: nn.Module,
+    units: tuple[str, ...],
+    compensate: str,
+    unit: str,
+    latency_model: LatencyModel | None,
+) -> None:
+    kind = type(model).__name__
+    if units != _UNITS:
+        raise PruningError(f"units={list(units)} is for DenseNets; leave it out for a {kind}")
+    if compensate != "none":
+        raise PruningError(
+            f"compensate={compensate!r} is for DenseNets; leave it out for a {kind}, and fine-tune "
+            "the result or at least recalibrate_batch_norm_ it"
+        )
+    if unit == LATENCY or latency_model is not None:
+        raise PruningError(
+            f"a latency budget is for DenseNets; for a {kind} choose unit='macs', without a "
+            "latency_model, and compare_latency afterwards"
+        )
 
 
 def apply_plan(model: nn.Module, plan: Plan) -> DenseNet:
