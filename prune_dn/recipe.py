@@ -173,10 +173,9 @@ class PruneSection(Section):
     batch_size: Count | None = None
     criterion: _choice("criterion", CRITERIA) = "bn_scale"  # type: ignore[valid-type]
     scope: Literal["global", "local"] = "global"
-    units: Annotated[tuple[Literal["stream", "bottleneck", "edge"], ...], Field(min_length=1)] = (
-        "stream",
-        "bottleneck",
-    )
+    units: Annotated[
+        tuple[Literal["stream", "bottleneck", "edge", "layer"], ...], Field(min_length=1)
+    ] = ("stream", "bottleneck")
     compensate: Literal["none", "mean", "least_squares"] = "none"
     calibration: Count | None = None
     protect: tuple[str, ...] = ()

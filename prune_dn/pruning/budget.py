@@ -30,6 +30,7 @@ class Budget:
     min_channels: int
     round_to: int
     image_size: ImageSize | None
+    whole_layers: bool = False
 
 
 def cost(units: Units, keep: Mask, image_size: ImageSize | None) -> Cost:
@@ -40,8 +41,8 @@ def cost(units: Units, keep: Mask, image_size: ImageSize | None) -> Cost:
 def choose(units: Units, scores: Scores, may_go: Mask, budget: Budget) -> Mask:
     """The closed `keep` that cuts the least important units until `budget.target` is reached.
 
-    Units are ranked by importance per cost saved (scope `global`: `prices`, with whole layers among
-    them) or by their rank within their module (`local`). The cheapest units whose savings add up to
+    Units are ranked by importance per cost saved (scope `global`: `prices`; with `whole_layers` these
+    go too where they do not pay for their upkeep) or by their rank within their module (`local`). The cheapest units whose savings add up to
     half of what is still too much go, everything is priced anew, and so on; at the end the shortest
     prefix of the ranking that leaves at most `target` is found by bisection, so
     that the result is within the cost of one unit (of `round_to` units; of one layer) of it. Raises
@@ -49,7 +50,7 @@ def choose(units: Units, scores: Scores, may_go: Mask, budget: Budget) -> Mask:
     """
     fixed, spare = floor(units, scores, may_go, budget.min_channels)
     may_go = may_go & ~fixed
-    if budget.scope == "local":
+    if not budget.whole_layers:
         may_go &= ~spare
     whole = np.ones(units.size, dtype=bool)
     ranking = _Ranking(units, scores, may_go, spare, budget)
@@ -111,9 +112,11 @@ class _Ranking:
         if self.budget.scope == "local":
             value = _quantiles(self.units, self.scores)
             return candidates[np.argsort(value[candidates], kind="stable")]
-        own, layers = self.market.prices(keep, self._costs(keep))
-        layer = np.where(self.market.kind == "s", layers[self.market.part], np.inf)
-        value = np.where(self.spare, layer, np.minimum(own, layer))
+        value = own = self.market.prices(keep, self._costs(keep))
+        if self.budget.whole_layers:
+            layers = self.market.layer_prices(keep, self._costs(keep))
+            layer = np.where(self.market.kind == "s", layers[self.market.part], np.inf)
+            value = np.where(self.spare, layer, np.minimum(own, layer))
         candidates = candidates[np.isfinite(value[candidates])]
         return candidates[np.lexsort((own[candidates], value[candidates]))]
 

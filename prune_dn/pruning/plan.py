@@ -175,7 +175,17 @@ def make_plan(
         )
     scores = importance(net, table, criterion, calibration=batches, seed=seed)
     rates = COUNTED.get(unit, Rates())
-    budget = budgets.Budget(target, unit, rates, scope, min_channels, round_to, size)  # type: ignore[arg-type]
+    layers = "layer" in kinds
+    budget = budgets.Budget(
+        target,
+        unit,
+        rates,
+        scope,  # type: ignore[arg-type]
+        min_channels,
+        round_to,
+        size,
+        layers,
+    )
     times: dict[str, float] = {}
     if latency_model is None:
         keep = budgets.choose(table, scores, may_go, budget)
@@ -269,19 +279,21 @@ def check_request(
     ]
     for name, value, allowed in choices:
         _check_choice(name, value, allowed)
-    check_what(criterion, kinds)
+    check_what(criterion, kinds, (*KINDS, "layer"))
+    if "layer" in kinds and ("stream" not in kinds or scope != "global"):
+        raise PruningError("units 'layer' needs 'stream' among the units, and scope 'global'")
     for name, value in (("min_channels", least), ("round_to", step)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise PruningError(f"{name} is {value!r}; it must be an integer of at least 1")
 
 
-def check_what(criterion: str, kinds: tuple[str, ...]) -> None:
+def check_what(criterion: str, kinds: tuple[str, ...], allowed: tuple[str, ...] = KINDS) -> None:
     """Raise PruningError for an unknown criterion, an unknown kind of unit, or no kinds."""
     _check_choice("criterion", criterion, sorted(CRITERIA))
     for kind in kinds:
-        _check_choice("units", kind, KINDS)
+        _check_choice("units", kind, allowed)
     if not kinds:
-        raise PruningError(f"units is empty: nothing may be cut; choose from {', '.join(KINDS)}")
+        raise PruningError(f"units is empty: nothing may be cut; choose from {', '.join(allowed)}")
 
 
 def groups_of(table: Units, kinds: tuple[str, ...]) -> list[Group]:

@@ -70,8 +70,8 @@ class Market:
                 self.source[part.edges.units] = maker[part.positions]
         self.is_layer = np.array([part.is_dense_layer for part in self.parts])
 
-    def prices(self, keep: Mask, costs: Costs) -> tuple[Scores, Scores]:
-        """(units,) by itself, and (parts,) as a whole layer (infinite for what cannot go whole)."""
+    def prices(self, keep: Mask, costs: Costs) -> Scores:
+        """The price of each unit by itself, (units,)."""
         price = np.full(len(keep), np.inf)
         alone = keep & (self.kind != "s") & (costs.unit > 0)
         price[alone] = self.harm[alone] / costs.unit[alone]
@@ -79,7 +79,7 @@ class Market:
         price[edges] = np.maximum(price[edges], self._gathers(edges, costs)[self.part[edges]])
         made = np.flatnonzero(keep & (self.kind == "s"))
         price[made] = self._channels(edges, costs)[made]
-        return price, self._layers(edges, made, costs)
+        return price
 
     def saved(self, keep: Mask, costs: Costs) -> Scores:
         """What cutting each unit alone saves now; a filter takes its edges with it."""
@@ -90,8 +90,10 @@ class Market:
         """The price of each stream channel."""
         return _newton(np.zeros(len(costs.unit)), lambda price: self._worth(edges, price, costs))
 
-    def _layers(self, edges: Indices, made: Indices, costs: Costs) -> Scores:
-        """The price of each dense layer as a whole."""
+    def layer_prices(self, keep: Mask, costs: Costs) -> Scores:
+        """The price of each part as a whole, (parts,); infinite for what cannot go whole."""
+        edges = np.flatnonzero(keep & (self.kind == "e"))
+        made = np.flatnonzero(keep & (self.kind == "s"))
         count = len(self.parts)
         lone = self.may_go[edges]
         harm, cost, reader = self.harm[edges], costs.reading[edges], self.part[edges]

@@ -68,7 +68,7 @@ def test_a_layer_goes_where_its_channels_no_longer_pay_for_it() -> None:
     market = Market(units, harm, may_go)
     keep = np.ones(units.size, dtype=bool)
     costs = unit_costs(units, keep, COUNTED["params"], 40)
-    _, layers = market.prices(keep, costs)
+    layers = market.layer_prices(keep, costs)
     number = next(i for i, part in enumerate(market.parts) if part.is_dense_layer)
     part = market.parts[number]
     assert part.stream is not None and part.edges is not None
@@ -95,8 +95,8 @@ def test_a_gather_raises_the_price_of_the_first_edges() -> None:
     keep = np.ones(units.size, dtype=bool)
     market = Market(units, np.random.default_rng(2).random(units.size), keep)
     costs = unit_costs(units, keep, TIMES, 40)
-    alone, _ = market.prices(keep, dataclasses.replace(costs, gather=0 * costs.gather))
-    price, _ = market.prices(keep, costs)
+    alone = market.prices(keep, dataclasses.replace(costs, gather=0 * costs.gather))
+    price = market.prices(keep, costs)
     for number, part in enumerate(market.parts):
         if part.edges is None:
             continue
