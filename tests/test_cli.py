@@ -184,6 +184,7 @@ def test_prune_can_recalibrate(run: Run, net: Path) -> None:
     assert different and all("running_" in k for k in different)
 
 
+@pytest.mark.usefixtures("made_up_times")
 def test_prune_to_a_latency(run: Run, net: Path) -> None:
     arguments = ["--ratio", 0.1, "--unit", "latency", "--runtime", "eager", "--batch-size", 2]
     found = document(run("prune", net, *arguments, "-o", "fast.safetensors", "--json"))

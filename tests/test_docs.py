@@ -34,6 +34,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.usefixtures("made_up_times")
 def test_the_commands_of_the_readme_run_in_order(folder: Path, capsys) -> None:
     found = [c for c in commands(ROOT / "README.md") if c.startswith("prune-dn ")]
     assert len(found) >= 10
