@@ -7,6 +7,7 @@ A method is a function `(net, ratio, batches, image_size, seed) -> pruned net` t
 from __future__ import annotations
 
 import copy
+from bisect import bisect_left
 from collections.abc import Callable
 
 import numpy as np
@@ -75,14 +76,13 @@ def slimming(net: DenseNet, ratio: float, batches: Batches, size: int, seed: int
     nothing (`masked == pruned` is a test).
     """
     units = Units(net.config)
+    scores = importance(net, units, "bn_scale")
     may_go = np.ones(units.size, dtype=bool)
     for group in units.groups:
         if group.kind == "stream":
             may_go[group.units] = False
         else:  # a layer keeps its largest
-            scores = importance(net, units, "bn_scale")[group.units]
-            may_go[group.start + int(scores.argmax())] = False
-    scores = importance(net, units, "bn_scale")
+            may_go[group.start + int(scores[group.units].argmax())] = False
     order = np.flatnonzero(may_go)[np.argsort(scores[may_go], kind="stable")]
 
     def keep(count: int) -> Mask:
@@ -91,12 +91,12 @@ def slimming(net: DenseNet, ratio: float, batches: Batches, size: int, seed: int
         return units.close(mask)
 
     target = (1 - ratio) * macs_of(net, size)
-    low, high = 0, len(order)
-    while low < high:
-        middle = (low + high) // 2
-        enough = cost(units, keep(middle), size).macs <= target
-        low, high = (low, middle) if enough else (middle + 1, high)
-    return prune_dn.apply_plan(net, plan_of(units, keep(low)))
+
+    def enough(count: int) -> bool:
+        return cost(units, keep(count), size).macs <= target
+
+    count = bisect_left(range(len(order)), True, key=enough)
+    return prune_dn.apply_plan(net, plan_of(units, keep(count)))
 
 
 def theirs(criterion: str, global_pruning: bool) -> Method:

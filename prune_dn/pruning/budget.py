@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,11 +43,11 @@ def choose(units: Units, scores: Scores, may_go: Mask, budget: Budget) -> Mask:
     """The closed `keep` that cuts the least important units until `budget.target` is reached.
 
     Units are ranked by importance per cost saved (scope `global`: `prices`; with `whole_layers` these
-    go too where they do not pay for their upkeep) or by their rank within their module (`local`). The cheapest units whose savings add up to
-    half of what is still too much go, everything is priced anew, and so on; at the end the shortest
-    prefix of the ranking that leaves at most `target` is found by bisection, so
-    that the result is within the cost of one unit (of `round_to` units; of one layer) of it. Raises
-    PruningError when even the whole ranking is not enough.
+    go too where they do not pay for their upkeep) or by their rank within their module (`local`).
+    The cheapest units whose savings add up to half of what is still too much go, everything is
+    priced anew, and so on; at the end the shortest prefix of the ranking that leaves at most
+    `target` is found by bisection, so that the result is within the cost of one unit (of `round_to`
+    units; of one layer) of it. Raises PruningError when even the whole ranking is not enough.
     """
     fixed, spare = floor(units, scores, may_go, budget.min_channels)
     may_go = may_go & ~fixed
@@ -54,19 +55,26 @@ def choose(units: Units, scores: Scores, may_go: Mask, budget: Budget) -> Mask:
         may_go &= ~spare
     whole = np.ones(units.size, dtype=bool)
     ranking = _Ranking(units, scores, may_go, spare, budget)
-    least = ranking.cut(whole, ranking.order(whole))
+    least = ranking.cut(whole, ranking.order(whole, ranking.costs(whole)))
     if not ranking.meets(least):
-        raise _unreachable(units, budget, ranking.remains(least))
+        raise unreachable(
+            budget.unit,
+            (ranking.remains(whole), budget.target, ranking.remains(least)),
+            budget.min_channels,
+            budget.round_to,
+            "the protected units and the chosen kinds of unit",
+        )
     keep = whole
     for _ in range(ROUNDS if budget.scope == "global" else 0):
-        order = ranking.order(keep)
-        saved = np.cumsum(ranking.saved(keep)[order])
+        costs = ranking.costs(keep)
+        order = ranking.order(keep, costs)
+        saved = np.cumsum(ranking.market.saved(keep, costs)[order])
         excess = ranking.remains(keep) - budget.target
         less = ranking.cut(keep, order[: int(np.searchsorted(saved, excess / 2))])
         if ranking.meets(less):
             break
         keep = less
-    order = ranking.order(keep)
+    order = ranking.order(keep, ranking.costs(keep))
     count = ranking.enough(keep, order)
     # A whole layer can be more than what is missing: then others go instead, if they can.
     if spare[order[count - 1]] and ranking.meets(ranking.cut(keep, order[~spare[order]])):
@@ -95,26 +103,25 @@ class _Ranking:
 
     def enough(self, keep: Mask, order: Indices) -> int:
         """How many units of `order` must go to meet the target, by bisection."""
-        low, high = 1, len(order)
-        while low < high:
-            middle = (low + high) // 2
-            enough = self.meets(self.cut(keep, order[:middle]))
-            low, high = (low, middle) if enough else (middle + 1, high)
-        return low
 
-    def saved(self, keep: Mask) -> Scores:
-        """What cutting each unit alone saves now."""
-        return self.market.saved(keep, self._costs(keep))
+        def meets(count: int) -> bool:
+            return self.meets(self.cut(keep, order[:count]))
 
-    def order(self, keep: Mask) -> Indices:
+        return bisect_left(range(len(order)), True, lo=1, key=meets)
+
+    def costs(self, keep: Mask) -> Costs:
+        """What each unit costs in the net that `keep` leaves."""
+        return unit_costs(self.units, keep, self.budget.rates, self.budget.image_size)
+
+    def order(self, keep: Mask, costs: Costs) -> Indices:
         """The units that may go, the first to go first."""
         candidates = np.flatnonzero(keep & self.may_go)
         if self.budget.scope == "local":
             value = _quantiles(self.units, self.scores)
             return candidates[np.argsort(value[candidates], kind="stable")]
-        value = own = self.market.prices(keep, self._costs(keep))
+        value = own = self.market.prices(keep, costs)
         if self.budget.whole_layers:
-            layers = self.market.layer_prices(keep, self._costs(keep))
+            layers = self.market.layer_prices(keep, costs)
             layer = np.where(self.market.kind == "s", layers[self.market.part], np.inf)
             value = np.where(self.spare, layer, np.minimum(own, layer))
         candidates = candidates[np.isfinite(value[candidates])]
@@ -134,9 +141,6 @@ class _Ranking:
             less[by_group[begins[number] : begins[number] + max(alive - kept, 0)]] = False
         return self.units.close(less)
 
-    def _costs(self, keep: Mask) -> Costs:
-        return unit_costs(self.units, keep, self.budget.rates, self.budget.image_size)
-
 
 def floor(units: Units, scores: Scores, may_go: Mask, min_channels: int) -> tuple[Mask, Mask]:
     """Units that must stay so that no width falls below `min_channels`: always, or with their layer.
@@ -147,10 +151,9 @@ def floor(units: Units, scores: Scores, may_go: Mask, min_channels: int) -> tupl
     """
     fixed, spare = (np.zeros(units.size, dtype=bool) for _ in range(2))
     for stream in units.streams:
-        carrier = np.zeros(stream.width, dtype=np.intp)
+        makers = stream.makers()
         for part in stream.producers:
             assert part.stream is not None
-            carrier[part.made()] = np.arange(part.stream.start, part.stream.units.stop)
             mine = spare if part.is_dense_layer else fixed
             mine[_best(part.stream, scores, ~may_go, min_channels)] = True
             if part.bottleneck is not None:
@@ -159,10 +162,10 @@ def floor(units: Units, scores: Scores, may_go: Mask, min_channels: int) -> tupl
             assert part.edges is not None
             # An edge outranks another whose channel may go sooner, or that may itself go.
             stays = np.where(fixed | ~may_go, 2, spare)
-            order = np.lexsort((scores[part.edges.units], stays[carrier[part.positions]]))
+            order = np.lexsort((scores[part.edges.units], stays[makers[part.positions]]))
             best = order[::-1][:min_channels]
             fixed[part.edges.start + best] = True
-            fixed[carrier[part.positions[best]]] = True
+            fixed[makers[part.positions[best]]] = True
     return fixed, spare & ~fixed
 
 
@@ -181,13 +184,14 @@ def _quantiles(units: Units, scores: Scores) -> Scores:
     return value
 
 
-def _unreachable(units: Units, budget: Budget, least: float) -> PruningError:
-    everything = np.ones(units.size, dtype=bool)
-    whole = total_cost(units, everything, budget.rates, budget.image_size)
+def unreachable(
+    unit: str, amounts: tuple[float, float, float], min_channels: int, round_to: int, others: str
+) -> PruningError:
+    """The error for a target below the least; `amounts` are those of the whole net, target, least."""
+    whole, target, least = amounts
     digits = 0 if float(whole).is_integer() else 3
     return PruningError(
-        f"cannot bring {budget.unit} from {whole:,.{digits}f} down to {budget.target:,.{digits}f}: the least that "
-        f"min_channels={budget.min_channels}, round_to={budget.round_to}, the protected units and "
-        f"the chosen kinds of unit allow is {least:,.{digits}f} ({1 - least / whole:.1%} fewer); ask for "
-        "less, or allow more"
+        f"cannot bring {unit} from {whole:,.{digits}f} down to {target:,.{digits}f}: the least that "
+        f"min_channels={min_channels}, round_to={round_to}, {others} allow is "
+        f"{least:,.{digits}f} ({1 - least / whole:.1%} fewer); ask for less, or allow more"
     )

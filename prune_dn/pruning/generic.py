@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from prune_dn.errors import PruningError
 from prune_dn.profiling import ImageSize, example_image, module_rows, total, weight_uses
+from prune_dn.pruning.budget import unreachable
 from prune_dn.pruning.calibration import Batches, Statistics
 from prune_dn.pruning.coupled import (
     IN,
@@ -88,18 +90,12 @@ def prune_cnn(
         rows = module_rows(cut(shapes, groups, ladder(prefix)), uses)
         return int(getattr(total(list(rows)), unit))
 
-    low, high = 0, sum(group.size // group.blocks for group in free)
-    whole, least = remains(low), remains(high)
+    most = sum(group.size // group.blocks for group in free)
+    whole, least = remains(0), remains(most)
     if least > (target := (1 - pruning_ratio) * whole):
-        raise PruningError(
-            f"cannot bring {unit} from {whole:,} down to {target:,.0f}: the least that "
-            f"min_channels={min_channels}, round_to={round_to} and the channels that must stay "
-            f"allow is {least:,} ({1 - least / whole:.1%} fewer); ask for less, or allow more"
-        )
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if remains(middle) <= target else (middle + 1, high)
-    keep = ladder(low)
+        amounts = (whole, target, least)
+        raise unreachable(unit, amounts, min_channels, round_to, "and the channels that must stay")
+    keep = ladder(bisect_left(range(most), True, key=lambda count: remains(count) <= target))
     _check_exact(model, groups, keep, image)
     return cut(model, groups, keep)
 

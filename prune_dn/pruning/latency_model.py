@@ -73,8 +73,8 @@ def fit_latency_model(
     """Time `nets` random cuts of a DenseNet, in turns, and fit the rates that explain the times.
 
     The cuts are of all kinds of units and depend on `seed`; the fit is least squares of relative
-    errors with rates that are not negative. Takes the time of exporting `nets` nets for onnxruntime
-    (4 to 12 s each), or some seconds for `eager`; threads are PyTorch's present number.
+    errors with rates that are not negative. For onnxruntime most of the time goes into exporting the
+    nets; threads are PyTorch's present number.
 
     >>> from prune_dn.models import densenet
     >>> net = densenet([2, 2], 8, stem="cifar", num_classes=10)
@@ -154,26 +154,23 @@ def meet_latency(
     """
     share = budget.target / model.predict(baseline)
     wanted = budget.target
-    found: list[tuple[bool, float, Mask, dict[str, float]]] = []
+    found: list[tuple[float, Mask, dict[str, float]]] = []
     for _ in range(TRIES):
-        asked = replace(budget, target=wanted - model.constant, rates=model.rates)
+        asked = replace(budget, target=wanted - model.constant)
         try:
             keep = choose(units, scores, may_go, asked)
         except PruningError:
             if not found:
                 raise
             break
-        names = ("baseline", "before", "after")
-        times = model.measure(baseline, units.config, units.after(keep))
-        over = times[2] / (share * times[0])
-        found.append(
-            (over > 1, -over if over <= 1 else over, keep, dict(zip(names, times, strict=True)))
-        )
+        dense, before, after = model.measure(baseline, units.config, units.after(keep))
+        over = after / (share * dense)
+        found.append((over, keep, {"baseline": dense, "before": before, "after": after}))
         if 1 - TOLERANCE <= over <= 1:
             break
         wanted *= (1 - TOLERANCE / 2) / over
-    _, _, keep, measured = min(found, key=lambda attempt: attempt[:2])
-    return keep, measured
+    _, keep, times = min(found, key=lambda attempt: (attempt[0] > 1, abs(1 - attempt[0])))
+    return keep, times
 
 
 def _measure(

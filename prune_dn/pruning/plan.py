@@ -30,7 +30,7 @@ from prune_dn.pruning.latency_model import (
     meet_latency,
 )
 from prune_dn.pruning.protect import protected_units
-from prune_dn.pruning.rates import COUNTED, Rates
+from prune_dn.pruning.rates import COUNTED
 from prune_dn.pruning.units import KINDS, Group, Mask, Units
 
 FORMAT = "prune_dn.plan/1"
@@ -130,11 +130,13 @@ def make_plan(
 
     `pruning_ratio` in (0, 1) is the share of `unit` (`channels` of norms, `params`, `macs` or
     `latency` at `input_size`) that goes, measured against `baseline`, or the model itself. `units`
-    are the kinds that may be cut: `stream`, `bottleneck`, `edge`. `scope` ranks over the whole net (`global`) or
-    cuts the same share of each module (`local`). A width that is cut becomes a multiple of
-    `round_to` (the kept count is rounded up; a channel that nobody reads goes all the same), and no
-    width falls below `min_channels`. Modules whose names, or whose parents' names, match a pattern
-    in `protect` keep all weights: neither what they make nor what they read is cut.
+    are the kinds that may be cut: `stream`, `bottleneck`, `edge`. `scope` ranks over the whole net,
+    by importance per cost saved, priced anew as the net shrinks (`global`), or cuts the same share
+    of each module (`local`). A width that is cut becomes a multiple of `round_to` (the kept count is
+    rounded up; a channel that nobody reads goes all the same), and no width falls below
+    `min_channels`; but with `layer` beside `stream` among the units of a `global` plan dense layers
+    may also go whole, which pays in latency. Modules whose names, or whose parents' names, match a
+    pattern in `protect` keep all weights: neither what they make nor what they read is cut.
 
     Some criteria need `calibration`: batches of images (N, C, H, W), or (images, labels) batches for
     `taylor` and `fisher`; any iterable, normalised as in training. `prune-dn criteria` lists them.
@@ -174,8 +176,8 @@ def make_plan(
             f"{round(measure(net.config), 3):,} of {round(measure(whole), 3):,}; nothing would be cut"
         )
     scores = importance(net, table, criterion, calibration=batches, seed=seed)
-    rates = COUNTED.get(unit, Rates())
-    layers = "layer" in kinds
+    rates = COUNTED[unit] if latency_model is None else latency_model.rates
+    whole_layers = "layer" in kinds
     budget = budgets.Budget(
         target,
         unit,
@@ -184,7 +186,7 @@ def make_plan(
         min_channels,
         round_to,
         size,
-        layers,
+        whole_layers,
     )
     times: dict[str, float] = {}
     if latency_model is None:

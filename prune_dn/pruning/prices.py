@@ -61,13 +61,10 @@ class Market:
                     self.kind[group.units] = group.kind[0]
         self.source = np.zeros(units.size, dtype=np.intp)  # the stream unit that an edge reads
         for stream in units.streams:
-            maker = np.empty(stream.width, dtype=np.intp)
-            for part in stream.producers:
-                assert part.stream is not None
-                maker[part.made()] = np.arange(part.stream.start, part.stream.units.stop)
+            makers = stream.makers()
             for part in stream.readers:
                 assert part.edges is not None
-                self.source[part.edges.units] = maker[part.positions]
+                self.source[part.edges.units] = makers[part.positions]
         self.is_layer = np.array([part.is_dense_layer for part in self.parts])
 
     def prices(self, keep: Mask, costs: Costs) -> Scores:
@@ -78,17 +75,14 @@ class Market:
         edges = np.flatnonzero(keep & (self.kind == "e"))
         price[edges] = np.maximum(price[edges], self._gathers(edges, costs)[self.part[edges]])
         made = np.flatnonzero(keep & (self.kind == "s"))
-        price[made] = self._channels(edges, costs)[made]
+        start = np.zeros(len(keep))
+        price[made] = _newton(start, lambda price: self._worth(edges, price, costs))[made]
         return price
 
     def saved(self, keep: Mask, costs: Costs) -> Scores:
         """What cutting each unit alone saves now; a filter takes its edges with it."""
         edges = np.flatnonzero(keep & (self.kind == "e"))
         return costs.unit + self._sum(self.source[edges], costs.unit[edges], len(keep))
-
-    def _channels(self, edges: Indices, costs: Costs) -> Scores:
-        """The price of each stream channel."""
-        return _newton(np.zeros(len(costs.unit)), lambda price: self._worth(edges, price, costs))
 
     def layer_prices(self, keep: Mask, costs: Costs) -> Scores:
         """The price of each part as a whole, (parts,); infinite for what cannot go whole."""

@@ -47,7 +47,8 @@ def prune(
     result, or at least `recalibrate_batch_norm_` it.
 
     Any other CNN becomes a smaller one of its own class (see `generic.prune_cnn`). It needs
-    `input_size`, or `calibration` images to take it from; `units`, `compensate` and latency are for DenseNets.
+    `input_size`, or `calibration` images to take it from; `units`, `compensate` and latency are for
+    DenseNets.
 
     >>> import torchvision
     >>> small = prune(torchvision.models.densenet121(), 0.5)

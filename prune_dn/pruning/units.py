@@ -90,6 +90,14 @@ class Stream:
     def producers(self) -> tuple[Part, ...]:
         return (self.writer, *self.layers)
 
+    def makers(self) -> Positions:
+        """The stream unit that makes each channel, (width,)."""
+        makers = np.empty(self.width, dtype=np.intp)
+        for part in self.producers:
+            assert part.stream is not None
+            makers[part.made()] = np.arange(part.stream.start, part.stream.units.stop)
+        return makers
+
 
 class Units:
     """All units of the net that `config` describes."""
