@@ -24,13 +24,11 @@ def max_feature_map(x: Tensor, kind: str = "2/1") -> Tensor:
     >>> max_feature_map(x).tolist()
     [[3.0, 5.0]]
     """
-    if kind not in MFM_KINDS:
-        raise ConfigError(f"mfm kind {kind!r} is unknown; choose one of {', '.join(MFM_KINDS)}")
-    siblings = MFM_KINDS[kind][0]
+    siblings = siblings_of(kind)
     if x.shape[1] % siblings:
         raise ConfigError(
             f"mfm {kind} needs a multiple of {siblings} channels, not {x.shape[1]}; "
-            "cut whole units (c, c+n) only"
+            "cut whole units (c, c+n) only, or let MaxFeatureMap know which siblings went"
         )
     first, second, *rest = x.chunk(siblings, dim=1)
     low, high = torch.minimum(first, second), torch.maximum(first, second)
@@ -41,17 +39,49 @@ def max_feature_map(x: Tensor, kind: str = "2/1") -> Tensor:
     return torch.cat([torch.maximum(high, third), median], dim=1)
 
 
-class MaxFeatureMap(nn.Module):
-    """`max_feature_map` as a layer."""
+def siblings_of(kind: str) -> int:
+    """How many channels compete in a unit. Raises ConfigError for an unknown kind."""
+    if kind not in MFM_KINDS:
+        raise ConfigError(f"mfm kind {kind!r} is unknown; choose one of {', '.join(MFM_KINDS)}")
+    return MFM_KINDS[kind][0]
 
-    def __init__(self, kind: str = "2/1") -> None:
+
+class MaxFeatureMap(nn.Module):
+    """`max_feature_map` as a layer, also where some siblings were cut.
+
+    `units` and `alone` are for 2/1 with losers cut: of `units` units those in `alone` (rising) have
+    one filter left, whose map passes unchanged: a maximum over one. The input then has
+    2 * units - len(alone) channels: the first of each unit, then the seconds of those that have one.
+
+    >>> some = MaxFeatureMap("2/1", units=3, alone=(1,))
+    >>> some(torch.tensor([[1.0, -5.0, 3.0, 2.0, 0.0]])).tolist()
+    [[2.0, -5.0, 3.0]]
+    """
+
+    rivals: Tensor | None
+
+    def __init__(self, kind: str = "2/1", *, units: int = 0, alone: tuple[int, ...] = ()) -> None:
         super().__init__()
-        if kind not in MFM_KINDS:
-            raise ConfigError(f"mfm kind {kind!r} is unknown; choose one of {', '.join(MFM_KINDS)}")
-        self.kind = kind
+        if siblings_of(kind) != 2 and alone:
+            raise ConfigError(f"mfm {kind}: siblings cannot be cut alone, only whole units")
+        self.kind, self.units, self.alone = kind, units, alone
+        rivals = None
+        if alone:
+            # Where the second of each unit lies; who stands alone competes with itself.
+            # The index is no weight: nothing loads it later, so it is real even in a model on "meta".
+            device = "cpu" if torch.get_default_device().type == "meta" else None
+            rivals = torch.arange(units, device=device)
+            paired = torch.ones(units, dtype=torch.bool, device=device)
+            paired[list(alone)] = False
+            rivals[paired] = units + torch.arange(units - len(alone), device=device)
+        self.register_buffer("rivals", rivals, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return max_feature_map(x, self.kind)
+        if self.rivals is None:
+            return max_feature_map(x, self.kind)
+        return torch.maximum(x[:, : self.units], x.index_select(1, self.rivals))
 
     def extra_repr(self) -> str:
-        return repr(self.kind)
+        return repr(self.kind) + (
+            f", {len(self.alone)} of {self.units} alone" if self.alone else ""
+        )
