@@ -67,14 +67,12 @@ def build_model(section: ModelSection, data: Datasets, *, seed: int) -> DenseNet
     if section.checkpoint is not None:
         model = load(section.checkpoint).to(process_state().device)
         check_fit(model, spec.num_classes, spec.in_channels, section.checkpoint, spec.name)
-        model.memory_efficient = bool(section.memory_efficient)
         return model
     with torch.device("meta"):
         shape = section.build(spec.num_classes)
     config = dataclasses.replace(shape.config, in_channels=spec.in_channels)
     torch.manual_seed(seed)
-    net = DenseNet(config, memory_efficient=shape.memory_efficient)
-    return net.to(process_state().device)
+    return DenseNet(config).to(process_state().device)
 
 
 def check_fit(model: DenseNet, classes: int, channels: int, where: str, data: str) -> None:
@@ -241,9 +239,7 @@ class Phases:
         return self.folder.path / name
 
     def _load(self, name: str) -> DenseNet:
-        model = load(self._path(name)).to(process_state().device)
-        model.memory_efficient = bool(self.recipe.model.memory_efficient)
-        return model
+        return load(self._path(name)).to(process_state().device)
 
     def _bytes(self, name: str) -> int:
         return int(self.folder.agree(self._path(name).stat().st_size if self.folder.is_main else 0))

@@ -111,14 +111,13 @@ class ModelSection(Section):
     stem: Literal["cifar", "imagenet"] | None = None
     drop_rate: float | None = None
     mfm: Mfm = None
-    memory_efficient: bool | None = None
 
     @model_validator(mode="after")
     def _check(self) -> ModelSection:
         if (self.name is None) == (self.checkpoint is None):
             raise ValueError("give either name (a builder) or checkpoint (a file)")
         if self.checkpoint is not None:
-            extra = sorted(self.model_fields_set - {"checkpoint", "memory_efficient"})
+            extra = sorted(self.model_fields_set - {"checkpoint"})
             if extra:
                 raise ValueError(f"a checkpoint brings its own shape; remove {', '.join(extra)}")
             return self

@@ -25,7 +25,7 @@ def densenet(
     stem: Stem = "imagenet",
     drop_rate: float = 0.0,
     mfm: MFM = None,
-    memory_efficient: bool = False,
+    memory_efficient: bool | int = False,
 ) -> DenseNet:
     """Any DenseNet (arXiv:1608.06993).
 
@@ -141,7 +141,7 @@ def _cifar(
     num_classes: int,
     drop_rate: float,
     mfm: MFM,
-    memory_efficient: bool,
+    memory_efficient: bool | int,
 ) -> DenseNet:
     return densenet(
         block_config,
@@ -162,7 +162,7 @@ def densenet40(
     growth_rate: int = 12,
     drop_rate: float = 0.0,
     mfm: MFM = None,
-    memory_efficient: bool = False,
+    memory_efficient: bool | int = False,
 ) -> DenseNet:
     """DenseNet-40 for 32x32 images: basic layers, no compression, 24 initial maps (as in the
     Network Slimming port), 1.06 M parameters and 288 MMACs at growth rate 12."""
@@ -177,7 +177,7 @@ def densenet_bc100(
     growth_rate: int = 12,
     drop_rate: float = 0.0,
     mfm: MFM = None,
-    memory_efficient: bool = False,
+    memory_efficient: bool | int = False,
 ) -> DenseNet:
     """DenseNet-BC-100 for 32x32 images: bottlenecks, compression 0.5, 0.8 M parameters at k=12."""
     return _cifar((16, 16, 16), growth_rate, 4, 0.5, num_classes, drop_rate, mfm, memory_efficient)
@@ -189,7 +189,7 @@ def densenet_bc190(
     growth_rate: int = 40,
     drop_rate: float = 0.0,
     mfm: MFM = None,
-    memory_efficient: bool = False,
+    memory_efficient: bool | int = False,
 ) -> DenseNet:
     """DenseNet-BC-190 for 32x32 images: bottlenecks, compression 0.5, 25.6 M parameters at k=40."""
     return _cifar((31, 31, 31), growth_rate, 4, 0.5, num_classes, drop_rate, mfm, memory_efficient)
@@ -202,7 +202,7 @@ def _imagenet(
     in_channels: int,
     drop_rate: float,
     mfm: MFM,
-    memory_efficient: bool,
+    memory_efficient: bool | int,
 ) -> DenseNet:
     return densenet(
         block_config,
@@ -221,7 +221,7 @@ def densenet121(
     in_channels: int = 3,
     drop_rate: float = 0.0,
     mfm: MFM = None,
-    memory_efficient: bool = False,
+    memory_efficient: bool | int = False,
 ) -> DenseNet:
     """DenseNet-121 for 224x224 images, as torchvision's."""
     return _imagenet(
@@ -235,7 +235,7 @@ def densenet161(
     in_channels: int = 3,
     drop_rate: float = 0.0,
     mfm: MFM = None,
-    memory_efficient: bool = False,
+    memory_efficient: bool | int = False,
 ) -> DenseNet:
     """DenseNet-161 for 224x224 images, as torchvision's."""
     return _imagenet(
@@ -249,7 +249,7 @@ def densenet169(
     in_channels: int = 3,
     drop_rate: float = 0.0,
     mfm: MFM = None,
-    memory_efficient: bool = False,
+    memory_efficient: bool | int = False,
 ) -> DenseNet:
     """DenseNet-169 for 224x224 images, as torchvision's."""
     return _imagenet(
@@ -263,7 +263,7 @@ def densenet201(
     in_channels: int = 3,
     drop_rate: float = 0.0,
     mfm: MFM = None,
-    memory_efficient: bool = False,
+    memory_efficient: bool | int = False,
 ) -> DenseNet:
     """DenseNet-201 for 224x224 images, as torchvision's."""
     return _imagenet(
@@ -277,7 +277,7 @@ def densenet264(
     in_channels: int = 3,
     drop_rate: float = 0.0,
     mfm: MFM = None,
-    memory_efficient: bool = False,
+    memory_efficient: bool | int = False,
 ) -> DenseNet:
     """DenseNet-264 for 224x224 images (paper, table 1)."""
     return _imagenet(

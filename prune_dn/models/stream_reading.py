@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prune_dn.models import fused
+
 By = Literal["1x1", "3x3", "pool", "mean"]
 CHUNK_BYTES = 1 << 20  # of a reader's activated inputs, on a CPU
 
@@ -53,7 +55,11 @@ class Affine(NamedTuple):
 
 def moments_of(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel of (N, H, W, C), in at least float32."""
-    return torch.batch_norm_update_stats(x.permute(0, 3, 1, 2), None, None, 0.0)
+    if fused.runs(x):
+        return fused.moments(x)
+    precise = torch.promote_types(x.dtype, torch.float32)
+    scratch = x.new_zeros(2, x.shape[3], dtype=precise)  # its dtype is that of the result
+    return torch.batch_norm_update_stats(x.permute(0, 3, 1, 2), scratch[0], scratch[1], 0.0)
 
 
 def norm_for(reader: Reader, gamma: Tensor, beta: Tensor, moments: Moments) -> Affine:
@@ -118,14 +124,18 @@ def read_backward(
         d, part = _use_backward(activated, reader.by, weight, grad[rows])
         if part is not None:
             grad_weight = part.to(norm.scale) if grad_weight is None else grad_weight.add_(part)
-        torch.ops.aten.threshold_backward.grad_input(d, activated, 0, grad_input=d)
-        total[0] += d.sum((0, 1, 2), dtype=norm.scale.dtype)
-        total[1] += torch.mul(d, x, out=activated).sum((0, 1, 2), dtype=norm.scale.dtype)
-        into, scale = grad_stream[rows], norm.scale.to(d.dtype)
-        if reader.positions is None:
-            into[..., : reader.width].addcmul_(d, scale)
+        into = grad_stream[rows][..., : reader.width]
+        if reader.positions is not None:
+            into = grad_stream[rows].index_select(3, reader.positions)
+        if fused.runs(x, into):
+            fused.backward_(d.contiguous(), x, norm.scale, norm.shift, into, total)
         else:
-            into.index_add_(3, reader.positions, d.mul_(scale))
+            d = torch.where(activated > 0, d, 0)
+            total[0] += d.sum((0, 1, 2), dtype=norm.scale.dtype)
+            total[1] += (d * x).sum((0, 1, 2), dtype=norm.scale.dtype)
+            into.addcmul_(d, norm.scale.to(d.dtype))
+        if reader.positions is not None:
+            grad_stream[rows].index_copy_(3, reader.positions, into)
     beta, by_x = total
     gamma = norm.invstd * (by_x - norm.mean * beta)
     found = [gamma.to(norm.scale), beta.to(norm.scale)]
@@ -155,6 +165,8 @@ class Debts:
         mean, pixels = self.moments.mean[channels], self.moments.pixels
         by_x = self.var[channels] / pixels
         constant = self.mean[channels] / pixels - mean * by_x
+        if fused.runs(x, grad):
+            return fused.settle(x, grad, constant, by_x)
         if x.dtype == mean.dtype:
             return torch.addcmul(grad - constant, x, by_x, value=-1)
         return (grad.to(mean) - constant).addcmul_(x.to(mean), by_x, value=-1).to(x.dtype)
@@ -177,6 +189,8 @@ def _chunks(stream: Tensor, reader: Reader) -> Iterator[tuple[Tensor, slice]]:
 
 def _activated(x: Tensor, norm: Affine) -> tuple[Tensor, Tensor]:
     """relu(x * scale + shift), contiguous, and x (a copy where that was needed)."""
+    if fused.runs(x):
+        return fused.norm_relu(x, norm.scale, norm.shift), x
     if x.dtype == norm.scale.dtype:
         return torch.addcmul(norm.shift, x, norm.scale).relu_(), x
     x = x.contiguous()

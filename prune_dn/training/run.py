@@ -80,7 +80,7 @@ class Run:
 
     def __enter__(self) -> None:
         config, device = self.config, self.accelerator.device
-        if config.memory_efficient is not None and isinstance(self.model, DenseNet):
+        if isinstance(self.model, DenseNet):
             self.model.memory_efficient = config.memory_efficient
         self.model.to(device)
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
