@@ -11,9 +11,10 @@ import numpy as np
 from prune_dn.errors import PruningError
 from prune_dn.profiling import Cost, ImageSize, cost_rows, total
 from prune_dn.pruning.importance import Scores
+from prune_dn.pruning.parts import Group, Mask
 from prune_dn.pruning.prices import Costs, Indices, Market
 from prune_dn.pruning.rates import Rates, total_cost, unit_costs
-from prune_dn.pruning.units import Group, Mask, Units
+from prune_dn.pruning.units import Units
 
 Scope = Literal["global", "local"]
 SCOPES: tuple[Scope, ...] = ("global", "local")

@@ -35,8 +35,9 @@ from prune_dn.errors import PruningError
 from prune_dn.models import DenseNet
 from prune_dn.pruning.calibration import NEEDS, Batches, Need, Statistics, collect
 from prune_dn.pruning.elimination import elimination_losses
+from prune_dn.pruning.parts import Group, Part
 from prune_dn.pruning.siblings import contests, share_out
-from prune_dn.pruning.units import Group, Part, Units
+from prune_dn.pruning.units import Units
 
 Scores = npt.NDArray[np.float64]
 

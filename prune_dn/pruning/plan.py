@@ -29,10 +29,11 @@ from prune_dn.pruning.latency_model import (
     fit_latency_model,
     meet_latency,
 )
+from prune_dn.pruning.parts import KINDS, Group, Mask
 from prune_dn.pruning.protect import protected_units
 from prune_dn.pruning.rates import COUNTED
 from prune_dn.pruning.siblings import keep_to_competing
-from prune_dn.pruning.units import KINDS, Group, Mask, Units, kept_channels
+from prune_dn.pruning.units import Units, kept_channels
 
 FORMAT = "prune_dn.plan/1"
 

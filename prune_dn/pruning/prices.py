@@ -25,7 +25,8 @@ import numpy as np
 import numpy.typing as npt
 
 from prune_dn.pruning.importance import Scores
-from prune_dn.pruning.units import Mask, Units
+from prune_dn.pruning.parts import Mask
+from prune_dn.pruning.units import Units
 
 Indices = npt.NDArray[np.intp]
 Active = Callable[[Scores], tuple[Scores, Scores]]

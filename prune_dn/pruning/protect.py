@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from prune_dn.errors import PruningError
-from prune_dn.pruning.units import Group, Mask, Part, Stream, Units
+from prune_dn.pruning.parts import Group, Mask, Part, Stream
+from prune_dn.pruning.units import Units
 
 
 def protected_units(table: Units, patterns: tuple[str, ...]) -> tuple[Mask, dict[str, str]]:

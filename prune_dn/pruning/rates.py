@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from prune_dn.profiling import ImageSize, Widths, block_pixels, stem_pixels
+from prune_dn.pruning.parts import Mask, Pairs, Part
 from prune_dn.pruning.prices import Costs
-from prune_dn.pruning.units import Mask, Pairs, Part, Units
+from prune_dn.pruning.units import Units
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from prune_dn.models.convert import convert
 from prune_dn.profiling import Cost, ImageSize, count
 from prune_dn.pruning import budget as budgets
 from prune_dn.pruning.importance import CRITERIA, Scores, importance
+from prune_dn.pruning.parts import Group, Mask, Positions
 from prune_dn.pruning.plan import (
     calibration_for,
     check_what,
@@ -27,7 +28,7 @@ from prune_dn.pruning.plan import (
 from prune_dn.pruning.protect import protected_units
 from prune_dn.pruning.siblings import keep_to_competing
 from prune_dn.pruning.surgery import apply_plan
-from prune_dn.pruning.units import Group, Mask, Positions, Units
+from prune_dn.pruning.units import Units
 
 
 @dataclass(frozen=True)

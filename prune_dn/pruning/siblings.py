@@ -18,7 +18,8 @@ from torch import nn
 
 from prune_dn.errors import PruningError
 from prune_dn.models import DenseNet
-from prune_dn.pruning.units import Group, Mask, Positions, Units
+from prune_dn.pruning.parts import Group, Mask, Positions
+from prune_dn.pruning.units import Units
 
 Scores = npt.NDArray[np.float64]
 
