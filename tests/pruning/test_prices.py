@@ -66,6 +66,29 @@ def test_a_unit_saves_what_it_costs(config, seed, data) -> None:
         assert found == pytest.approx(difference)
 
 
+def test_who_competes_is_gathered_twice() -> None:
+    units, everything = Units(COMPETING), np.ones(Units(COMPETING).size, dtype=bool)
+    block, (last, plain) = 12 + 3 + 3, COMPETING.blocks[1]
+    pixels = [40 * 40, 20 * 20]
+    assert last.rival_indices and not plain.rival_indices and COMPETING.classifier_rivals
+    channels = len(COMPETING.transitions[0].input_indices)
+    assert channels == block / 2
+    found = pixels[0] * 2 * channels
+    found += pixels[1] * 2 * (len(last.input_indices) + len(COMPETING.classifier_indices))
+    assert total_cost(units, everything, Rates(gathered=1), 40) == found
+    assert total_cost(units, everything, Rates(gather=1), 40) == 3
+    for part in units.parts():
+        if part.sides is not None:  # and once, or not at all, when it is settled
+            everything[part.sides.group.start + part.edges.size : part.sides.group.units.stop] = (
+                False
+            )
+    settled = units.close(everything)
+    config = units.after(settled)
+    assert config.transitions[0].rival_indices is None
+    once = total_cost(Units(config), np.ones(Units(config).size, dtype=bool), Rates(gathered=1), 40)
+    assert total_cost(units, settled, Rates(gathered=1), 40) == once < found
+
+
 def test_a_layer_goes_where_its_channels_no_longer_pay_for_it() -> None:
     """By brute force: at each price, is the net better off without the layer?"""
     units = Units(BOTTLENECKS)

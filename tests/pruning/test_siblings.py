@@ -90,6 +90,18 @@ def test_the_win_rate_scores_margins() -> None:
     np.testing.assert_allclose(edges, found["read"].margins.reshape(2, -1).sum(0), rtol=1e-6)
 
 
+def test_plain_readers_share_the_worth_of_a_unit() -> None:
+    net = densenet([3], 6, bn_size=2, stem="cifar", num_classes=4, mfm={"*1": "2/1"})
+    units, scores = scores_of(randomise_(net, 2).eval(), "mfm_win_rate")
+    first = "features.denseblock1.denselayer1"
+    made_up = scores[group(units, f"{first}.conv2").units]
+    siblings = scores[group(units, f"{first}.mfm").units].reshape(2, 3)
+    np.testing.assert_allclose(made_up, siblings.sum(0), rtol=1e-6)
+    for reader in (LAYER, "features.denseblock1.denselayer3"):
+        edges = scores[group(units, f"{reader}.norm1").units][12:15]
+        np.testing.assert_allclose(edges, made_up / 3, rtol=1e-6)  # and the classifier
+
+
 def test_three_siblings_are_judged_as_a_unit() -> None:
     net = made(mfm_skipped=None)
     units, scores = scores_of(net, "mfm_win_rate")
