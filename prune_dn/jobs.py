@@ -30,6 +30,8 @@ from prune_dn.pruning import (
 from prune_dn.pruning.compensate import check_compensation
 from prune_dn.pruning.importance import reads_images
 from prune_dn.pruning.latency_model import requested_model
+from prune_dn.pruning.siblings import contests
+from prune_dn.pruning.units import Units
 from prune_dn.recipe import Recipe
 from prune_dn.sources import CIFAR_NORMALISATION, DATASETS
 from prune_dn.training import FitConfig, fit
@@ -315,6 +317,9 @@ def show_file(file: Path) -> tuple[dict[str, Any], Table]:
         "in_channels": config.in_channels,
         "stem": config.stem,
         "layers_per_block": [len(block) for block in config.blocks],
+        "mfm": {
+            x.name: f"{len(x.owner)} maps compete, {x.winners} win" for x in contests(Units(config))
+        },
         "image_size": size,
         **dataclasses.asdict(count(model, size)),
         "info": info,

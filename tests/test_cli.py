@@ -325,6 +325,24 @@ def test_show_and_criteria_for_people(run: Run, net: Path) -> None:
     bad(run("show", "no.json"), "not a plan of prune_dn")
 
 
+def test_siblings_go_and_show_says_who_still_competes(run: Run, tmp_path: Path) -> None:
+    made = densenet((2, 2), 4, stem="cifar", num_classes=10, in_channels=1, mfm={"*1": "2/1"},
+                    mfm_skipped={"classifier": "2/1"})  # fmt: skip
+    save(made, tmp_path / "mfm.safetensors")
+    arguments = ["--units", "sibling", "--criterion", "mfm_win_rate", "--unit", "macs"]
+    arguments += ["--ratio", 0.03, "--data", "digits", "--image-size", 8, "--calibration", 64]
+    plan = ["--plan-out", "plan.json", "-o", "small.safetensors", "--json"]
+    document(run("prune", "mfm.safetensors", *arguments, *plan))
+    before, after = (
+        document(run("show", f"{name}.safetensors", "--json"))["mfm"] for name in ("mfm", "small")
+    )
+    first = "features.denseblock1.denselayer1.mfm"
+    assert before[first] == "4 maps compete, 2 win" and before["read"] == "9 maps compete, 5 win"
+    assert before != after and after["read"] == before["read"]
+    code, out, _ = run("show", "plan.json")
+    assert code == 0 and re.search(r"mfm +sibling +4 +3", out)
+
+
 def test_what_nobody_expects(run: Run, net: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise ZeroDivisionError("by chance")

@@ -21,8 +21,9 @@ from prune_dn.models import DenseNet
 from prune_dn.pruning import CRITERIA
 from prune_dn.pruning.budget import cost
 from prune_dn.pruning.importance import importance, reads_images
+from prune_dn.pruning.parts import Mask
 from prune_dn.pruning.plan import plan_of
-from prune_dn.pruning.units import Mask, Units
+from prune_dn.pruning.units import Units
 
 Batches = list[tuple[Tensor, Tensor]]
 Method = Callable[[DenseNet, float, Batches, int, int], nn.Module]
@@ -79,7 +80,7 @@ def slimming(net: DenseNet, ratio: float, batches: Batches, size: int, seed: int
     scores = importance(net, units, "bn_scale")
     may_go = np.ones(units.size, dtype=bool)
     for group in units.groups:
-        if group.kind == "stream":
+        if group.kind in ("stream", "sibling"):
             may_go[group.units] = False
         else:  # a layer keeps its largest
             may_go[group.start + int(scores[group.units].argmax())] = False

@@ -28,6 +28,8 @@ from prune_dn.models.stream_reading import (
     Debts,
     Moments,
     Reader,
+    competed,
+    competed_backward_,
     moments_of,
     norm_for,
     read,
@@ -81,7 +83,7 @@ class _BlockFunction(torch.autograd.Function):
         mean, var = x.new_zeros(2, block.whole, dtype=precise)
         moments = Moments(mean, var, n * h * w)
         norms: dict[int, Affine] = {}
-        inner: dict[int, Moments] = {}
+        own: dict[int, Moments] = {}  # of readers that do not share their statistics
         kept: dict[tuple[int, str], Tensor] = {}
 
         def write(made: slice, maps: Tensor) -> None:
@@ -90,6 +92,9 @@ class _BlockFunction(torch.autograd.Function):
                 moments.mean[made], moments.var[made] = moments_of(maps)
 
         def use(source: Tensor, reader: Reader, of: Moments) -> Tensor:
+            if reader.rivals is not None:
+                source, reader = competed(source, reader)
+                of = own[reader.at] = Moments(*moments_of(source), of.pixels)
             gamma, beta = weights[reader.at : reader.at + 2]
             norms[reader.at] = norm_for(reader, gamma, beta, of)
             track_(reader, of)
@@ -101,8 +106,8 @@ class _BlockFunction(torch.autograd.Function):
             if layer.second is not None:
                 if block.level == 1:
                     kept[number, "bottleneck"] = maps
-                inner[number] = Moments(*moments_of(maps), moments.pixels)
-                maps = use(maps, layer.second, inner[number])
+                of = own[layer.second.at] = Moments(*moments_of(maps), moments.pixels)
+                maps = use(maps, layer.second, of)
             if layer.mfm is not None:
                 kept[number, "rivals"] = maps
                 maps = _compete(layer.mfm, maps)
@@ -113,7 +118,7 @@ class _BlockFunction(torch.autograd.Function):
             write(layer.made, maps)
         result = use(stream, block.last, moments)
         ctx.save_for_backward(stream, *weights, *kept.values())
-        ctx.block, ctx.moments, ctx.norms, ctx.inner = block, moments, norms, inner
+        ctx.block, ctx.moments, ctx.norms, ctx.own = block, moments, norms, own
         ctx.kept = list(kept)
         return _nchw(result)
 
@@ -131,11 +136,21 @@ class _BlockFunction(torch.autograd.Function):
         grad_stream, debts = torch.zeros_like(stream), Debts(ctx.moments)
 
         def back(source: Tensor, reader: Reader, grad: Tensor, into: Tensor, owed: Debts) -> None:
+            if reader.rivals is not None:
+                maps, plain = competed(source, reader)
+                competed_backward_(source, reader, alone(maps, plain, grad), into)
+                return
             weight, norm = _weight(reader, weights, source), norms[reader.at]
             gamma, beta, *rest = read_backward(source, reader, norm, weight, grad, into)
             owed.add(reader, norm, gamma, beta)
             for place, part in enumerate((gamma, beta, *rest), start=reader.at):
                 found[place] = part.to(weights[place].dtype).view_as(weights[place])
+
+        def alone(source: Tensor, reader: Reader, grad: Tensor) -> Tensor:
+            """The whole gradient of a stream that has one reader."""
+            into, owed = torch.zeros_like(source), Debts(ctx.own[reader.at])
+            back(source, reader, grad, into, owed)
+            return owed.settle(source, into, slice(None))
 
         back(stream, block.last, _nhwc(grad), grad_stream, debts)
         for number, layer in reversed(list(enumerate(block.layers))):
@@ -148,12 +163,9 @@ class _BlockFunction(torch.autograd.Function):
             if layer.second is not None:
                 z = kept.get((number, "bottleneck"))
                 if z is None:
-                    first = layer.first
-                    weight = _weight(first, weights, stream)
-                    z = read(stream, first, norms[first.at], weight)
-                grad_z, owed = torch.zeros_like(z), Debts(ctx.inner[number])
-                back(z, layer.second, grad, grad_z, owed)
-                grad = owed.settle(z, grad_z, slice(None))
+                    source, first = competed(stream, layer.first)
+                    z = read(source, first, norms[first.at], _weight(first, weights, source))
+                grad = alone(z, layer.second, grad)
             back(stream, layer.first, grad, grad_stream, debts)
         grad_x = None
         if ctx.needs_input_grad[1]:
@@ -235,27 +247,29 @@ def _run(
     """A block and what reads it, whose norm and conv are given."""
     weights: list[Tensor] = []
 
-    def reader(norm: Any, conv: Any, by: By, positions: Tensor | None = None) -> Reader:
+    def reader(norm: Any, conv: Any, by: By, read: Any = None) -> Reader:
         at = len(weights)
         weights.extend((norm.weight, norm.bias))
         if conv is not None:
             weights.append(conv.weight)
-        return Reader(norm, norm.training, norm.num_features, positions, by, at)
+        positions = None if read is None else read.input_indices
+        rivals = None if read is None else read.rival_indices
+        return Reader(norm, norm.training, norm.num_features, positions, rivals, by, at)
 
     layers, stop = [], x.shape[1]
     for layer in block.children():
-        index, start = layer.read.input_indices, stop
+        start = stop
         if layer.conv2 is None:
-            first, second = reader(layer.norm1, layer.conv1, "3x3", index), None
+            first, second = reader(layer.norm1, layer.conv1, "3x3", layer.read), None
             filters = layer.conv1.out_channels
         else:
-            first = reader(layer.norm1, layer.conv1, "1x1", index)
+            first = reader(layer.norm1, layer.conv1, "1x1", layer.read)
             second = reader(layer.norm2, layer.conv2, "3x3")
             filters = layer.conv2.out_channels
         stop += filters if layer.mfm is None else layer.mfm.survivors(filters)
         rate = layer.drop_rate if layer.training else 0.0
         layers.append(Layer(first, second, slice(start, stop), layer.mfm, rate))
-    last = reader(norm, conv, by, read.input_indices)
+    last = reader(norm, conv, by, read)
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(kind))

@@ -23,6 +23,8 @@ CHUNK_BYTES = 1 << 20  # of a reader's activated inputs, on a CPU
 class Reader(NamedTuple):
     """Which stream positions are read (None = the first `width`), through which norm, by what.
 
+    With `rivals` the maximum of each channel that is read and its rival is what the norm sees.
+
     `by` is "1x1" or "3x3" (a conv with "same" padding), "pool" (a 1x1 conv, then 2x2 average pooling:
     done in the other order, which commutes) or "mean" (of all pixels, without a conv). `at` is where
     among all parameters its own begin: the norm's weight and bias, then the conv's weight.
@@ -32,6 +34,7 @@ class Reader(NamedTuple):
     training: bool
     width: int
     positions: Tensor | None
+    rivals: Tensor | None
     by: By
     at: int
 
@@ -96,6 +99,24 @@ def taken(values: Tensor, reader: Reader) -> Tensor:
     if reader.positions is None:
         return values[: reader.width]
     return values.index_select(0, reader.positions)
+
+
+def competed(stream: Tensor, reader: Reader) -> tuple[Tensor, Reader]:
+    """What a reader reads after the competition, as a stream of its own, and who reads that."""
+    if reader.rivals is None:
+        return stream, reader
+    assert reader.positions is not None
+    both = (stream.index_select(3, index) for index in (reader.positions, reader.rivals))
+    return torch.maximum(*both), reader._replace(positions=None, rivals=None)
+
+
+def competed_backward_(stream: Tensor, reader: Reader, grad: Tensor, grad_stream: Tensor) -> None:
+    """Give the gradient of what was competed for to the winners; where both are equal, half each."""
+    assert reader.positions is not None and reader.rivals is not None
+    leads, rivals = (stream.index_select(3, i) for i in (reader.positions, reader.rivals))
+    share = (leads > rivals).to(grad.dtype).add_(leads == rivals, alpha=0.5)
+    grad_stream.index_add_(3, reader.positions, grad * share)
+    grad_stream.index_add_(3, reader.rivals, grad * (1 - share))
 
 
 def read(stream: Tensor, reader: Reader, norm: Affine, weight: Tensor | None) -> Tensor:

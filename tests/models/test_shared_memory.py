@@ -40,12 +40,16 @@ UNEVEN = DenseNetConfig(
             LayerConfig("denselayer2", 2, bottleneck=5, input_indices=(0, 2, 6)),
             LayerConfig("denselayer4", 4, bottleneck=6, mfm="3/2"),
         ),
-        (LayerConfig("denselayer1", 2, input_indices=(1, 2), mfm="2/1"),),
+        (
+            LayerConfig("denselayer1", 2, input_indices=(1, 2), mfm="2/1"),
+            LayerConfig("denselayer2", 3, 4, (0, 1, 3), "2/1", (4, 1, 3), (1,)),
+        ),
     ),
     transitions=(TransitionConfig(3, input_indices=(0, 1, 5, 9), mfm="2/1"),),
     num_classes=3,
     stem="cifar",
     classifier_indices=(0, 2, 3),
+    classifier_rivals=(6, 2, 7),
 )
 
 
@@ -145,7 +149,7 @@ def test_the_same_training(name: str, level: int) -> None:
 
 
 @settings(max_examples=15)
-@given(pruned_configs(), st.integers(0, 99), st.integers(1, 2), st.integers(1, 5))
+@given(pruned_configs(), st.integers(0, 99), st.integers(1, 2), st.integers(2, 5))
 def test_any_net(config: DenseNetConfig, seed: int, level: int, batch: int) -> None:
     plain, lean = twins(config, level, seed)
     x = images(config, batch, seed)
