@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
@@ -15,19 +14,20 @@ from prune_dn.pruning.prices import Costs, Indices, Market
 from prune_dn.pruning.rates import Rates, total_cost, unit_costs
 from prune_dn.pruning.units import Group, Mask, Units
 
-Scope = Literal["global", "local"]
-SCOPES: tuple[Scope, ...] = ("global", "local")
 ROUNDS = 6
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much may stay, of what (`unit` is its name), counted how."""
+    """How much may stay, of what (`unit` is its name), counted how.
+
+    `ranks`, (units,): the smallest goes first, an infinite one never; None = by price.
+    """
 
     target: float
     unit: str
     rates: Rates
-    scope: Scope
+    ranks: Scores | None
     min_channels: int
     round_to: int
     image_size: ImageSize | None
@@ -42,9 +42,8 @@ def cost(units: Units, keep: Mask, image_size: ImageSize | None) -> Cost:
 def choose(units: Units, scores: Scores, may_go: Mask, budget: Budget) -> Mask:
     """The closed `keep` that cuts the least important units until `budget.target` is reached.
 
-    Units are ranked by importance per cost saved (scope `global`: `prices`; with `whole_layers` these
-    go too where they do not pay for their upkeep) or by their rank within their module (`local`).
-    The cheapest units whose savings add up to half of what is still too much go, everything is
+    Units are ranked by `budget.ranks`, or by importance per cost saved (`prices`; with `whole_layers`
+    these go too where they do not pay for their upkeep). In the second case the cheapest units whose savings add up to half of what is still too much go, everything is
     priced anew, and so on; at the end the shortest prefix of the ranking that leaves at most
     `target` is found by bisection, so that the result is within the cost of one unit (of `round_to`
     units; of one layer) of it. Raises PruningError when even the whole ranking is not enough.
@@ -57,15 +56,13 @@ def choose(units: Units, scores: Scores, may_go: Mask, budget: Budget) -> Mask:
     ranking = _Ranking(units, scores, may_go, spare, budget)
     least = ranking.cut(whole, ranking.order(whole, ranking.costs(whole)))
     if not ranking.meets(least):
-        raise unreachable(
-            budget.unit,
-            (ranking.remains(whole), budget.target, ranking.remains(least)),
-            budget.min_channels,
-            budget.round_to,
-            "the protected units and the chosen kinds of unit",
-        )
+        others = "the protected units and the chosen kinds of unit"
+        if budget.ranks is not None and not np.isfinite(budget.ranks).all():
+            others = "the largest measured ratios, " + others
+        amounts = (ranking.remains(whole), budget.target, ranking.remains(least))
+        raise unreachable(budget.unit, amounts, budget.min_channels, budget.round_to, others)
     keep = whole
-    for _ in range(ROUNDS if budget.scope == "global" else 0):
+    for _ in range(ROUNDS if budget.ranks is None else 0):
         costs = ranking.costs(keep)
         order = ranking.order(keep, costs)
         saved = np.cumsum(ranking.market.saved(keep, costs)[order])
@@ -116,10 +113,10 @@ class _Ranking:
     def order(self, keep: Mask, costs: Costs) -> Indices:
         """The units that may go, the first to go first."""
         candidates = np.flatnonzero(keep & self.may_go)
-        if self.budget.scope == "local":
-            value = _quantiles(self.units, self.scores)
-            return candidates[np.argsort(value[candidates], kind="stable")]
-        value = own = self.market.prices(keep, costs)
+        if self.budget.ranks is not None:  # equal ones: the same share of each group
+            value, own = self.budget.ranks, quantiles(self.units, self.scores)
+        else:
+            value = own = self.market.prices(keep, costs)
         if self.budget.whole_layers:
             layers = self.market.layer_prices(keep, costs)
             layer = np.where(self.market.kind == "s", layers[self.market.part], np.inf)
@@ -175,7 +172,7 @@ def _best(group: Group, scores: Scores, stays: Mask, count: int) -> np.ndarray:
     return group.start + order[:count]
 
 
-def _quantiles(units: Units, scores: Scores) -> Scores:
+def quantiles(units: Units, scores: Scores) -> Scores:
     """Each unit's rank within its group, in (0, 1): the same share goes everywhere."""
     value = np.empty(units.size)
     for group in units.groups:

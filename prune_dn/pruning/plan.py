@@ -31,9 +31,11 @@ from prune_dn.pruning.latency_model import (
 )
 from prune_dn.pruning.protect import protected_units
 from prune_dn.pruning.rates import COUNTED
+from prune_dn.pruning.ratios import Ratios, measured_drops, read_ratios
 from prune_dn.pruning.units import KINDS, Group, Mask, Units
 
 FORMAT = "prune_dn.plan/1"
+SCOPES = ("global", "local")
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ def make_plan(
     unit: str = "channels",
     criterion: str = "bn_scale",
     scope: str = "global",
+    ratios: Ratios | None = None,
     units: Iterable[str] = ("stream", "bottleneck"),
     protect: Iterable[str] = (),
     min_channels: int = 1,
@@ -138,6 +141,11 @@ def make_plan(
     may also go whole, which pays in latency. Modules whose names, or whose parents' names, match a
     pattern in `protect` keep all weights: neither what they make nor what they read is cut.
 
+    `ratios`, a `sensitivity.json` or the rows of `sensitivity`, replaces prices by what was measured:
+    each group of units gives up its least important ones as far as one drop allows, the same for all
+    groups and the smallest that meets the budget. Between measured ratios the drop is taken to rise
+    linearly; beyond the largest, and in groups that were not measured, nothing goes.
+
     Some criteria need `calibration`: batches of images (N, C, H, W), or (images, labels) batches for
     `taylor` and `fisher`; any iterable, normalised as in training. `prune-dn criteria` lists them.
 
@@ -155,8 +163,10 @@ def make_plan(
     net = convert(model)
     kinds, patterns = names_in(units, "units"), names_in(protect, "protect")
     check_request(pruning_ratio, unit, criterion, scope, kinds, min_channels, round_to)
+    check_ratios(ratios, scope, kinds)
     batches = calibration_for(calibration, criterion)
     table = Units(net.config)
+    rows = None if ratios is None else read_ratios(ratios, table, kinds)
     _check_rounding(table, kinds, round_to)
     kept_back, protected = protected_units(table, patterns)
     may_go = ~kept_back
@@ -176,17 +186,12 @@ def make_plan(
             f"{round(measure(net.config), 3):,} of {round(measure(whole), 3):,}; nothing would be cut"
         )
     scores = importance(net, table, criterion, calibration=batches, seed=seed)
+    ranks = budgets.quantiles(table, scores) if scope == "local" else None
+    if rows is not None:
+        ranks = measured_drops(table, scores, may_go, rows)
     rates = COUNTED[unit] if latency_model is None else latency_model.rates
-    whole_layers = "layer" in kinds
     budget = budgets.Budget(
-        target,
-        unit,
-        rates,
-        scope,  # type: ignore[arg-type]
-        min_channels,
-        round_to,
-        size,
-        whole_layers,
+        target, unit, rates, ranks, min_channels, round_to, size, "layer" in kinds
     )
     times: dict[str, float] = {}
     if latency_model is None:
@@ -206,6 +211,9 @@ def make_plan(
         "seed": seed,
         "calibration_images": None if batches is None else len(batches),
     }
+    if ratios is not None:
+        is_path = isinstance(ratios, str | os.PathLike)
+        requested["ratios"] = str(ratios) if is_path else "rows of sensitivity"
     if latency_model is not None:
         requested["latency_model"] = dataclasses.asdict(latency_model)
     costs = {"baseline": whole, "before": net.config, "after": table.after(keep)}
@@ -277,7 +285,7 @@ def check_request(
         raise PruningError(f"pruning_ratio is {ratio!r}; it must lie in (0, 1){hint}")
     choices: list[tuple[str, str, Iterable[str]]] = [
         ("unit", unit, (*COUNTED, LATENCY)),
-        ("scope", scope, budgets.SCOPES),
+        ("scope", scope, SCOPES),
     ]
     for name, value, allowed in choices:
         _check_choice(name, value, allowed)
@@ -287,6 +295,20 @@ def check_request(
     for name, value in (("min_channels", least), ("round_to", step)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise PruningError(f"{name} is {value!r}; it must be an integer of at least 1")
+
+
+def check_ratios(ratios: Ratios | None, scope: str, kinds: tuple[str, ...]) -> None:
+    """Raise PruningError for what has no effect beside `ratios`, or was not measured by them."""
+    if ratios is not None and scope != "global":
+        raise PruningError(
+            f"scope={scope!r} has no effect with ratios: these say how much of each module goes; "
+            "leave one of the two out"
+        )
+    if ratios is not None and "layer" in kinds:
+        raise PruningError(
+            "units 'layer' and ratios do not go together: whole layers go by their price; leave one "
+            "of the two out"
+        )
 
 
 def check_what(criterion: str, kinds: tuple[str, ...], allowed: tuple[str, ...] = KINDS) -> None:

@@ -17,6 +17,7 @@ from prune_dn.pruning.generic import prune_cnn
 from prune_dn.pruning.importance import reads_images
 from prune_dn.pruning.latency_model import LATENCY, LatencyModel
 from prune_dn.pruning.plan import Plan, make_plan, names_in
+from prune_dn.pruning.ratios import Ratios
 
 _UNITS = ("stream", "bottleneck")
 
@@ -28,6 +29,7 @@ def prune(
     unit: str = "channels",
     criterion: str = "bn_scale",
     scope: str = "global",
+    ratios: Ratios | None = None,
     units: Iterable[str] = _UNITS,
     compensate: str = "none",
     calibration: Iterable[object] | None = None,
@@ -47,8 +49,8 @@ def prune(
     result, or at least `recalibrate_batch_norm_` it.
 
     Any other CNN becomes a smaller one of its own class (see `generic.prune_cnn`). It needs
-    `input_size`, or `calibration` images to take it from; `units`, `compensate` and latency are for
-    DenseNets.
+    `input_size`, or `calibration` images to take it from; `units`, `ratios`, `compensate` and latency
+    are for DenseNets.
 
     >>> import torchvision
     >>> small = prune(torchvision.models.densenet121(), 0.5)
@@ -57,7 +59,7 @@ def prune(
     """
     check_not_wrapped(model)
     if isinstance(model, nn.Module) and not is_densenet(model):
-        _check_cnn_options(model, names_in(units, "units"), compensate, unit, latency_model)
+        _check_cnn_options(model, names_in(units, "units"), ratios, compensate, unit, latency_model)
         return prune_cnn(
             model,
             pruning_ratio,
@@ -80,6 +82,7 @@ def prune(
         unit=unit,
         criterion=criterion,
         scope=scope,
+        ratios=ratios,
         units=units,
         protect=protect,
         min_channels=min_channels,
@@ -98,6 +101,7 @@ def prune(
 def _check_cnn_options(
     model: nn.Module,
     units: tuple[str, ...],
+    ratios: Ratios | None,
     compensate: str,
     unit: str,
     latency_model: LatencyModel | None,
@@ -105,6 +109,8 @@ def _check_cnn_options(
     kind = type(model).__name__
     if units != _UNITS:
         raise PruningError(f"units={list(units)} is for DenseNets; leave it out for a {kind}")
+    if ratios is not None:
+        raise PruningError(f"ratios are for DenseNets; leave them out for a {kind}")
     if compensate != "none":
         raise PruningError(
             f"compensate={compensate!r} is for DenseNets; leave it out for a {kind}, and fine-tune "
