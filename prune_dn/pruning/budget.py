@@ -119,7 +119,7 @@ class _Ranking:
             value = own = self.market.prices(keep, costs)
         if self.budget.whole_layers:
             layers = self.market.layer_prices(keep, costs)
-            layer = np.where(self.market.kind == "s", layers[self.market.part], np.inf)
+            layer = np.where(self.market.is_filter, layers[self.market.part], np.inf)
             value = np.where(self.spare, layer, np.minimum(own, layer))
         candidates = candidates[np.isfinite(value[candidates])]
         return candidates[np.lexsort((own[candidates], value[candidates]))]
@@ -127,6 +127,9 @@ class _Ranking:
     def cut(self, keep: Mask, gone: Indices) -> Mask:
         """What stays of `keep`; a cut width is a multiple of `round_to`: the first to go go."""
         less = keep.copy()
+        if self.budget.round_to == 1:
+            less[gone] = False
+            return self.units.close(less)
         starts = np.array([group.start for group in self.units.groups])
         owner = np.searchsorted(starts, gone, side="right") - 1
         by_group = gone[np.argsort(owner, kind="stable")]
@@ -147,22 +150,24 @@ def floor(units: Units, scores: Scores, may_go: Mask, min_channels: int) -> tupl
     only for its own width are in the second mask: they may go when the whole layer goes.
     """
     fixed, spare = (np.zeros(units.size, dtype=bool) for _ in range(2))
+    bound = ~may_go
     for stream in units.streams:
         makers = stream.makers()
         for part in stream.producers:
             assert part.stream is not None
             mine = spare if part.is_dense_layer else fixed
-            mine[_best(part.stream, scores, ~may_go, min_channels)] = True
+            mine[_best(part.stream, scores, bound, min_channels)] = True
             if part.bottleneck is not None:
-                fixed[_best(part.bottleneck, scores, ~may_go, min_channels)] = True
+                fixed[_best(part.bottleneck, scores, bound, min_channels)] = True
         for part in stream.readers:
             assert part.edges is not None
             # An edge outranks another whose channel may go sooner, or that may itself go.
-            stays = np.where(fixed | ~may_go, 2, spare)
-            order = np.lexsort((scores[part.edges.units], stays[makers[part.positions]]))
+            read = makers[part.positions]
+            stays = np.where(fixed[read] | bound[read], 2, spare[read])
+            order = np.lexsort((scores[part.edges.units], stays))
             best = order[::-1][:min_channels]
             fixed[part.edges.start + best] = True
-            fixed[makers[part.positions[best]]] = True
+            fixed[read[best]] = True
     return fixed, spare & ~fixed
 
 

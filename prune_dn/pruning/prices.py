@@ -52,16 +52,18 @@ class Market:
         """`harm` of edges and bottleneck channels (that of filters is what their readers lose)."""
         self.harm, self.may_go = harm, may_go
         self.part = np.zeros(units.size, dtype=np.intp)  # of each unit
-        self.kind = np.zeros(units.size, dtype="U1")
+        self.is_edge, self.is_filter = (np.zeros(units.size, dtype=bool) for _ in range(2))
         self.parts = list(units.parts())
         for number, part in enumerate(self.parts):
             for group in (part.edges, part.bottleneck, part.stream):
                 if group is not None:
                     self.part[group.units] = number
-                    self.kind[group.units] = group.kind[0]
-        self.source = np.zeros(units.size, dtype=np.intp)  # the stream unit that an edge reads
+                    self.is_edge[group.units] = group.kind == "edge"
+                    self.is_filter[group.units] = group.kind == "stream"
+        self.filters = np.flatnonzero(self.is_filter)
+        self.source = np.zeros(units.size, dtype=np.intp)  # which of the filters an edge reads
         for stream in units.streams:
-            makers = stream.makers()
+            makers = np.searchsorted(self.filters, stream.makers())
             for part in stream.readers:
                 assert part.edges is not None
                 self.source[part.edges.units] = makers[part.positions]
@@ -70,39 +72,42 @@ class Market:
     def prices(self, keep: Mask, costs: Costs) -> Scores:
         """The price of each unit by itself, (units,)."""
         price = np.full(len(keep), np.inf)
-        alone = keep & (self.kind != "s") & (costs.unit > 0)
+        alone = keep & self.may_go & ~self.is_filter & (costs.unit > 0)
         price[alone] = self.harm[alone] / costs.unit[alone]
-        edges = np.flatnonzero(keep & (self.kind == "e"))
-        price[edges] = np.maximum(price[edges], self._gathers(edges, costs)[self.part[edges]])
-        made = np.flatnonzero(keep & (self.kind == "s"))
-        start = np.zeros(len(keep))
-        price[made] = _newton(start, lambda price: self._worth(edges, price, costs))[made]
+        edges = np.flatnonzero(keep & self.is_edge)
+        if costs.gather.any():
+            price[edges] = np.maximum(price[edges], self._gathers(edges, costs)[self.part[edges]])
+        found = _newton(np.zeros(len(self.filters)), self._worth(edges, costs))
+        price[self.filters] = np.where(keep[self.filters], found, np.inf)
         return price
 
     def saved(self, keep: Mask, costs: Costs) -> Scores:
         """What cutting each unit alone saves now; a filter takes its edges with it."""
-        edges = np.flatnonzero(keep & (self.kind == "e"))
-        return costs.unit + self._sum(self.source[edges], costs.unit[edges], len(keep))
+        edges = np.flatnonzero(keep & self.is_edge)
+        saved = costs.unit.copy()
+        saved[self.filters] += self._sum(self.source[edges], costs.unit[edges], len(self.filters))
+        return saved
 
     def layer_prices(self, keep: Mask, costs: Costs) -> Scores:
         """The price of each part as a whole, (parts,); infinite for what cannot go whole."""
-        edges = np.flatnonzero(keep & (self.kind == "e"))
-        made = np.flatnonzero(keep & (self.kind == "s"))
+        edges = np.flatnonzero(keep & self.is_edge)
+        alive, maker = keep[self.filters], self.part[self.filters]
         count = len(self.parts)
         lone = self.may_go[edges]
         harm, cost, reader = self.harm[edges], costs.reading[edges], self.part[edges]
+        worth_at = self._worth(edges, costs)
 
         def active(price: Scores) -> tuple[Scores, Scores]:
-            worth, filters = self._worth(edges, price[self.part], costs)
-            pays = made[worth[made] > price[self.part[made]] * filters[made]]
+            worth, filters = worth_at(price[maker])
+            pays = alive & (worth > price[maker] * filters)
             gone = lone & (harm < price[reader] * cost)
-            total = self._sum(self.part[pays], worth[pays], count)
+            total = self._sum(maker[pays], worth[pays], count)
             total -= self._sum(reader[gone], harm[gone], count)
             upkeep = costs.upkeep + self._sum(reader[~gone], cost[~gone], count)
-            return total, upkeep + self._sum(self.part[pays], filters[pays], count)
+            return total, upkeep + self._sum(maker[pays], filters[pays], count)
 
         price = _newton(np.zeros(count), active)
-        bound = np.bincount(self.part[made], ~self.may_go[made], count) > 0
+        bound = np.bincount(maker, alive & ~self.may_go[self.filters], count) > 0
         price[bound | ~self.is_layer] = np.inf
         return price
 
@@ -123,14 +128,22 @@ class Market:
         never = self._sum(reader, cost, count) <= costs.gather
         return np.where(costs.gather > 0, np.where(never, np.inf, price), 0.0)
 
-    def _worth(self, edges: Indices, price: Scores, costs: Costs) -> tuple[Scores, Scores]:
-        """Per stream unit at its price: harm and cost of what is still read, filter included."""
+    def _worth(self, edges: Indices, costs: Costs) -> Active:
+        """Per filter at its price: harm and cost of what still reads it, its own included."""
+        size, filters = len(self.filters), costs.unit[self.filters]
         harm, cost, source = self.harm[edges], costs.unit[edges], self.source[edges]
-        read = ~self.may_go[edges] | (harm > price[source] * cost)
-        size = len(costs.unit)
-        filters = np.where(self.kind == "s", costs.unit, 0.0)
-        worth = self._sum(source[read], harm[read], size)
-        return worth, filters + self._sum(source[read], cost[read], size)
+        lone = self.may_go[edges]
+        whole = self._sum(source, harm, size), filters + self._sum(source, cost, size)
+
+        def worth(price: Scores) -> tuple[Scores, Scores]:
+            gone = lone & (harm <= price[source] * cost)
+            if not gone.any():
+                return whole
+            read = ~gone
+            found = self._sum(source[read], harm[read], size)
+            return found, filters + self._sum(source[read], cost[read], size)
+
+        return worth if lone.any() else lambda price: whole
 
     @staticmethod
     def _sum(where: Indices, values: Scores, size: int) -> Scores:
