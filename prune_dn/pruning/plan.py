@@ -16,16 +16,15 @@ from torch import nn
 
 from prune_dn.errors import PruningError
 from prune_dn.files import write_text
-from prune_dn.models import DenseNetConfig
+from prune_dn.models import DenseNet, DenseNetConfig
 from prune_dn.models.convert import convert
 from prune_dn.profiling import ImageSize, count, default_image_size
 from prune_dn.pruning import budget as budgets
 from prune_dn.pruning.calibration import Batches, read_batches
-from prune_dn.pruning.importance import CRITERIA, importance
+from prune_dn.pruning.importance import CRITERIA, importance, needs_images
 from prune_dn.pruning.latency_model import (
     LATENCY,
     LatencyModel,
-    check_latency_model,
     fit_latency_model,
     meet_latency,
 )
@@ -127,7 +126,7 @@ def make_plan(
     seed: int = 0,
     calibration: Iterable[object] | None = None,
     baseline: DenseNetConfig | None = None,
-    latency_model: LatencyModel | None = None,
+    latency_model: LatencyModel | Callable[[], LatencyModel] | None = None,
 ) -> Plan:
     """Decide what to cut from a DenseNet (ours, torchvision's or timm's); nothing is changed.
 
@@ -149,8 +148,8 @@ def make_plan(
     Some criteria need `calibration`: batches of images (N, C, H, W), or (images, labels) batches for
     `taylor` and `fisher`; any iterable, normalised as in training. `prune-dn criteria` lists them.
 
-    `latency` is priced by `latency_model`, by default `fit_latency_model(model)`: onnxruntime at batch
-    1 on this machine. The net is then timed beside the baseline and the plan corrected until the
+    `latency` is priced by `latency_model`, or a function that fits one once nothing else is wrong; by
+    default `fit_latency_model(model)`: onnxruntime at batch 1 on this machine. The net is then timed beside the baseline and the plan corrected until the
     measured time meets the request; the times are in `achieved`.
 
     Raises PruningError for a request that is wrong, cannot be met, or would change nothing.
@@ -160,7 +159,7 @@ def make_plan(
     >>> round(plan.achieved["ratio"], 2)
     0.5
     """
-    net = convert(model)
+    net = convert(model, share=True)
     kinds, patterns = names_in(units, "units"), names_in(protect, "protect")
     check_request(pruning_ratio, unit, criterion, scope, kinds, min_channels, round_to)
     check_ratios(ratios, scope, kinds)
@@ -174,11 +173,9 @@ def make_plan(
         if group.kind not in kinds:
             may_go[group.units] = False
     size = default_image_size(net.config) if input_size is None else input_size
-    if unit == LATENCY and latency_model is None:
-        latency_model = fit_latency_model(net, image_size=size, seed=seed)
-    check_latency_model(latency_model, unit, size)
+    latency = _latency_model(latency_model, net, unit, size, seed)
     whole = net.config if baseline is None else baseline
-    measure = _measure(unit, size, latency_model)
+    measure = _measure(unit, size, latency)
     target = (1.0 - pruning_ratio) * measure(whole)
     if measure(net.config) <= target:
         raise PruningError(
@@ -189,15 +186,15 @@ def make_plan(
     ranks = budgets.quantiles(table, scores) if scope == "local" else None
     if rows is not None:
         ranks = measured_drops(table, scores, may_go, rows)
-    rates = COUNTED[unit] if latency_model is None else latency_model.rates
+    rates = COUNTED[unit] if latency is None else latency.rates
     budget = budgets.Budget(
         target, unit, rates, ranks, min_channels, round_to, size, "layer" in kinds
     )
     times: dict[str, float] = {}
-    if latency_model is None:
+    if latency is None:
         keep = budgets.choose(table, scores, may_go, budget)
     else:
-        keep, times = meet_latency(table, scores, may_go, budget, latency_model, whole)
+        keep, times = meet_latency(table, scores, may_go, budget, latency, whole)
     requested = {
         "pruning_ratio": pruning_ratio,
         "unit": unit,
@@ -214,8 +211,8 @@ def make_plan(
     if ratios is not None:
         is_path = isinstance(ratios, str | os.PathLike)
         requested["ratios"] = str(ratios) if is_path else "rows of sensitivity"
-    if latency_model is not None:
-        requested["latency_model"] = dataclasses.asdict(latency_model)
+    if latency is not None:
+        requested["latency_model"] = dataclasses.asdict(latency)
     costs = {"baseline": whole, "before": net.config, "after": table.after(keep)}
     achieved: dict[str, Any] = {"unit": unit}
     for when, config in costs.items():
@@ -224,6 +221,29 @@ def make_plan(
             achieved[when]["latency"] = times[when]
     achieved["ratio"] = 1.0 - achieved["after"][unit] / achieved["baseline"][unit]
     return plan_of(table, keep, requested, achieved, protected)
+
+
+def _latency_model(
+    given: LatencyModel | Callable[[], LatencyModel] | None,
+    net: DenseNet,
+    unit: str,
+    size: ImageSize,
+    seed: int,
+) -> LatencyModel | None:
+    """The model of latency that the plan goes by, fitted here and now if need be."""
+    if given is not None and unit != LATENCY:
+        raise PruningError(f"latency_model has no effect with unit {unit!r}; use unit='latency'")
+    if unit != LATENCY:
+        return None
+    if given is None:
+        return fit_latency_model(net, image_size=size, seed=seed)
+    found = given if isinstance(given, LatencyModel) else given()
+    if found.image_size != size:
+        raise PruningError(
+            f"latency_model was fitted on images of {found.image_size} pixels, and input_size is "
+            f"{size}; fit it with image_size={size}"
+        )
+    return found
 
 
 def _measure(
@@ -261,8 +281,10 @@ def calibration_for(calibration: Iterable[object] | None, criterion: str) -> Bat
             f"calibration has no effect: criterion {criterion!r} reads only the weights; leave it "
             "out, or choose a criterion that reads images (`prune-dn criteria`)"
         )
-    if calibration is None:
+    if need is None:
         return None
+    if calibration is None:
+        raise needs_images(criterion)
     return read_batches(calibration, needs_labels=need == "gradients")
 
 

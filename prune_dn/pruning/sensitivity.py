@@ -73,7 +73,7 @@ def sensitivity(
     >>> [(row.name.removeprefix("features."), row.units_cut, row.drop) for row in rows]
     [('conv0', 8, 8.0), ('denseblock1.denselayer1.conv1', 4, 4.0), ('denseblock1.denselayer2.conv1', 4, 4.0)]
     """
-    net = convert(model)
+    net = convert(model, share=True)
     wanted, kinds = _ratios(ratios), names_in(units, "units")
     check_what(criterion, kinds)
     batches = calibration_for(calibration, criterion)

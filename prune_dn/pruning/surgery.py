@@ -74,7 +74,7 @@ def prune(
             seed=seed,
         )
     check_compensation(compensate, calibration is not None)
-    net = convert(model)
+    net = convert(model, share=True)
     batches = None if calibration is None else list(calibration)
     plan = make_plan(
         net,
@@ -138,7 +138,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> DenseNet:
     >>> small.config.num_init_features < net.config.num_init_features
     True
     """
-    net = convert(model)
+    net = convert(model, share=True)
     if net.config != plan.config_before:
         raise PruningError(
             "this plan was made for a DenseNet of another shape; make a new plan for this model "
