@@ -3,7 +3,7 @@
 At a price of p per unit of cost, something stays as long as its going harms more than p times what
 it costs. So each unit has one price above which it goes:
 
-- an edge or a bottleneck channel: harm / cost;
+- an edge, a bottleneck channel or a sibling: harm / cost;
 - the first edges that a reader gives up also pay for its gather, so that no edge goes below the
   price at which all that would go by then save more than the gather costs;
 - a stream channel: where what its readers would lose no longer pays for its filter. A reader for
@@ -25,7 +25,8 @@ import numpy as np
 import numpy.typing as npt
 
 from prune_dn.pruning.importance import Scores
-from prune_dn.pruning.units import Mask, Units
+from prune_dn.pruning.parts import Mask
+from prune_dn.pruning.units import Units
 
 Indices = npt.NDArray[np.intp]
 Active = Callable[[Scores], tuple[Scores, Scores]]
@@ -49,24 +50,27 @@ class Market:
     """The units of a net, who reads and who belongs to whom, and their prices."""
 
     def __init__(self, units: Units, harm: Scores, may_go: Mask) -> None:
-        """`harm` of edges and bottleneck channels (that of filters is what their readers lose)."""
+        """`harm` of edges, sides and bottleneck channels (that of filters is what readers lose)."""
         self.harm, self.may_go = harm, may_go
         self.part = np.zeros(units.size, dtype=np.intp)  # of each unit
         self.is_edge, self.is_filter = (np.zeros(units.size, dtype=bool) for _ in range(2))
         self.parts = list(units.parts())
         for number, part in enumerate(self.parts):
-            for group in (part.edges, part.bottleneck, part.stream):
-                if group is not None:
-                    self.part[group.units] = number
-                    self.is_edge[group.units] = group.kind == "edge"
-                    self.is_filter[group.units] = group.kind == "stream"
+            for group in part.groups:
+                self.part[group.units] = number
+                self.is_edge[group.units] = group.kind == "edge"
+                self.is_filter[group.units] = group.kind == "stream"
         self.filters = np.flatnonzero(self.is_filter)
-        self.source = np.zeros(units.size, dtype=np.intp)  # which of the filters an edge reads
+        # What reads one channel each (an edge, or its sides where they compete), and which of the
+        # filters makes that.
+        self.reads = np.zeros(units.size, dtype=bool)
+        self.source = np.zeros(units.size, dtype=np.intp)
         for stream in units.streams:
             makers = np.searchsorted(self.filters, stream.makers())
             for part in stream.readers:
-                assert part.edges is not None
-                self.source[part.edges.units] = makers[part.positions]
+                readings, positions = part.readings
+                self.reads[readings.units] = True
+                self.source[readings.units] = makers[positions]
         self.is_layer = np.array([part.is_dense_layer for part in self.parts])
 
     def prices(self, keep: Mask, costs: Costs) -> Scores:
@@ -77,15 +81,16 @@ class Market:
         edges = np.flatnonzero(keep & self.is_edge)
         if costs.gather.any():
             price[edges] = np.maximum(price[edges], self._gathers(edges, costs)[self.part[edges]])
-        found = _newton(np.zeros(len(self.filters)), self._worth(edges, costs))
+        reads = np.flatnonzero(keep & self.reads)
+        found = _newton(np.zeros(len(self.filters)), self._worth(reads, costs))
         price[self.filters] = np.where(keep[self.filters], found, np.inf)
         return price
 
     def saved(self, keep: Mask, costs: Costs) -> Scores:
         """What cutting each unit alone saves now; a filter takes its edges with it."""
-        edges = np.flatnonzero(keep & self.is_edge)
+        reads = np.flatnonzero(keep & self.reads)
         saved = costs.unit.copy()
-        saved[self.filters] += self._sum(self.source[edges], costs.unit[edges], len(self.filters))
+        saved[self.filters] += self._sum(self.source[reads], costs.unit[reads], len(self.filters))
         return saved
 
     def layer_prices(self, keep: Mask, costs: Costs) -> Scores:
@@ -93,9 +98,10 @@ class Market:
         edges = np.flatnonzero(keep & self.is_edge)
         alive, maker = keep[self.filters], self.part[self.filters]
         count = len(self.parts)
+        reads = np.flatnonzero(keep & self.reads)
         lone = self.may_go[edges]
         harm, cost, reader = self.harm[edges], costs.reading[edges], self.part[edges]
-        worth_at = self._worth(edges, costs)
+        worth_at = self._worth(reads, costs)
 
         def active(price: Scores) -> tuple[Scores, Scores]:
             worth, filters = worth_at(price[maker])
@@ -128,11 +134,11 @@ class Market:
         never = self._sum(reader, cost, count) <= costs.gather
         return np.where(costs.gather > 0, np.where(never, np.inf, price), 0.0)
 
-    def _worth(self, edges: Indices, costs: Costs) -> Active:
+    def _worth(self, reads: Indices, costs: Costs) -> Active:
         """Per filter at its price: harm and cost of what still reads it, its own included."""
         size, filters = len(self.filters), costs.unit[self.filters]
-        harm, cost, source = self.harm[edges], costs.unit[edges], self.source[edges]
-        lone = self.may_go[edges]
+        harm, cost, source = self.harm[reads], costs.unit[reads], self.source[reads]
+        lone = self.may_go[reads]
         whole = self._sum(source, harm, size), filters + self._sum(source, cost, size)
 
         def worth(price: Scores) -> tuple[Scores, Scores]:

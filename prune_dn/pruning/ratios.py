@@ -15,7 +15,8 @@ import numpy as np
 from prune_dn.errors import PruningError
 from prune_dn.profiling import count
 from prune_dn.pruning.importance import Scores
-from prune_dn.pruning.units import Mask, Units
+from prune_dn.pruning.parts import Mask
+from prune_dn.pruning.units import Units
 
 FORMAT = "prune_dn.sensitivity/1"
 

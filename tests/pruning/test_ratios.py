@@ -18,8 +18,9 @@ from prune_dn.models import DenseNet, DenseNetConfig, densenet
 from prune_dn.profiling import count
 from prune_dn.pruning import Plan, make_plan, prune
 from prune_dn.pruning.importance import importance
+from prune_dn.pruning.parts import KINDS
 from prune_dn.pruning.ratios import FORMAT, SensitivityRow
-from prune_dn.pruning.units import KINDS, Units
+from prune_dn.pruning.units import Units
 
 RATIOS = (0.25, 0.5, 0.75)
 
