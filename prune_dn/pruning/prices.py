@@ -153,7 +153,7 @@ class Market:
 
     @staticmethod
     def _sum(where: Indices, values: Scores, size: int) -> Scores:
-        return np.bincount(where, values, size).astype(np.float64)
+        return np.bincount(where, values, size).astype(np.float64, copy=False)
 
 
 def _newton(price: Scores, active: Active) -> Scores:

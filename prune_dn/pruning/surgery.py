@@ -146,21 +146,25 @@ def apply_plan(model: nn.Module, plan: Plan) -> DenseNet:
         )
     small = build_empty(plan.config_after, memory_efficient=net.memory_efficient)
     old_modules = dict(net.named_modules())
+    device = net.classifier.weight.device
+    keep = {
+        name: torch.tensor(kept, dtype=torch.long, device=device)
+        for name, kept in plan.keep_indices.items()
+    }
     for name, new in small.named_modules():
         old = old_modules[name]
         new.training = old.training
         if isinstance(new, nn.Conv2d | nn.BatchNorm2d | nn.Linear):
-            _fill_(new, old, plan, name)
+            _fill_(new, old, *_kept(keep, name))
         else:  # the indices of a reader or an MFM
             for key, index in new._buffers.items():
                 if index is not None:
-                    new._buffers[key] = index.to(net.classifier.weight.device)
+                    new._buffers[key] = index.to(device)
     return small
 
 
-def _fill_(new: nn.Module, old: nn.Module, plan: Plan, name: str) -> None:
-    """Give `new` the rows and columns of `old` that stay."""
-    rows, columns = _kept(plan, name)
+def _fill_(new: nn.Module, old: nn.Module, rows: Tensor | None, columns: Tensor | None) -> None:
+    """Give `new` the rows and columns of `old` that stay; None = all."""
     for key, parameter in old._parameters.items():
         if parameter is not None:
             cut = _select(parameter.detach(), rows, columns if key == "weight" else None)
@@ -172,9 +176,9 @@ def _fill_(new: nn.Module, old: nn.Module, plan: Plan, name: str) -> None:
         new.momentum = old.momentum
 
 
-def _kept(plan: Plan, name: str) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
+def _kept(keep: dict[str, Tensor], name: str) -> tuple[Tensor | None, Tensor | None]:
     """Kept outputs (rows) and inputs (columns) of a module; None = all."""
-    keep, parent = plan.keep_indices, name.rpartition(".")[0]
+    parent = name.rpartition(".")[0]
     if name == "features.norm0":
         return keep.get("features.conv0"), None
     if name.endswith(".norm2"):
@@ -189,14 +193,12 @@ def _kept(plan: Plan, name: str) -> tuple[tuple[int, ...] | None, tuple[int, ...
     return keep.get(name), inputs.get(name)
 
 
-def _select(
-    tensor: Tensor, rows: tuple[int, ...] | None, columns: tuple[int, ...] | None
-) -> Tensor:
+def _select(tensor: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
     """A copy of the named rows and columns, in the memory format of `tensor`."""
     out = tensor
     for dim, index in ((0, rows), (1, columns)):
         if index is not None:
-            out = out.index_select(dim, torch.tensor(index, device=tensor.device))
+            out = out.index_select(dim, index.to(tensor.device))
     if tensor.ndim == 4 and not tensor.is_contiguous():
         return out.clone(memory_format=torch.channels_last)
     return out.clone() if out is tensor else out
