@@ -30,6 +30,7 @@ from prune_dn.pruning import (
 from prune_dn.pruning.compensate import check_compensation
 from prune_dn.pruning.importance import reads_images
 from prune_dn.pruning.latency_model import requested_model
+from prune_dn.pruning.plan import check_request
 from prune_dn.pruning.siblings import contests
 from prune_dn.pruning.units import Units
 from prune_dn.recipe import Recipe
@@ -119,12 +120,15 @@ def prune_checkpoint(
     `runtime` and `batch_size` are those of the unit `latency`.
     """
     _output(output, ".safetensors")
+    names = ("unit", "criterion", "scope", "units", "min_channels", "round_to")
+    check_request(ratio, *(arguments[name] for name in names))
     model, info = load(checkpoint), read_info(checkpoint)
     size = image_size or (info.get("data") or {}).get("image_size")
     check_compensation(compensate, True)
     reads = reads_images(arguments["criterion"])
     if not reads and compensate == "none":
         refuse_calibration(calibration, arguments["criterion"], " and --compensate is none")
+    latency = requested_model(model, arguments["unit"], runtime, batch_size, size)  # type: ignore[arg-type]
     images: list[Any] = []
     if recalibrate or reads or compensate != "none":
         sets = data.load(info, model, checkpoint)
@@ -136,7 +140,7 @@ def prune_checkpoint(
         ratio,
         input_size=size,
         calibration=images if reads else None,
-        latency_model=requested_model(model, arguments["unit"], runtime, batch_size, size),  # type: ignore[arg-type]
+        latency_model=latency,
         **arguments,
     )
     small = apply_plan(model, plan)

@@ -33,6 +33,8 @@ from prune_dn.pruning import (
 )
 from prune_dn.pruning.importance import reads_images
 from prune_dn.pruning.latency_model import requested_model
+from prune_dn.pruning.ratios import read_ratios
+from prune_dn.pruning.units import Units
 from prune_dn.recipe import DataSection, ModelSection, PruneSection, Recipe
 from prune_dn.report import write_report
 from prune_dn.run_folder import RunFolder
@@ -86,6 +88,12 @@ def check_fit(model: DenseNet, classes: int, channels: int, where: str, data: st
                 f"{where} has {has} {name}, the data set {data!r} has {needs}; use the data that "
                 "the net was trained on, or train a net for these data"
             )
+
+
+def check_measured(recipe: Recipe, model: DenseNet) -> None:
+    """Raise PruningError, before any work, where `prune.ratios` are not for this net."""
+    if recipe.prune is not None and recipe.prune.ratios is not None:
+        read_ratios(recipe.prune.ratios, Units(model.config), recipe.prune.units)
 
 
 def plan_round(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prune_dn.models import DenseNet
-from prune_dn.phases import Phases, build_model, load_data, plan_round
+from prune_dn.phases import Phases, build_model, check_measured, load_data, plan_round
 from prune_dn.profiling import count
 from prune_dn.recipe import Recipe
 from prune_dn.run_folder import RunFolder
@@ -37,6 +37,7 @@ def run(
     """
     data = load_data(recipe.data, seed=recipe.seed)
     model = build_model(recipe.model, data, seed=recipe.seed)
+    check_measured(recipe, model)
     folder = RunFolder(recipe, overwrite=overwrite)
     try:
         phases = Phases(recipe, data, folder, progress)

@@ -20,10 +20,11 @@ from pydantic import (
 )
 
 from prune_dn.augment import AUGMENTATIONS
-from prune_dn.errors import ConfigError
+from prune_dn.errors import ConfigError, PruningError
 from prune_dn.models import BUILDERS, DenseNet
 from prune_dn.pruning import CRITERIA
 from prune_dn.pruning.importance import reads_images
+from prune_dn.pruning.plan import check_ratios
 from prune_dn.sources import DATASETS
 from prune_dn.training import FitConfig
 from prune_dn.yaml_lines import dump
@@ -161,7 +162,7 @@ class PruneSection(Section):
 
     `calibration` is how many training images the criterion and the compensation see (None = 512, see
     `data.calibration_batches`). `runtime` (None = onnxruntime) and `batch_size` (None = 1) are those
-    of the unit `latency`.
+    of the unit `latency`. `ratios` is the path of a sensitivity.json of the net before the cut.
     """
 
     pruning_ratio: Ratio
@@ -170,6 +171,7 @@ class PruneSection(Section):
     batch_size: Count | None = None
     criterion: _choice("criterion", CRITERIA) = "bn_scale"  # type: ignore[valid-type]
     scope: Literal["global", "local"] = "global"
+    ratios: Annotated[str, Field(min_length=1)] | None = None
     units: Annotated[
         tuple[Literal["stream", "bottleneck", "edge", "sibling", "layer"], ...], Field(min_length=1)
     ] = ("stream", "bottleneck")
@@ -237,6 +239,16 @@ class Recipe(Section):
             for key in ("runtime", "batch_size"):
                 if getattr(self.prune, key) is not None:
                     raise ValueError(f"prune.{key} has no effect: prune.unit is not latency")
+        if self.prune is not None and self.prune.ratios is not None:
+            if self.prune.rounds > 1:
+                raise ValueError(
+                    "prune.rounds above 1 and prune.ratios do not go together: they were measured on "
+                    "the net before the first round"
+                )
+            try:
+                check_ratios(self.prune.ratios, self.prune.scope, self.prune.units)
+            except PruningError as error:
+                raise ValueError(f"prune: {error}") from error
         if self.prune is not None and self.prune.rounds > 1 and self.finetune is None:
             raise ValueError("prune.rounds above 1 fine-tunes between the rounds; add finetune")
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import platform
@@ -16,10 +17,12 @@ import torch
 from prune_dn import phases, pipeline
 from prune_dn.checkpoint import load, read_info, save
 from prune_dn.data import make_loader
-from prune_dn.errors import DataError, PruneDNError, RecipeError
+from prune_dn.errors import DataError, PruneDNError, PruningError, RecipeError
 from prune_dn.models import densenet
 from prune_dn.profiling import count
-from prune_dn.pruning import Plan, apply_plan
+from prune_dn.pruning import Plan, apply_plan, make_plan
+from prune_dn.pruning.ratios import FORMAT
+from prune_dn.pruning.sensitivity import sensitivity
 from prune_dn.recipe import Recipe
 from prune_dn.recipe_file import load_recipe, parse_recipe
 
@@ -226,6 +229,25 @@ def test_from_a_checkpoint_without_training(tmp_path: Path, finished: pipeline.R
     stages, reference = result.metrics["stages"], finished.metrics["stages"]
     assert stages["dense"]["test_accuracy"] == reference["dense"]["test_accuracy"]
     assert stages["fine-tuned"]["test_accuracy"] == stages["recalibrated"]["test_accuracy"]
+
+
+def test_ratios_of_a_sensitivity_file(tmp_path: Path, finished: pipeline.RunResult) -> None:
+    net = load(finished.output_dir / "dense.safetensors")
+    rows = sensitivity(net, lambda small: small.classifier.in_features, ratios=[0.5, 0.9])
+    facts = {"format": FORMAT, "params": count(net).params}
+    path = tmp_path / "sensitivity.json"
+    path.write_text(json.dumps({**facts, "rows": [dataclasses.asdict(row) for row in rows]}))
+    checkpoint = f"model={{checkpoint: {finished.output_dir / 'dense.safetensors'}}}"
+    only_prune = [checkpoint, "train=null", "finetune=null", f"prune.ratios={path}", NO_ONNX]
+    result = go(tiny(tmp_path / "run", *only_prune))
+    plan = Plan.load(result.output_dir / "plan.json")
+    same = make_plan(net, 0.4, unit="macs", input_size=8, ratios=path)
+    assert plan.keep_indices == same.keep_indices
+    path.write_text(json.dumps({**facts, "params": 7, "rows": []}))
+    for wrong in (f"prune.ratios={path}", "prune.ratios=nowhere.json"):  # before any training
+        with pytest.raises(PruningError, match=r"was measured on another net|cannot read ratios"):
+            go(tiny(tmp_path / "other", wrong))
+        assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(

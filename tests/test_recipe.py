@@ -187,6 +187,14 @@ def test_hardly_a_recipe(text: str, message: str) -> None:
         ),
         (GOOD.replace("0.5", "0.5\n  runtime: eager"), "prune.runtime has no effect"),
         (GOOD.replace("0.5", "0.5\n  rounds: 2").split("finetune")[0], "add finetune"),
+        (
+            GOOD.replace("0.5", "0.5\n  rounds: 2\n  ratios: s.json"),
+            "prune.rounds above 1 and prune.ratios do not go together",
+        ),
+        (
+            GOOD.replace("0.5", "0.5\n  scope: local\n  ratios: s.json"),
+            "prune: scope='local' has no effect with ratios",
+        ),
         (GOOD.replace("prune:\n  pruning_ratio: 0.5\n", ""), "finetune without prune"),
     ],
 )

@@ -100,14 +100,19 @@ def infer_config(tensors: Mapping[str, Tensor]) -> DenseNetConfig:
     )
 
 
-def fill(config: DenseNetConfig, tensors: Mapping[str, Tensor]) -> DenseNet:
+def fill(config: DenseNetConfig, tensors: Mapping[str, Tensor], *, share: bool = False) -> DenseNet:
     """A DenseNet of this config that holds copies of `tensors`, with their dtype and device.
+
+    With `share` it holds the tensors themselves.
 
     Missing counters (`num_batches_tracked`) become 0. Raises ConversionError with the list of
     tensors that are missing, unexpected or of another shape.
     """
     model = build_empty(config)
-    filled = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    filled = {
+        name: tensor.detach() if share else tensor.detach().clone()
+        for name, tensor in tensors.items()
+    }
     expected = model.state_dict()
     for name in expected.keys() - filled.keys():
         if name.endswith("num_batches_tracked"):

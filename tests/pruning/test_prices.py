@@ -54,7 +54,7 @@ def test_a_unit_saves_what_it_costs(config, seed, data) -> None:
     without = keep.copy()
     without[unit] = False
     closed = units.close(without)
-    with_it = keep & market.reads & (market.source == unit)
+    with_it = keep & market.reads & (market.filters[market.source] == unit)
     if (closed != (without & ~(with_it if group.kind == "stream" else False))).any():
         return  # a layer or a channel fell out too
     for rates in (*COUNTED.values(), dataclasses.replace(TIMES, gather=0, gathered=0)):
@@ -106,7 +106,7 @@ def test_a_layer_goes_where_its_channels_no_longer_pay_for_it() -> None:
         """What keeping the layer is worth at this price, everything else being chosen well."""
         worth = 0.0
         for unit in range(part.stream.start, part.stream.units.stop):
-            edges = np.flatnonzero((market.kind == "e") & (market.source == unit))
+            edges = np.flatnonzero(market.is_edge & (market.filters[market.source] == unit))
             read = sum(max(0.0, harm[e] - price * costs.unit[e]) for e in edges)
             worth += max(0.0, read - price * costs.unit[unit])
         for edge in range(part.edges.start, part.edges.units.stop):
