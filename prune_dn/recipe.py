@@ -20,7 +20,7 @@ from pydantic import (
 
 from prune_dn.augment import AUGMENTATIONS
 from prune_dn.errors import ConfigError
-from prune_dn.models import BUILDERS, DenseNet
+from prune_dn.models import BUILDERS, Net
 from prune_dn.pruning import CRITERIA
 from prune_dn.pruning.importance import reads_images
 from prune_dn.sources import DATASETS
@@ -28,6 +28,7 @@ from prune_dn.training import FitConfig
 from prune_dn.yaml_lines import dump
 
 Count = Annotated[int, Field(ge=1)]
+FROM_DATA = ("num_classes", "in_channels", "image_size")  # of a builder's arguments
 
 
 def _choice(kind: str, registry: Mapping[str, Any]) -> Any:
@@ -125,7 +126,7 @@ class ModelSection(Section):
         known = inspect.signature(BUILDERS[self.name]).parameters  # type: ignore[index]
         foreign = sorted(set(self._arguments()) - set(known))
         if foreign:
-            takes = ", ".join(k for k in known if k not in ("num_classes", "in_channels"))
+            takes = ", ".join(k for k in known if k not in FROM_DATA)
             raise ValueError(f"{self.name} takes no {', '.join(foreign)}; it takes {takes}")
         try:
             with torch.device("meta"):
@@ -138,7 +139,7 @@ class ModelSection(Section):
         given = self.model_fields_set - {"name", "checkpoint"}
         return {key: getattr(self, key) for key in type(self).model_fields if key in given}
 
-    def build(self, num_classes: int = 10) -> DenseNet:
+    def build(self, num_classes: int = 10) -> Net:
         """The net that `name` and the arguments describe, with new random weights."""
         assert self.name is not None
         return BUILDERS[self.name](num_classes=num_classes, **self._arguments())
