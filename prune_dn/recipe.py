@@ -20,7 +20,7 @@ from pydantic import (
 
 from prune_dn.augment import AUGMENTATIONS
 from prune_dn.errors import ConfigError
-from prune_dn.models import BUILDERS, Net
+from prune_dn.models import BUILDERS, LIGHT_CNNS, Net
 from prune_dn.pruning import CRITERIA
 from prune_dn.pruning.importance import reads_images
 from prune_dn.sources import DATASETS
@@ -112,6 +112,8 @@ class ModelSection(Section):
     stem: Literal["cifar", "imagenet"] | None = None
     drop_rate: float | None = None
     mfm: Mfm = None
+    widths: Annotated[tuple[Count, ...], Field(min_length=1)] | None = None
+    embedding: Count | None = None
     memory_efficient: bool | None = None
 
     @model_validator(mode="after")
@@ -165,7 +167,7 @@ class PruneSection(Section):
 
     `calibration` is how many training images the criterion and the compensation see (None = 512, see
     `data.calibration_batches`). `runtime` (None = onnxruntime) and `batch_size` (None = 1) are those
-    of the unit `latency`.
+    of the unit `latency`. After a cut `recalibrate_batches` refresh the norms, where there are any.
     """
 
     pruning_ratio: Ratio
@@ -241,9 +243,30 @@ class Recipe(Section):
             for key in ("runtime", "batch_size"):
                 if getattr(self.prune, key) is not None:
                     raise ValueError(f"prune.{key} has no effect: prune.unit is not latency")
+        if self.model.name in LIGHT_CNNS and (foreign := self._densenets_own()):
+            raise ValueError(f"{self.model.name} cannot be trained or cut with {foreign}")
         if self.prune is not None and self.prune.rounds > 1 and self.finetune is None:
             raise ValueError("prune.rounds above 1 fine-tunes between the rounds; add finetune")
         return self
+
+    def _densenets_own(self) -> str:
+        """What a Light CNN has no use for, with what to do instead."""
+        wrong = []
+        for name, fit in (("train", self.train), ("finetune", self.finetune)):
+            if fit is not None and fit.resolutions:
+                wrong.append(f"{name}.resolutions (its linear layer fits one size; leave them out)")
+            if fit is not None and fit.sparsity is not None:
+                wrong.append(f"{name}.sparsity (it has no norms; leave it out)")
+        if (cut := self.prune) is not None:
+            if cut.criterion == "bn_scale":
+                wrong.append("prune.criterion bn_scale (it has no norms; choose l2, or taylor)")
+            if cut.unit == "latency":
+                wrong.append("prune.unit latency (choose macs)")
+            if cut.compensate != "none":
+                wrong.append("prune.compensate (for DenseNets; leave it out)")
+            if cut.units != type(cut).model_fields["units"].default:
+                wrong.append("prune.units (for DenseNets; leave it out)")
+        return ", ".join(wrong)
 
 
 def to_yaml(recipe: Recipe) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -14,6 +15,9 @@ from prune_dn.models.light_cnn_config import STAGES, LightCNNConfig, MFMConfig, 
 from prune_dn.models.mfm import MaxFeatureMap
 
 PUBLISHED = (48, 96, 192, 128, 128)
+_POOLED = [
+    f"{name}.filter.weight" for name in ("conv1", "group1.conv", "group2.conv", "group4.conv")
+]
 
 
 class MFMLayer(nn.Module):
@@ -71,6 +75,11 @@ class LightCNN(nn.Module):
     `features`; `29_v2` pools by maximum plus mean, its embedding is plain linear and its classifier
     has no bias. Published code returns (logits, embedding): here `embed` gives the second.
 
+    New weights are normal with variance 1 / fan-in and biases 0: the larger of two such answers has
+    the same mean square as what is read, so signals do not fade with depth. The last weights of a
+    residual block are divided by the root of the number of blocks, which keeps their sum in bounds,
+    and those before a pooling of `29_v2`, which about doubles what it reads, by 2.
+
     >>> import torch
     >>> from prune_dn.models import light_cnn_9
     >>> net = light_cnn_9(10, image_size=32).eval()
@@ -102,6 +111,17 @@ class LightCNN(nn.Module):
             self.fc = layers[-1]
         bias = config.variant != "29_v2"
         self.fc2 = nn.Linear(config.layers[-1].units, config.num_classes, bias=bias)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear) and not module.weight.is_meta:
+                nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if name.endswith("conv2.filter.weight"):
+                    parameter.div_(math.sqrt(sum(config.blocks)))
+                elif config.variant == "29_v2" and name in _POOLED:
+                    parameter.div_(2)
 
     def _pool(self) -> Pool:
         return Pool(plus_mean=self.config.variant == "29_v2")

@@ -142,6 +142,22 @@ def test_dropout_stands_between_embedding_and_classifier(builder) -> None:
     torch.testing.assert_close(net(x), net.fc2(net.embed(x)))
 
 
+def test_new_weights_keep_signals_alive() -> None:
+    """Root mean square of the embedding of noise; MFM layers alone keep it, poolings raise it."""
+    x = torch.randn(8, 1, 32, 32)
+    for builder in BUILDERS:
+        net = builder(10, image_size=32).eval()
+        assert all((p == 0).all() for n, p in net.named_parameters() if n.endswith("bias"))
+        with torch.no_grad():
+            strength = net.embed(x).square().mean().sqrt().item()
+        assert 0.5 < strength < 12, builder.__name__
+    layer = light_cnn_29(10, image_size=32).group1.conv
+    with torch.no_grad():
+        maps = torch.rand(4, 48, 40, 40)
+        inside = layer(maps)[:, :, 1:-1, 1:-1].square().mean() / maps.square().mean()
+    assert 0.8 < inside < 1.25
+
+
 def test_another_image_size_is_refused() -> None:
     net = light_cnn_9(10, **SMALL)
     with pytest.raises(ConfigError, match=r"takes images of 32x32 pixels, not 64x32"):
