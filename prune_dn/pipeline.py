@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prune_dn.data import Datasets
+from prune_dn.errors import RecipeError
 from prune_dn.models import DenseNet, LightCNN, Net
 from prune_dn.phases import Phases, build_model, load_data
 from prune_dn.profiling import count
@@ -36,7 +38,7 @@ def run(
     not fit, and what training, pruning and export raise.
     """
     data = load_data(recipe.data, seed=recipe.seed)
-    model = build_model(recipe.model, data, seed=recipe.seed)
+    model = _model(recipe, data)
     folder = RunFolder(recipe, overwrite=overwrite)
     try:
         phases = Phases(recipe, data, folder, progress)
@@ -58,6 +60,17 @@ def run(
         folder.close()
 
 
+def _model(recipe: Recipe, data: Datasets) -> Net:
+    """The net to begin with. Raises RecipeError where the rest of the recipe is not for it."""
+    model = build_model(recipe.model, data, seed=recipe.seed)
+    if isinstance(model, LightCNN) and (foreign := recipe.foreign_to_light_cnns()):
+        raise RecipeError(
+            f"{recipe.model.name or recipe.model.checkpoint} is a Light CNN, which cannot be "
+            f"trained or cut with {foreign}"
+        )
+    return model
+
+
 def dry_run(recipe: Recipe) -> dict[str, Any]:
     """What `run` would work on: data, net, budget. Nothing is trained or written.
 
@@ -65,7 +78,7 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
     be met and what sizes it gives. Raises what `run` would raise for the same mistakes.
     """
     data = load_data(recipe.data, seed=recipe.seed)
-    model = build_model(recipe.model, data, seed=recipe.seed)
+    model = _model(recipe, data)
     facts: dict[str, Any] = {
         "model": recipe.model.name or recipe.model.checkpoint,
         "data": data.spec.to_dict(),

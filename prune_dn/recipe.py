@@ -243,18 +243,20 @@ class Recipe(Section):
             for key in ("runtime", "batch_size"):
                 if getattr(self.prune, key) is not None:
                     raise ValueError(f"prune.{key} has no effect: prune.unit is not latency")
-        if self.model.name in LIGHT_CNNS and (foreign := self._densenets_own()):
+        if self.model.name in LIGHT_CNNS and (foreign := self.foreign_to_light_cnns()):
             raise ValueError(f"{self.model.name} cannot be trained or cut with {foreign}")
         if self.prune is not None and self.prune.rounds > 1 and self.finetune is None:
             raise ValueError("prune.rounds above 1 fine-tunes between the rounds; add finetune")
         return self
 
-    def _densenets_own(self) -> str:
-        """What a Light CNN has no use for, with what to do instead."""
-        wrong = []
+    def foreign_to_light_cnns(self) -> str:
+        """What a Light CNN has no use for, with what to do instead; empty = nothing."""
+        wrong = ["model.memory_efficient (leave it out)"] if self.model.memory_efficient else []
         for name, fit in (("train", self.train), ("finetune", self.finetune)):
             if fit is not None and fit.resolutions:
                 wrong.append(f"{name}.resolutions (its linear layer fits one size; leave them out)")
+            if fit is not None and fit.memory_efficient:
+                wrong.append(f"{name}.memory_efficient (leave it out)")
             if fit is not None and fit.sparsity is not None:
                 wrong.append(f"{name}.sparsity (it has no norms; leave it out)")
         if (cut := self.prune) is not None:

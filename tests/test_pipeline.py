@@ -388,6 +388,21 @@ def test_a_light_cnn_from_recipe_to_export(tmp_path: Path) -> None:
     assert (folder / "report.md").read_text().count(row) == 1
 
 
+def test_a_light_cnns_checkpoint_is_refused_before_it_trains(tmp_path: Path) -> None:
+    save(light_cnn_9(10, image_size=16, widths=(2,) * 5, embedding=4), tmp_path / "net.safetensors")
+    overrides = [
+        f"model={{checkpoint: {json.dumps(str(tmp_path / 'net.safetensors'))}}}",
+        f"output_dir={json.dumps(str(tmp_path / 'run'))}",
+        "prune={pruning_ratio: 0.5}",
+        "train.memory_efficient=true",
+    ]
+    message = r"is a Light CNN, .* with train.memory_efficient .* criterion bn_scale .*choose l2"
+    for job in (pipeline.dry_run, go):
+        with pytest.raises(RecipeError, match=message):
+            job(parse_recipe(LIGHT, overrides=overrides))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_light_cnn_is_for_one_image_size(tmp_path: Path) -> None:
     net = light_cnn_9(10, image_size=32, widths=(2,) * 5, embedding=4)
     save(net, tmp_path / "net.safetensors")
