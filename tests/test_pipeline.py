@@ -396,7 +396,7 @@ def test_a_light_cnns_checkpoint_is_refused_before_it_trains(tmp_path: Path) -> 
         "prune={pruning_ratio: 0.5}",
         "train.memory_efficient=true",
     ]
-    message = r"is a Light CNN, .* with train.memory_efficient .* criterion bn_scale .*choose l2"
+    message = r"is a Light CNN, .* with train.memory_efficient .*criterion bn_scale .*choose l2"
     for job in (pipeline.dry_run, go):
         with pytest.raises(RecipeError, match=message):
             job(parse_recipe(LIGHT, overrides=overrides))
