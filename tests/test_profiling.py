@@ -173,3 +173,12 @@ def test_a_light_cnn_knows_its_image_size() -> None:
     assert cost.params == sum(p.numel() for p in net.parameters())
     with pytest.raises(ConfigError, match="takes images of 32x32 pixels, not 48x48"):
         count(net, 48)
+
+
+def test_channels_are_those_of_norms_where_there_are_norms() -> None:
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.Conv2d(8, 5, 3)
+    )
+    assert count(net, 8).channels == 8
+    del net[1]
+    assert count(net, 8).channels == 8 + 5
