@@ -366,6 +366,7 @@ def test_a_light_cnn_from_recipe_to_export(tmp_path: Path) -> None:
     assert set(stages) == {"dense", "pruned", "fine-tuned"}
     assert stages["fine-tuned"]["macs"] == count(last).macs
     assert [r["requested"] for r in result.metrics["rounds"]] == [0.25, 0.5]
+    assert 0.5 <= result.metrics["rounds"][1]["achieved"] < 0.58  # not 0.5 of what round 1 left
     achieved = 1 - count(second).macs / count(dense).macs
     assert result.metrics["rounds"][1]["achieved"] == pytest.approx(achieved)
     report = (folder / "report.md").read_text()
