@@ -1,9 +1,9 @@
-"""The named DenseNets: papers' and torchvision's, with or without MFM."""
+"""The named nets: the papers' and torchvision's DenseNets, with or without MFM, and Light CNNs."""
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from prune_dn.errors import ConfigError
 from prune_dn.models.config import (
@@ -15,6 +15,7 @@ from prune_dn.models.config import (
     pair_up,
 )
 from prune_dn.models.densenet import DenseNet
+from prune_dn.models.light_cnn import LightCNN, light_cnn_9, light_cnn_29, light_cnn_29_v2
 from prune_dn.models.mfm import MFM_KINDS
 
 MFM = str | Mapping[str, str] | None
@@ -362,7 +363,10 @@ def densenet264(
     )
 
 
-BUILDERS = {
+LIGHT_CNNS: dict[str, Callable[..., LightCNN]] = {
+    f.__name__: f for f in (light_cnn_9, light_cnn_29, light_cnn_29_v2)
+}
+BUILDERS: dict[str, Callable[..., DenseNet | LightCNN]] = LIGHT_CNNS | {
     f.__name__: f
     for f in (
         densenet,
