@@ -43,11 +43,11 @@ MFM_TABLE = {
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two classes of noise, 16 pixels wide."""
     root, random = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for split, count in (("train", 10), ("test", 3)):
+    for split, number in (("train", 10), ("test", 3)):
         for label in ("cat", "dog"):
             folder = root / split / label
             folder.mkdir(parents=True)
-            for i in range(count):
+            for i in range(number):
                 pixels = random.integers(0, 256, (16, 16, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / f"{i}.png")
     return root
