@@ -31,7 +31,9 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="The file to write.
 OutputDir = Annotated[Path | None, typer.Option(help="Instead of the recipe's output_dir.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace another run in output_dir.")]
 Criterion = Annotated[str, typer.Option(help="See `prune-dn criteria`.")]
-UnitKinds = Annotated[str, typer.Option("--units", help="Of stream, bottleneck, edge, layer.")]
+UnitKinds = Annotated[
+    str, typer.Option("--units", help="Of stream, bottleneck, edge, sibling, layer.")
+]
 Protect = Annotated[
     list[str] | None, typer.Option(help="Modules that stay whole; may be given repeatedly.")
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
@@ -55,14 +56,19 @@ def _check_ratio(value: Any) -> Any:
     return value
 
 
-def _check_mfm(value: Any) -> Any:
+def _check_mfm(kinds: tuple[str, ...], value: Any) -> Any:
     is_mapping = isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
     if value is None or value == "middle_and_last" or is_mapping:
         return value
     raise ValueError(
-        "must be null, middle_and_last, or a mapping of names or patterns to 2/1 or 3/2, "
-        "such as {transition1: 2/1}"
+        "must be null, middle_and_last, or a mapping of names or patterns to "
+        f"{' or '.join(kinds)}, such as {{transition1: 2/1}}"
     )
+
+
+def _mfm_schema(*kinds: str) -> WithJsonSchema:
+    names = {"type": "object", "additionalProperties": {"enum": list(kinds)}}
+    return WithJsonSchema({"anyOf": [{"type": "null"}, {"const": "middle_and_last"}, names]})
 
 
 def _check_augment(value: Any) -> Any:
@@ -73,18 +79,9 @@ def _check_augment(value: Any) -> Any:
 
 Ratio = Annotated[float, BeforeValidator(_check_ratio)]
 Mfm = Annotated[
-    Any,
-    BeforeValidator(_check_mfm),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "null"},
-                {"const": "middle_and_last"},
-                {"type": "object", "additionalProperties": {"enum": ["2/1", "3/2"]}},
-            ]
-        }
-    ),
+    Any, BeforeValidator(partial(_check_mfm, ("2/1", "3/2"))), _mfm_schema("2/1", "3/2")
 ]
+MfmSkipped = Annotated[Any, BeforeValidator(partial(_check_mfm, ("2/1",))), _mfm_schema("2/1")]
 Augment = Annotated[
     Any,
     BeforeValidator(_check_augment),
@@ -111,6 +108,7 @@ class ModelSection(Section):
     stem: Literal["cifar", "imagenet"] | None = None
     drop_rate: float | None = None
     mfm: Mfm = None
+    mfm_skipped: MfmSkipped = None
     memory_efficient: bool | None = None
 
     @model_validator(mode="after")
@@ -174,7 +172,7 @@ class PruneSection(Section):
     criterion: _choice("criterion", CRITERIA) = "bn_scale"  # type: ignore[valid-type]
     scope: Literal["global", "local"] = "global"
     units: Annotated[
-        tuple[Literal["stream", "bottleneck", "edge", "layer"], ...], Field(min_length=1)
+        tuple[Literal["stream", "bottleneck", "edge", "sibling", "layer"], ...], Field(min_length=1)
     ] = ("stream", "bottleneck")
     compensate: Literal["none", "mean", "least_squares"] = "none"
     calibration: Count | None = None

@@ -53,7 +53,10 @@ def test_good_recipe_and_its_defaults() -> None:
 def test_resolved_recipe_reads_back_equal(name: str) -> None:
     text = {
         "plain": GOOD,
-        "everything": replaced("stem: cifar", "stem: cifar\n  mfm: {denseblock1.*: 2/1}")
+        "everything": replaced(
+            "stem: cifar",
+            "stem: cifar\n  mfm: {denseblock1.*: 2/1}\n  mfm_skipped: {classifier: 2/1}",
+        )
         + "seed: 3\noutput_dir: 'no'\nexport: {onnx: false}\nreport: {batch_sizes: [2]}\n",
         "checkpoint": "model: {checkpoint: 1e-4}\ndata: {name: digits}\nprune: {pruning_ratio: 0.1}"
         "".replace("1e-4", "'1e-4'"),
@@ -92,6 +95,14 @@ def test_resolved_recipe_reads_back_equal(name: str) -> None:
         ("[2, 2]", "5", 3, "model.block_config: 5 is not a list"),
         ("growth_rate: 4", "compression: 2.0", 1, "compression is 2.0; it must lie in (0, 1]"),
         ("stem: cifar", "mfm: {nobody: 2/1}", 1, "mfm pattern 'nobody' matches no part"),
+        ("stem: cifar", "mfm_skipped: {a: 2/1}", 1, "mfm_skipped pattern 'a' matches no part"),
+        ("stem: cifar", "mfm_skipped: {transition1: 3/2}", 1, "mfm_skipped kind '3/2' is unknown"),
+        (
+            "stem: cifar",
+            "mfm_skipped: 3",
+            5,
+            "names or patterns to 2/1, such as {transition1: 2/1}",
+        ),
         ("stem: cifar", "mfm: 3", 5, "model.mfm: 3 must be null, middle_and_last, or a mapping"),
         ("0.5", "0", 12, "0 would remove nothing, a call with no effect"),
         ("0.5", "1", 12, "1 must lie between 0 and 1: it is the fraction to remove"),

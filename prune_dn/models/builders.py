@@ -6,7 +6,14 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 
 from prune_dn.errors import ConfigError
-from prune_dn.models.config import DenseNetConfig, LayerConfig, Stem, TransitionConfig
+from prune_dn.models.config import (
+    DenseNetConfig,
+    Indices,
+    LayerConfig,
+    Stem,
+    TransitionConfig,
+    pair_up,
+)
 from prune_dn.models.densenet import DenseNet
 from prune_dn.models.mfm import MFM_KINDS
 
@@ -25,6 +32,7 @@ def densenet(
     stem: Stem = "imagenet",
     drop_rate: float = 0.0,
     mfm: MFM = None,
+    mfm_skipped: MFM = None,
     memory_efficient: bool = False,
 ) -> DenseNet:
     """Any DenseNet (arXiv:1608.06993).
@@ -37,6 +45,10 @@ def densenet(
     A mapping goes from names or patterns to a kind, `{"denseblock3.*": "2/1", "transition1":
     "3/2"}`; the preset `"middle_and_last"` puts 2/1 on five dense layers, evenly from the middle
     of the net to its last. A transition's filters are rounded down to whole MFM units.
+
+    `mfm_skipped` puts 2/1 on what parts *read* instead, the skipped-over maps, before their norm: of r
+    stream channels number c competes with number c + ceil(r / 2), and the reader has half as many.
+    The names are those of readers, with `"classifier"`; the preset takes the same five layers.
 
     Raises ConfigError for impossible widths, or a pattern that matches nothing.
 
@@ -53,13 +65,16 @@ def densenet(
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ConfigError(f"{name} is {value!r}; it must be an integer of at least 1")
     width = 2 * growth_rate if num_init_features is None else num_init_features
-    kinds = _mfm_kinds(block_config, mfm)
+    readers = _names(block_config)
+    kinds = _mfm_kinds(readers[:-1], "mfm", mfm, tuple(MFM_KINDS))
+    skipped = _mfm_kinds(readers, "mfm_skipped", mfm_skipped, ("2/1",))
     init, blocks, transitions = width, [], []
     for b, depth in enumerate(block_config, start=1):
         layers = []
         for i in range(1, depth + 1):
             kind = kinds.get(f"denseblock{b}.denselayer{i}")
             out = _after_mfm(growth_rate, kind)
+            leads, rivals = _read(width, f"denseblock{b}.denselayer{i}" in skipped)
             if kind is not None and growth_rate % MFM_KINDS[kind][0]:
                 raise ConfigError(
                     f"denseblock{b}.denselayer{i}: mfm {kind} needs a growth rate that is a "
@@ -70,15 +85,19 @@ def densenet(
                     f"denselayer{i}",
                     out,
                     None if bn_size is None else bn_size * growth_rate,
-                    mfm=kind,
+                    leads,
+                    kind,
+                    rivals,
                 )
             )
             width += out
         blocks.append(tuple(layers))
         if b < len(block_config):
             kind = kinds.get(f"transition{b}")
+            leads, rivals = _read(width, f"transition{b}" in skipped)
             width = _after_mfm(int(width * compression), kind)
-            transitions.append(TransitionConfig(width, mfm=kind))
+            transitions.append(TransitionConfig(width, leads, kind, rivals))
+    leads, rivals = _read(width, "classifier" in skipped)
     config = DenseNetConfig(
         num_init_features=init,
         blocks=tuple(blocks),
@@ -86,7 +105,9 @@ def densenet(
         num_classes=num_classes,
         in_channels=in_channels,
         stem=stem,
+        classifier_indices=leads,
         drop_rate=drop_rate,
+        classifier_rivals=rivals,
     )
     return DenseNet(config, memory_efficient=memory_efficient)
 
@@ -98,36 +119,52 @@ def _after_mfm(filters: int, kind: str | None) -> int:
     return filters // siblings * survivors
 
 
-def _mfm_kinds(block_config: Sequence[int], mfm: MFM) -> dict[str, str]:
-    """Which part gets which MFM."""
+def _read(width: int, competes: bool) -> tuple[Indices, Indices]:
+    """What a reader of a whole stream reads, and the rivals of that."""
+    leads, rivals = pair_up(tuple(range(width)))
+    return (leads, rivals) if competes and rivals != leads else (None, None)
+
+
+def _names(block_config: Sequence[int]) -> list[str]:
+    """All readers: layers, transitions, the classifier."""
     layers = [
         f"denseblock{b}.denselayer{i}"
         for b, depth in enumerate(block_config, start=1)
         for i in range(1, depth + 1)
     ]
-    names = layers + [f"transition{b}" for b in range(1, len(block_config))]
+    return [*layers, *(f"transition{b}" for b in range(1, len(block_config))), "classifier"]
+
+
+def _mfm_kinds(
+    names: list[str], argument: str, mfm: MFM, allowed: tuple[str, ...]
+) -> dict[str, str]:
+    """Which part gets which MFM."""
+    layers = [name for name in names if "denselayer" in name]
     if mfm is None:
         return {}
     if mfm == "middle_and_last":
         if len(layers) < 9:
             raise ConfigError(
-                f"mfm='middle_and_last' takes five layers of the second half; {len(layers)} layers "
-                "are too few (at least 9): name the layers in a mapping instead"
+                f"{argument}='middle_and_last' takes five layers of the second half; {len(layers)} "
+                "layers are too few (at least 9): name the layers in a mapping instead"
             )
         middle, last = len(layers) // 2, len(layers) - 1
         return {layers[round(middle + i * (last - middle) / 4)]: "2/1" for i in range(5)}
     if not isinstance(mfm, Mapping):
         raise ConfigError(
-            f"mfm is {mfm!r}; use None, 'middle_and_last' or a mapping like {{'transition1': '2/1'}}"
+            f"{argument} is {mfm!r}; use None, 'middle_and_last' or a mapping like "
+            f"{{'transition1': '2/1'}}"
         )
     kinds: dict[str, str] = {}
     for pattern, kind in mfm.items():
-        if kind not in MFM_KINDS:
-            raise ConfigError(f"mfm kind {kind!r} is unknown; choose one of {', '.join(MFM_KINDS)}")
+        if kind not in allowed:
+            raise ConfigError(
+                f"{argument} kind {kind!r} is unknown; choose one of {', '.join(allowed)}"
+            )
         matched = fnmatch.filter(names, pattern)
         if not matched:
             raise ConfigError(
-                f"mfm pattern {pattern!r} matches no part; the parts are {', '.join(names)}"
+                f"{argument} pattern {pattern!r} matches no part; the parts are {', '.join(names)}"
             )
         kinds.update(dict.fromkeys(matched, kind))
     return kinds
@@ -141,6 +178,7 @@ def _cifar(
     num_classes: int,
     drop_rate: float,
     mfm: MFM,
+    mfm_skipped: MFM,
     memory_efficient: bool,
 ) -> DenseNet:
     return densenet(
@@ -152,6 +190,7 @@ def _cifar(
         num_classes=num_classes,
         drop_rate=drop_rate,
         mfm=mfm,
+        mfm_skipped=mfm_skipped,
         memory_efficient=memory_efficient,
     )
 
@@ -162,12 +201,21 @@ def densenet40(
     growth_rate: int = 12,
     drop_rate: float = 0.0,
     mfm: MFM = None,
+    mfm_skipped: MFM = None,
     memory_efficient: bool = False,
 ) -> DenseNet:
     """DenseNet-40 for 32x32 images: basic layers, no compression, 24 initial maps (as in the
     Network Slimming port), 1.06 M parameters and 288 MMACs at growth rate 12."""
     return _cifar(
-        (12, 12, 12), growth_rate, None, 1.0, num_classes, drop_rate, mfm, memory_efficient
+        (12, 12, 12),
+        growth_rate,
+        None,
+        1.0,
+        num_classes,
+        drop_rate,
+        mfm,
+        mfm_skipped,
+        memory_efficient,
     )
 
 
@@ -177,10 +225,21 @@ def densenet_bc100(
     growth_rate: int = 12,
     drop_rate: float = 0.0,
     mfm: MFM = None,
+    mfm_skipped: MFM = None,
     memory_efficient: bool = False,
 ) -> DenseNet:
     """DenseNet-BC-100 for 32x32 images: bottlenecks, compression 0.5, 0.8 M parameters at k=12."""
-    return _cifar((16, 16, 16), growth_rate, 4, 0.5, num_classes, drop_rate, mfm, memory_efficient)
+    return _cifar(
+        (16, 16, 16),
+        growth_rate,
+        4,
+        0.5,
+        num_classes,
+        drop_rate,
+        mfm,
+        mfm_skipped,
+        memory_efficient,
+    )
 
 
 def densenet_bc190(
@@ -189,10 +248,21 @@ def densenet_bc190(
     growth_rate: int = 40,
     drop_rate: float = 0.0,
     mfm: MFM = None,
+    mfm_skipped: MFM = None,
     memory_efficient: bool = False,
 ) -> DenseNet:
     """DenseNet-BC-190 for 32x32 images: bottlenecks, compression 0.5, 25.6 M parameters at k=40."""
-    return _cifar((31, 31, 31), growth_rate, 4, 0.5, num_classes, drop_rate, mfm, memory_efficient)
+    return _cifar(
+        (31, 31, 31),
+        growth_rate,
+        4,
+        0.5,
+        num_classes,
+        drop_rate,
+        mfm,
+        mfm_skipped,
+        memory_efficient,
+    )
 
 
 def _imagenet(
@@ -202,6 +272,7 @@ def _imagenet(
     in_channels: int,
     drop_rate: float,
     mfm: MFM,
+    mfm_skipped: MFM,
     memory_efficient: bool,
 ) -> DenseNet:
     return densenet(
@@ -211,6 +282,7 @@ def _imagenet(
         in_channels=in_channels,
         drop_rate=drop_rate,
         mfm=mfm,
+        mfm_skipped=mfm_skipped,
         memory_efficient=memory_efficient,
     )
 
@@ -221,11 +293,12 @@ def densenet121(
     in_channels: int = 3,
     drop_rate: float = 0.0,
     mfm: MFM = None,
+    mfm_skipped: MFM = None,
     memory_efficient: bool = False,
 ) -> DenseNet:
     """DenseNet-121 for 224x224 images, as torchvision's."""
     return _imagenet(
-        (6, 12, 24, 16), 32, num_classes, in_channels, drop_rate, mfm, memory_efficient
+        (6, 12, 24, 16), 32, num_classes, in_channels, drop_rate, mfm, mfm_skipped, memory_efficient
     )
 
 
@@ -235,11 +308,12 @@ def densenet161(
     in_channels: int = 3,
     drop_rate: float = 0.0,
     mfm: MFM = None,
+    mfm_skipped: MFM = None,
     memory_efficient: bool = False,
 ) -> DenseNet:
     """DenseNet-161 for 224x224 images, as torchvision's."""
     return _imagenet(
-        (6, 12, 36, 24), 48, num_classes, in_channels, drop_rate, mfm, memory_efficient
+        (6, 12, 36, 24), 48, num_classes, in_channels, drop_rate, mfm, mfm_skipped, memory_efficient
     )
 
 
@@ -249,11 +323,12 @@ def densenet169(
     in_channels: int = 3,
     drop_rate: float = 0.0,
     mfm: MFM = None,
+    mfm_skipped: MFM = None,
     memory_efficient: bool = False,
 ) -> DenseNet:
     """DenseNet-169 for 224x224 images, as torchvision's."""
     return _imagenet(
-        (6, 12, 32, 32), 32, num_classes, in_channels, drop_rate, mfm, memory_efficient
+        (6, 12, 32, 32), 32, num_classes, in_channels, drop_rate, mfm, mfm_skipped, memory_efficient
     )
 
 
@@ -263,11 +338,12 @@ def densenet201(
     in_channels: int = 3,
     drop_rate: float = 0.0,
     mfm: MFM = None,
+    mfm_skipped: MFM = None,
     memory_efficient: bool = False,
 ) -> DenseNet:
     """DenseNet-201 for 224x224 images, as torchvision's."""
     return _imagenet(
-        (6, 12, 48, 32), 32, num_classes, in_channels, drop_rate, mfm, memory_efficient
+        (6, 12, 48, 32), 32, num_classes, in_channels, drop_rate, mfm, mfm_skipped, memory_efficient
     )
 
 
@@ -277,11 +353,12 @@ def densenet264(
     in_channels: int = 3,
     drop_rate: float = 0.0,
     mfm: MFM = None,
+    mfm_skipped: MFM = None,
     memory_efficient: bool = False,
 ) -> DenseNet:
     """DenseNet-264 for 224x224 images (paper, table 1)."""
     return _imagenet(
-        (6, 12, 64, 48), 32, num_classes, in_channels, drop_rate, mfm, memory_efficient
+        (6, 12, 64, 48), 32, num_classes, in_channels, drop_rate, mfm, mfm_skipped, memory_efficient
     )
 
 

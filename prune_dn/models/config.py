@@ -15,6 +15,13 @@ from prune_dn.models.mfm import MFM_KINDS
 
 Stem = Literal["cifar", "imagenet"]
 Indices = tuple[int, ...] | None
+_TUPLES = (
+    "input_indices",
+    "rival_indices",
+    "mfm_alone",
+    "classifier_indices",
+    "classifier_rivals",
+)
 
 
 @dataclass(frozen=True)
@@ -24,6 +31,10 @@ class LayerConfig:
     `out_channels` counts the maps that join the stream, after MFM. `bottleneck` is the width of
     the 1x1 conv, or None for a basic layer (norm1 + 3x3 conv1). `input_indices` are the stream
     positions that the layer reads, rising; None = all. `name` stays the same when other layers go.
+
+    `rival_indices` let what is read compete: rival i is the position whose maximum with
+    `input_indices[i]` is read, or that position again where it stands alone; None = nobody competes.
+    `mfm_alone` are the units of a 2/1 MFM that have one filter left, rising.
     """
 
     name: str
@@ -31,25 +42,32 @@ class LayerConfig:
     bottleneck: int | None = None
     input_indices: Indices = None
     mfm: str | None = None
+    rival_indices: Indices = None
+    mfm_alone: tuple[int, ...] = ()
 
     @property
     def filters(self) -> int:
         """How many filters the last conv of the layer has, before MFM."""
-        return filters_before_mfm(self.out_channels, self.mfm)
+        return filters_before_mfm(self.out_channels, self.mfm) - len(self.mfm_alone)
 
 
 @dataclass(frozen=True)
 class TransitionConfig:
-    """Norm, ReLU, 1x1 conv (then MFM), 2x2 average pooling between two blocks."""
+    """Norm, ReLU, 1x1 conv (then MFM), 2x2 average pooling between two blocks.
+
+    The fields are those of `LayerConfig`.
+    """
 
     out_channels: int
     input_indices: Indices = None
     mfm: str | None = None
+    rival_indices: Indices = None
+    mfm_alone: tuple[int, ...] = ()
 
     @property
     def filters(self) -> int:
         """How many filters the conv has, before MFM."""
-        return filters_before_mfm(self.out_channels, self.mfm)
+        return filters_before_mfm(self.out_channels, self.mfm) - len(self.mfm_alone)
 
 
 @dataclass(frozen=True)
@@ -57,7 +75,8 @@ class DenseNetConfig:
     """Everything that a DenseNet is, but its weights.
 
     `stem` is `"cifar"` (3x3 conv) or `"imagenet"` (7x7 stride 2 conv, norm, ReLU, 3x3 max pooling);
-    `classifier_indices` are the stream positions that the last norm and the classifier read.
+    `classifier_indices` are the stream positions that the last norm and the classifier read, and
+    `classifier_rivals` who competes with them (as `rival_indices` of a layer).
 
     >>> from prune_dn.models import densenet40
     >>> config = densenet40().config
@@ -74,6 +93,7 @@ class DenseNetConfig:
     classifier_indices: Indices = None
     drop_rate: float = 0.0
     norm_eps: float = 1e-5
+    classifier_rivals: Indices = None
 
     def __post_init__(self) -> None:
         problems = list(_problems(self))
@@ -96,6 +116,20 @@ class DenseNetConfig:
             raise ConfigError(f"not a DenseNetConfig in JSON: {error}") from error
 
 
+def pair_up(read: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Let what a reader reads compete by halves: (leads, rivals).
+
+    Of r positions number c competes with number c + ceil(r / 2); the last lead of an odd count
+    stands alone.
+
+    >>> pair_up((0, 1, 2, 3, 4))
+    ((0, 1, 2), (3, 4, 2))
+    """
+    half = -(-len(read) // 2)
+    leads = read[:half]
+    return leads, read[half:] + leads[len(read) - half :]
+
+
 def filters_before_mfm(out_channels: int, mfm: str | None) -> int:
     """The number of conv filters that give `out_channels` maps after MFM `mfm`."""
     if mfm is None:
@@ -106,7 +140,7 @@ def filters_before_mfm(out_channels: int, mfm: str | None) -> int:
 
 def _indices(data: dict[str, Any]) -> dict[str, Any]:
     return {
-        key: tuple(value) if key.endswith("_indices") and value is not None else value
+        key: tuple(value) if key in _TUPLES and value is not None else value
         for key, value in data.items()
     }
 
@@ -143,7 +177,9 @@ def _problems(config: DenseNetConfig) -> Any:
             transition = config.transitions[b - 1]
             yield from _part_problems(f"transition {b}", transition, width)
             width = transition.out_channels if _is_width(transition.out_channels) else 0
-    yield from _index_problems("classifier_indices", config.classifier_indices, width)
+    indices, rivals = config.classifier_indices, config.classifier_rivals
+    yield from _index_problems("classifier_indices", indices, width)
+    yield from _rival_problems("classifier_rivals", indices, rivals, width)
 
 
 def _part_problems(where: str, part: LayerConfig | TransitionConfig, width: int) -> Any:
@@ -157,18 +193,58 @@ def _part_problems(where: str, part: LayerConfig | TransitionConfig, width: int)
                 f"{where}: mfm {part.mfm} gives {MFM_KINDS[part.mfm][1]} maps per unit, "
                 f"so out_channels={part.out_channels} is not possible"
             )
-    yield from _index_problems(f"{where}: input_indices", part.input_indices, width)
+    if part.mfm_alone != () and _is_width(part.out_channels):
+        yield from _alone_problems(f"{where}: mfm_alone", part)
+    indices, rivals = part.input_indices, part.rival_indices
+    yield from _index_problems(f"{where}: input_indices", indices, width)
+    yield from _rival_problems(f"{where}: rival_indices", indices, rivals, width)
+
+
+def _alone_problems(where: str, part: LayerConfig | TransitionConfig) -> Any:
+    alone = part.mfm_alone
+    if part.mfm != "2/1":
+        yield f"{where} is {alone!r}; siblings of mfm {part.mfm} cannot be cut alone, only of 2/1"
+    elif not _is_rising(alone) or not 0 <= alone[0] <= alone[-1] < part.out_channels:
+        yield f"{where} must be rising numbers of the {part.out_channels} units"
+    elif len(alone) == part.out_channels:
+        yield f"{where} has all {part.out_channels} units: nobody competes, so mfm must be None"
 
 
 def _index_problems(where: str, indices: Indices, width: int) -> Any:
     if indices is None:
         return
-    if not all(isinstance(i, int) and not isinstance(i, bool) for i in indices):
+    if not all(map(_is_index, indices)):
         yield f"{where} must be integers"
         return
-    rising = all(a < b for a, b in itertools.pairwise(indices))
-    if not indices or not rising or indices[0] < 0 or indices[-1] >= width:
+    if not indices or not _is_rising(indices) or indices[0] < 0 or indices[-1] >= width:
         yield f"{where} must be rising positions in a stream of {width} channels, at least one"
+
+
+def _rival_problems(where: str, leads: Indices, rivals: Indices, width: int) -> Any:
+    if rivals is None:
+        return
+    if leads is None or len(leads) != len(rivals):
+        count = "None" if leads is None else len(leads)
+        yield f"{where}: {len(rivals)} rivals need as many positions to compete with, not {count}"
+    elif not all(_is_index(i) and lead <= i < width for lead, i in zip(leads, rivals, strict=True)):
+        yield (
+            f"{where} must be positions in a stream of {width} channels, none before the one that it "
+            "competes with"
+        )
+    else:
+        pairs = [i for lead, i in zip(leads, rivals, strict=True) if i != lead]
+        if not pairs:
+            yield f"{where} has nobody who competes with another; it must be None"
+        elif len({*leads, *pairs}) < len(leads) + len(pairs):
+            yield f"{where} has a position that is read twice"
+
+
+def _is_rising(values: tuple[int, ...]) -> bool:
+    return all(map(_is_index, values)) and all(a < b for a, b in itertools.pairwise(values))
+
+
+def _is_index(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_number(value: Any) -> bool:
@@ -176,4 +252,4 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_width(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return _is_index(value) and value >= 1

@@ -10,28 +10,38 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from prune_dn.models.config import DenseNetConfig, Indices, LayerConfig, TransitionConfig
-from prune_dn.models.mfm import MaxFeatureMap
+from prune_dn.models.mfm import MFM_KINDS, MaxFeatureMap
 
 
 class ReadStream(nn.Module):
-    """Select the stream channels that a reader reads; positions are a constant index buffer.
+    """Select the stream channels that a reader reads; positions are constant index buffers.
 
-    (N, stream, H, W) -> (N, read, H, W). With `input_indices=None` the stream passes unchanged.
+    (N, stream, H, W) -> (N, read, H, W). With `input_indices=None` the stream passes unchanged. With
+    `rival_indices` what is read competes first: the maximum of each channel and its rival.
+
+    >>> pairs = ReadStream((0, 1), (2, 1))
+    >>> pairs(torch.tensor([[1.0, -5.0, 3.0]])).tolist()
+    [[3.0, -5.0]]
     """
 
     input_indices: Tensor | None
+    rival_indices: Tensor | None
 
-    def __init__(self, input_indices: Indices) -> None:
+    def __init__(self, input_indices: Indices, rival_indices: Indices = None) -> None:
         super().__init__()
-        # The index is no weight: nothing loads it later, so it is real even in a model on "meta".
+        # An index is no weight: nothing loads it later, so it is real even in a model on "meta".
         device = "cpu" if torch.get_default_device().type == "meta" else None
-        index = None if input_indices is None else torch.tensor(input_indices, device=device)
-        self.register_buffer("input_indices", index, persistent=False)
+        for name, indices in (("input_indices", input_indices), ("rival_indices", rival_indices)):
+            index = None if indices is None else torch.tensor(indices, device=device)
+            self.register_buffer(name, index, persistent=False)
 
     def forward(self, stream: Tensor) -> Tensor:
         if self.input_indices is None:
             return stream
-        return stream.index_select(1, self.input_indices)
+        read = stream.index_select(1, self.input_indices)
+        if self.rival_indices is None:
+            return read
+        return torch.maximum(read, stream.index_select(1, self.rival_indices))
 
 
 class DenseLayer(nn.Module):
@@ -42,7 +52,7 @@ class DenseLayer(nn.Module):
     ) -> None:
         super().__init__()
         read = stream if layer.input_indices is None else len(layer.input_indices)
-        self.read = ReadStream(layer.input_indices)
+        self.read = ReadStream(layer.input_indices, layer.rival_indices)
         self.norm1 = nn.BatchNorm2d(read, eps=norm_eps)
         self.norm2: nn.BatchNorm2d | None = None
         self.conv2: nn.Conv2d | None = None
@@ -52,7 +62,7 @@ class DenseLayer(nn.Module):
             self.conv1 = nn.Conv2d(read, layer.bottleneck, 1, bias=False)
             self.norm2 = nn.BatchNorm2d(layer.bottleneck, eps=norm_eps)
             self.conv2 = nn.Conv2d(layer.bottleneck, layer.filters, 3, padding=1, bias=False)
-        self.mfm = None if layer.mfm is None else MaxFeatureMap(layer.mfm)
+        self.mfm = _mfm(layer)
         self.drop_rate = drop_rate
 
     def _first_conv(self, *sources: Tensor) -> Tensor:
@@ -123,10 +133,10 @@ class Transition(nn.Module):
         super().__init__()
         indices = transition.input_indices
         read = stream if indices is None else len(indices)
-        self.read = ReadStream(indices)
+        self.read = ReadStream(indices, transition.rival_indices)
         self.norm = nn.BatchNorm2d(read, eps=norm_eps)
         self.conv = nn.Conv2d(read, transition.filters, 1, bias=False)
-        self.mfm = None if transition.mfm is None else MaxFeatureMap(transition.mfm)
+        self.mfm = _mfm(transition)
 
     def forward(self, stream: Tensor) -> Tensor:
         out = self.conv(F.relu(self.norm(self.read(stream))))
@@ -175,7 +185,7 @@ class DenseNet(nn.Module):
         indices = config.classifier_indices
         read = width if indices is None else len(indices)
         self.features = features
-        self.read = ReadStream(indices)
+        self.read = ReadStream(indices, config.classifier_rivals)
         features.add_module("norm5", nn.BatchNorm2d(read, eps=eps))
         self.classifier = nn.Linear(read, config.num_classes)
         for module in self.modules():
@@ -192,6 +202,13 @@ class DenseNet(nn.Module):
             else:
                 x = module(x)
         return self.classifier(F.adaptive_avg_pool2d(F.relu(x), 1).flatten(1))
+
+
+def _mfm(part: LayerConfig | TransitionConfig) -> MaxFeatureMap | None:
+    if part.mfm is None:
+        return None
+    units = part.out_channels // MFM_KINDS[part.mfm][1]
+    return MaxFeatureMap(part.mfm, units=units, alone=part.mfm_alone)
 
 
 def build_empty(config: DenseNetConfig, *, memory_efficient: bool = False) -> DenseNet:

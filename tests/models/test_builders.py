@@ -80,7 +80,7 @@ def test_options_reach_the_config() -> None:
 
 
 def test_every_builder_but_the_general_one_takes_the_same_options() -> None:
-    common = {"num_classes", "drop_rate", "mfm", "memory_efficient"}
+    common = {"num_classes", "drop_rate", "mfm", "mfm_skipped", "memory_efficient"}
     for name, builder in BUILDERS.items():
         assert common <= set(inspect.signature(builder).parameters), name
 
@@ -113,6 +113,36 @@ def test_mfm_mapping_and_widths() -> None:
     assert net(torch.zeros(2, 3, 8, 8)).shape == (2, 3)
 
 
+def test_mfm_on_what_is_read() -> None:
+    net = densenet([2, 1], 4, num_init_features=5, bn_size=2, stem="cifar", num_classes=3,
+                   mfm_skipped={"denseblock1.denselayer[12]": "2/1", "classifier": "2/1"})  # fmt: skip
+    first, second = net.config.blocks[0]
+    assert (first.input_indices, first.rival_indices) == ((0, 1, 2), (3, 4, 2))
+    assert (second.input_indices, second.rival_indices) == ((0, 1, 2, 3, 4), (5, 6, 7, 8, 4))
+    assert net.config.transitions[0].rival_indices is None
+    assert net.config.classifier_rivals == (5, 6, 7, 8, 9)
+    assert net.classifier.in_features == net.features.norm5.num_features == 5
+    assert net(torch.zeros(2, 3, 8, 8)).shape == (2, 3)
+
+
+def test_the_preset_takes_the_same_layers_on_both_sides() -> None:
+    made = densenet40(mfm="middle_and_last").config
+    read = densenet40(mfm_skipped="middle_and_last").config
+    assert [x.mfm is None for b in made.blocks for x in b] == [
+        x.rival_indices is None for b in read.blocks for x in b
+    ]
+    assert {x.out_channels for b in read.blocks for x in b} == {12}
+    assert all(t.rival_indices is None for t in read.transitions)
+
+
+def test_one_channel_has_nobody_to_compete_with() -> None:
+    net = densenet(
+        [1], 4, num_init_features=1, stem="cifar", num_classes=3, mfm_skipped={"*": "2/1"}
+    )
+    assert net.config.blocks[0][0].rival_indices is None
+    assert net.config.classifier_rivals == (3, 4, 2)
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
@@ -128,6 +158,13 @@ def test_mfm_mapping_and_widths() -> None:
             {"mfm": {"transition9": "2/1"}},
             "'transition9' matches no part; the parts are denseblock1",
         ),
+        ({"mfm": {"classifier": "2/1"}}, "mfm pattern 'classifier' matches no part"),
+        (
+            {"mfm_skipped": {"classifier": "3/2"}},
+            "mfm_skipped kind '3/2' is unknown; choose one of 2/1",
+        ),
+        ({"mfm_skipped": "middle_and_last"}, "mfm_skipped='middle_and_last' takes five layers"),
+        ({"mfm_skipped": {"conv0": "2/1"}}, "mfm_skipped pattern 'conv0' matches no part"),
         (
             {"growth_rate": 7, "mfm": {"*.denselayer1": "2/1"}},
             "denseblock1.denselayer1: mfm 2/1 needs a growth rate that is a multiple of 2, not 7",

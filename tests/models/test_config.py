@@ -11,7 +11,7 @@ from strategies import pruned_configs
 
 from prune_dn.errors import ConfigError
 from prune_dn.models import DenseNetConfig, LayerConfig, TransitionConfig
-from prune_dn.models.config import filters_before_mfm
+from prune_dn.models.config import filters_before_mfm, pair_up
 
 GOOD = DenseNetConfig(
     num_init_features=4,
@@ -47,7 +47,17 @@ def test_json_is_plain_data() -> None:
         "bottleneck": 8,
         "input_indices": None,
         "mfm": None,
+        "rival_indices": None,
+        "mfm_alone": [],
     }
+
+
+def test_json_of_before_siblings_could_go_still_loads() -> None:
+    data = json.loads(GOOD.to_json())
+    del data["classifier_rivals"]
+    for part in (*data["blocks"][0], *data["transitions"]):
+        del part["rival_indices"], part["mfm_alone"]
+    assert DenseNetConfig.from_json(json.dumps(data)) == GOOD
 
 
 def test_is_frozen() -> None:
@@ -59,6 +69,21 @@ def test_filters_before_mfm() -> None:
     assert [filters_before_mfm(4, kind) for kind in (None, "2/1", "3/2")] == [4, 8, 6]
     assert GOOD.transitions[0].filters == 9
     assert LayerConfig("denselayer1", 5, mfm="2/1").filters == 10
+    assert LayerConfig("denselayer1", 5, mfm="2/1", mfm_alone=(0, 3)).filters == 8
+
+
+@pytest.mark.parametrize(
+    ("read", "pairs"),
+    [
+        ((4,), ((4,), (4,))),
+        ((1, 5), ((1,), (5,))),
+        ((0, 2, 3), ((0, 2), (3, 2))),
+        (tuple(range(6)), ((0, 1, 2), (3, 4, 5))),
+        (tuple(range(7)), ((0, 1, 2, 3), (4, 5, 6, 3))),
+    ],
+)
+def test_halves_compete(read, pairs) -> None:
+    assert pair_up(read) == pairs
 
 
 @pytest.mark.parametrize(
@@ -91,6 +116,44 @@ def test_filters_before_mfm() -> None:
         (layer(input_indices=(1, 1)), "must be rising positions in a stream of 4 channels"),
         (layer(input_indices=(-1, 1)), "must be rising positions in a stream of 4 channels"),
         (layer(input_indices=(0, 1.5)), "block 1, denselayer1: input_indices must be integers"),
+        (
+            layer(mfm_alone=(0,)),
+            "block 1, denselayer1: mfm_alone is (0,); siblings of mfm None cannot be cut alone",
+        ),
+        (
+            transition(mfm_alone=(0,)),
+            "transition 1: mfm_alone is (0,); siblings of mfm 3/2 cannot be cut alone, only of 2/1",
+        ),
+        (
+            layer(mfm="2/1", mfm_alone=(1, 2)),
+            "denselayer1: mfm_alone must be rising numbers of the 2 units",
+        ),
+        (layer(mfm="2/1", mfm_alone=(1, 0)), "mfm_alone must be rising numbers of the 2 units"),
+        (layer(mfm="2/1", mfm_alone=(0, 1)), "has all 2 units: nobody competes, so mfm must be"),
+        (
+            layer(rival_indices=(2, 3)),
+            "block 1, denselayer1: rival_indices: 2 rivals need as many positions to compete with, "
+            "not None",
+        ),
+        (
+            layer(input_indices=(0,), rival_indices=(2, 3)),
+            "as many positions to compete with, not 1",
+        ),
+        (
+            layer(input_indices=(0, 1), rival_indices=(2, 0)),
+            "rival_indices must be positions in a stream of 4 channels, none before the one that",
+        ),
+        (
+            layer(input_indices=(0, 1), rival_indices=(2, 4)),
+            "rival_indices must be positions in a stream of 4 channels",
+        ),
+        (layer(input_indices=(0, 1), rival_indices=(0, 1)), "has nobody who competes with another"),
+        (layer(input_indices=(0, 1), rival_indices=(1, 1)), "has a position that is read twice"),
+        (layer(input_indices=(0, 1), rival_indices=(3, 3)), "has a position that is read twice"),
+        (
+            {"classifier_indices": (0, 1), "classifier_rivals": (2, 6)},
+            "classifier_rivals must be positions in a stream of 6 channels",
+        ),
         (
             {"classifier_indices": (6,)},
             "classifier_indices must be rising positions in a stream of 6",

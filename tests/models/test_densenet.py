@@ -36,14 +36,24 @@ def slow_forward(config: DenseNetConfig, weights: dict[str, Tensor], x: Tensor) 
         )
         return ((x - mean) / (var + config.norm_eps).sqrt() * w + b).clamp(min=0)
 
-    def read(stream: list[Tensor], indices: tuple[int, ...] | None) -> Tensor:
-        chosen = range(len(stream)) if indices is None else indices
-        return torch.stack([stream[i] for i in chosen], 1)
+    def read(
+        stream: list[Tensor], indices: tuple[int, ...] | None, rivals: tuple[int, ...] | None
+    ) -> Tensor:
+        chosen = tuple(range(len(stream))) if indices is None else indices
+        against = chosen if rivals is None else rivals
+        pairs = [torch.stack([stream[i], stream[j]]) for i, j in zip(chosen, against, strict=True)]
+        return torch.stack([pair.amax(0) for pair in pairs], 1)
 
-    def compete(x: Tensor, kind: str | None) -> list[Tensor]:
-        maps = list(x.unbind(1))
+    def compete(x: Tensor, part: LayerConfig | TransitionConfig) -> list[Tensor]:
+        maps, kind = list(x.unbind(1)), part.mfm
         if kind is None:
             return maps
+        if part.mfm_alone:
+            firsts, seconds = maps[: part.out_channels], iter(maps[part.out_channels :])
+            return [
+                first if unit in part.mfm_alone else torch.stack([first, next(seconds)]).amax(0)
+                for unit, first in enumerate(firsts)
+            ]
         siblings, survivors = (2, 1) if kind == "2/1" else (3, 2)
         n = len(maps) // siblings
         units = [torch.stack(maps[c::n]).sort(0, descending=True).values for c in range(n)]
@@ -58,20 +68,21 @@ def slow_forward(config: DenseNetConfig, weights: dict[str, Tensor], x: Tensor) 
     for b, block in enumerate(config.blocks, start=1):
         for layer in block:
             name = f"features.denseblock{b}.{layer.name}"
-            x = norm_relu(f"{name}.norm1", read(stream, layer.input_indices))
+            x = norm_relu(f"{name}.norm1", read(stream, layer.input_indices, layer.rival_indices))
             if layer.bottleneck is None:
                 x = F.conv2d(x, weights[f"{name}.conv1.weight"], padding=1)
             else:
                 x = torch.einsum("nchw,oc->nohw", x, weights[f"{name}.conv1.weight"][:, :, 0, 0])
                 x = norm_relu(f"{name}.norm2", x)
                 x = F.conv2d(x, weights[f"{name}.conv2.weight"], padding=1)
-            stream += compete(x, layer.mfm)
+            stream += compete(x, layer)
         if b <= len(config.transitions):
             t, name = config.transitions[b - 1], f"features.transition{b}"
-            x = norm_relu(f"{name}.norm", read(stream, t.input_indices))
+            x = norm_relu(f"{name}.norm", read(stream, t.input_indices, t.rival_indices))
             x = torch.einsum("nchw,oc->nohw", x, weights[f"{name}.conv.weight"][:, :, 0, 0])
-            stream = [F.avg_pool2d(m, 2) for m in compete(x, t.mfm)]
-    x = norm_relu("features.norm5", read(stream, config.classifier_indices)).mean((2, 3))
+            stream = [F.avg_pool2d(m, 2) for m in compete(x, t)]
+    x = read(stream, config.classifier_indices, config.classifier_rivals)
+    x = norm_relu("features.norm5", x).mean((2, 3))
     return x @ weights["classifier.weight"].T + weights["classifier.bias"]
 
 
@@ -122,6 +133,13 @@ def test_reading_everything_is_no_gather() -> None:
     assert some.double().input_indices.dtype == torch.int64
 
 
+def test_what_is_read_competes_before_the_norm() -> None:
+    stream = torch.randn(2, 5, 3, 3)
+    read = ReadStream((0, 1, 4), (3, 2, 4))(stream)
+    sides = (stream[:, [0, 1, 4]], stream[:, [3, 2, 4]])
+    assert torch.equal(read, torch.where(sides[0] > sides[1], *sides))
+
+
 # -- build_empty ---------------------------------------------------------------------------------
 
 
@@ -134,7 +152,7 @@ def test_build_empty_takes_any_weights(config: DenseNetConfig) -> None:
     assert torch.equal(before, torch.get_rng_state())
     assert empty.memory_efficient and all(p.is_meta for p in empty.parameters())
     for name, buffer in empty.named_buffers():
-        assert buffer.is_meta != name.endswith("input_indices"), name
+        assert buffer.is_meta != name.endswith(("_indices", "rivals")), name
     empty.load_state_dict(full.state_dict(), assign=True)
     assert not any(t.is_meta for t in (*empty.parameters(), *empty.buffers()))
     assert all(p.requires_grad for p in empty.parameters())

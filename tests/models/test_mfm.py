@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from prune_dn.errors import ConfigError
 from prune_dn.models import MFM_KINDS, MaxFeatureMap, max_feature_map
@@ -40,6 +42,31 @@ def test_gradient_goes_to_the_survivors_only(kind: str) -> None:
     assert torch.equal(x.grad.reshape(2, siblings, 4, 3), (ranks < survivors).float())
 
 
+@given(st.data())
+def test_who_has_lost_its_sibling_passes_unchanged(data: st.DataObject) -> None:
+    units = data.draw(st.integers(1, 6))
+    alone = tuple(sorted(data.draw(st.sets(st.integers(0, units - 1), max_size=units))))
+    x = torch.randn(2, 2 * units, 3, generator=torch.Generator().manual_seed(units)).double()
+    lost = x.clone()
+    lost[:, [units + unit for unit in alone]] = -torch.inf
+    left = [c for c in range(2 * units) if c - units not in alone]
+    found = MaxFeatureMap("2/1", units=units, alone=alone)(x[:, left])
+    assert torch.equal(found, max_feature_map(lost))
+
+
+def test_siblings_of_three_cannot_go_alone() -> None:
+    with pytest.raises(ConfigError, match=r"mfm 3/2: siblings cannot be cut alone, only whole"):
+        MaxFeatureMap("3/2", units=2, alone=(0,))
+
+
+def test_its_index_is_no_weight() -> None:
+    some = MaxFeatureMap("2/1", units=3, alone=(0, 2))
+    assert some.rivals is not None and some.rivals.tolist() == [0, 3, 2]
+    assert not some.state_dict() and some.double().rivals.dtype == torch.int64
+    with torch.device("meta"):
+        assert MaxFeatureMap("2/1", units=3, alone=(1,)).rivals.device.type == "cpu"
+
+
 def test_errors() -> None:
     with pytest.raises(ConfigError, match=r"mfm kind '4/1' is unknown; choose one of 2/1, 3/2"):
         max_feature_map(torch.zeros(1, 4), "4/1")
@@ -53,3 +80,5 @@ def test_errors() -> None:
 
 def test_repr_names_the_kind() -> None:
     assert repr(MaxFeatureMap("3/2")) == "MaxFeatureMap('3/2')"
+    some = MaxFeatureMap("2/1", units=3, alone=(1,))
+    assert repr(some) == "MaxFeatureMap('2/1', 1 of 3 alone)"
