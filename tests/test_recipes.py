@@ -34,8 +34,16 @@ MFM_TABLE = {
     "plain_random_as_five",
     "plain_l1_as_five",
     "plain_bn_scale_as_five",
+    "plain_random_as_both",
+    "plain_l1_as_both",
+    "plain_bn_scale_as_both",
+    "plain_reconstruction_as_both",
     "five",
     "five_longer",
+    "skipped",
+    "skipped_longer",
+    "both",
+    "both_longer",
 }
 
 
@@ -94,7 +102,7 @@ def test_recipe_runs_to_the_end(path: Path, images: Path, tmp_path: Path) -> Non
     result = pipeline.run(recipe, progress=False)
     stages = result.metrics["stages"]
     mfm = [m for m in result.model.modules() if isinstance(m, MaxFeatureMap)]
-    assert len(mfm) == (5 if path.stem.startswith(("mfm", "five")) else 0)
+    assert len(mfm) == (5 if path.stem.startswith(("mfm", "five", "both")) else 0)
     if recipe.prune is None:
         assert set(stages) == {"dense"}
         return
@@ -124,7 +132,9 @@ def test_rows_of_the_mfm_table_differ_in_what_they_say_only() -> None:
     assert len({recipe.train for recipe in starts}) == 1
     assert len({recipe.train or recipe.finetune for recipe in others}) == 1
     assert len({recipe.data for recipe in recipes}) == 1
-    shapes = [recipe.model.model_copy(update={"mfm": None}) for recipe in starts]
+    shapes = [
+        recipe.model.model_copy(update={"mfm": None, "mfm_skipped": None}) for recipe in starts
+    ]
     assert len({shape.model_dump_json() for shape in shapes}) == 1
 
 
