@@ -10,10 +10,14 @@ import pytest
 import results
 import torch
 from PIL import Image
+from torch import nn
 
+from prune_dn.checkpoint import load
+from prune_dn.data import load_datasets
 from prune_dn.errors import RecipeError
 from prune_dn.models import densenet
 from prune_dn.profiling import count
+from prune_dn.training import evaluate
 
 SHAPE = "name: densenet, block_config: [3, 6], growth_rate: 4, bn_size: null, stem: cifar"
 FIT = "{epochs: 1, batch_size: 4, learning_rate: 0.05, max_steps: 2}"
@@ -53,6 +57,16 @@ def output(
     return found
 
 
+def bytes_that_convs_read(model: nn.Module, images: torch.Tensor) -> int:
+    """Each conv keeps its input for the gradient of its weights."""
+    read: list[int] = []
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda _, args, out: read.append(args[0].numel() * 4))
+    model(images)
+    return sum(read)
+
+
 def test_rows_of_all_seeds_and_a_resumed_run(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -74,6 +88,15 @@ def test_rows_of_all_seeds_and_a_resumed_run(
         else:
             assert 0.5 * plain.macs < row["macs"] <= 0.6 * plain.macs
             assert row["as_cut"] is not None
+        file = "dense" if row["row"] == "five_longer" else "pruned"
+        folder = tmp_path / "out" / str(row["seed"]) / row["row"]
+        model = load(folder / f"{file}.safetensors")
+        spec = {"root": tmp_path / "images", "seed": row["seed"]}
+        data = load_datasets("image_folder", **spec)
+        assert row["accuracy"] == 100 * evaluate(model, data.test).accuracy
+        assert row["val_accuracy"] == 100 * evaluate(model, data.val).accuracy
+        inputs = bytes_that_convs_read(model, torch.zeros(tool.BATCH, 3, 8, 8))
+        assert inputs < row["training_mb"] * 1e6 < 5 * inputs
 
     lines = page.read_text().splitlines()
     assert len(lines) == 8 and lines[0] == "a" and lines[-1] == "b"
