@@ -22,6 +22,7 @@ import dataclasses
 import fnmatch
 import functools
 import hashlib
+import itertools
 import json
 import statistics
 from collections.abc import Iterator, Sequence
@@ -157,41 +158,52 @@ def _training_bytes(model: prune_dn.DenseNet, image_size: int) -> int:
     return saved_bytes(model, lambda: F.cross_entropy(model(images), labels))
 
 
+def by_macs(table: Table, rows: Sequence[Row]) -> list[list[tuple[str, list[Row]]]]:
+    """Names and their rows: nets of equal MACs (to 1 % of the most) together, the best first."""
+    nets = [(name, [row for row in rows if row["row"] == name]) for name in table.rows]
+    most = max(_mean(found, "macs") for _, found in nets)
+    equal: dict[float, list[tuple[str, list[Row]]]] = {}
+    for name, found in sorted(nets, key=lambda net: -_mean(net[1], "accuracy")):
+        equal.setdefault(round(_mean(found, "macs") / most, 2), []).append((name, found))
+    return [equal[share] for share in sorted(equal, reverse=True)]
+
+
 def markdown(table: Table, rows: Sequence[Row], times: Sequence[Row]) -> str:
-    """The table: nets of equal MACs together, the best first; means over seeds, and their spread."""
-    groups = {name: [row for row in rows if row["row"] == name] for name in table.rows}
-    most = max(_mean(found, "macs") for found in groups.values())
+    """The table: means over seeds, and their spread (standard deviation)."""
     head = ["net", "test accuracy, %", "as cut, %", "params", "MMACs", "training MB"]
     head += [f"ms, {t['runtime']}, batch {t['batch_size']}" for t in times]
     lines = []
-    for name, found in groups.items():
-        macs = _mean(found, "macs")
+    for name, found in itertools.chain(*by_macs(table, rows)):
         cells = [table.title(name), _spread(found, "accuracy"), _spread(found, "as_cut")]
-        cells += [f"{_mean(found, 'params'):,.0f}", f"{macs / 1e6:.2f}"]
+        cells += [f"{_mean(found, 'params'):,.0f}", f"{_mean(found, 'macs') / 1e6:.2f}"]
         cells += [f"{_mean(found, 'training_mb'):.1f}"]
         cells += [f"{t['latency'][name]['median_ms']:.2f}" for t in times]
-        lines.append((-round(macs / most, 2), -_mean(found, "accuracy"), cells))
-    return markdown_table(head, [cells for *_, cells in sorted(lines)]) + "\n"
+        lines.append(cells)
+    return markdown_table(head, lines) + "\n"
 
 
 def plot(table: Table, rows: Sequence[Row], path: Path) -> None:
-    """Test accuracy against MACs; bars are the spread (standard deviation) over seeds."""
+    """Test accuracy against MACs; bars are the spread over seeds. Circles are whole nets."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 6.5), layout="constrained")
-    axes = figure.subplots()
-    for number, name in enumerate(table.rows):
-        found = [row for row in rows if row["row"] == name]
-        axes.errorbar(
-            _mean(found, "macs") / 1e6,
-            _mean(found, "accuracy"),
-            yerr=_deviation(found, "accuracy"),
-            fmt=("o", "s", "^", "D")[number % 4],
-            color=f"C{number % 10}",
-            capsize=3,
-            label=table.title(name),
-        )
-    axes.set(xlabel="million MACs", ylabel="test accuracy, %")
+    figure = Figure(figsize=(9, 7), layout="constrained")
+    axes, color = figure.subplots(), itertools.cycle(colormaps["tab20"].colors)  # type: ignore[attr-defined]
+    for equal in by_macs(table, rows):
+        center = statistics.fmean(_mean(found, "macs") for _, found in equal) / 1e6
+        for number, (name, found) in enumerate(equal):
+            whole = found[0]["as_cut"] is None
+            axes.errorbar(
+                center + 0.06 * (number - (len(equal) - 1) / 2),
+                _mean(found, "accuracy"),
+                yerr=_deviation(found, "accuracy"),
+                fmt="o" if whole else "s",
+                color=next(color),
+                capsize=3,
+                label=table.title(name),
+            )
+    label = "million MACs (nets of equal MACs, to 1 %, are drawn side by side)"
+    axes.set(xlabel=label, ylabel="test accuracy, %")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
