@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from prune_dn.pruning.importance import register_criterion
     from prune_dn.pruning.plan import Plan, make_plan
     from prune_dn.pruning.recalibrate import recalibrate_batch_norm_
+    from prune_dn.pruning.settle import settling_plan
     from prune_dn.pruning.surgery import apply_plan, prune
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "register_criterion",
     "save",
     "save_state_dict",
+    "settling_plan",
 ]
 
 _HOMES = {
@@ -57,6 +59,7 @@ _HOMES = {
         "prune",
         "recalibrate_batch_norm_",
         "register_criterion",
+        "settling_plan",
     ),
 }
 

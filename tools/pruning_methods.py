@@ -21,8 +21,9 @@ from prune_dn.models import DenseNet
 from prune_dn.pruning import CRITERIA
 from prune_dn.pruning.budget import cost
 from prune_dn.pruning.importance import importance, reads_images
+from prune_dn.pruning.parts import Mask
 from prune_dn.pruning.plan import plan_of
-from prune_dn.pruning.units import Mask, Units
+from prune_dn.pruning.units import Units
 
 Batches = list[tuple[Tensor, Tensor]]
 Method = Callable[[DenseNet, float, Batches, int, int], nn.Module]

@@ -5,6 +5,7 @@ from prune_dn.pruning.importance import CRITERIA, register_criterion
 from prune_dn.pruning.latency_model import LatencyModel, fit_latency_model
 from prune_dn.pruning.plan import Plan, make_plan
 from prune_dn.pruning.recalibrate import recalibrate_batch_norm_
+from prune_dn.pruning.settle import settling_plan
 from prune_dn.pruning.surgery import apply_plan, prune
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "prune",
     "recalibrate_batch_norm_",
     "register_criterion",
+    "settling_plan",
 ]

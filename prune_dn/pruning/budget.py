@@ -11,9 +11,10 @@ import numpy as np
 from prune_dn.errors import PruningError
 from prune_dn.profiling import Cost, ImageSize, cost_rows, total
 from prune_dn.pruning.importance import Scores
+from prune_dn.pruning.parts import Group, Mask
 from prune_dn.pruning.prices import Costs, Indices, Market
 from prune_dn.pruning.rates import Rates, total_cost, unit_costs
-from prune_dn.pruning.units import Group, Mask, Units
+from prune_dn.pruning.units import Units
 
 Scope = Literal["global", "local"]
 SCOPES: tuple[Scope, ...] = ("global", "local")
@@ -49,6 +50,7 @@ def choose(units: Units, scores: Scores, may_go: Mask, budget: Budget) -> Mask:
     `target` is found by bisection, so that the result is within the cost of one unit (of `round_to`
     units; of one layer) of it. Raises PruningError when even the whole ranking is not enough.
     """
+    may_go = losers(units, scores, may_go)
     fixed, spare = floor(units, scores, may_go, budget.min_channels)
     may_go = may_go & ~fixed
     if not budget.whole_layers:
@@ -142,6 +144,23 @@ class _Ranking:
         return self.units.close(less)
 
 
+def losers(units: Units, scores: Scores, may_go: Mask) -> Mask:
+    """`may_go` with one sibling of each pair at most: the least important of those that may.
+
+    Who wins, or stands alone, goes only with the unit that it is left of.
+    """
+    lose = may_go.copy()
+    for part in units.parts():
+        for pairs in (part.sides, part.siblings):
+            if pairs is not None:
+                group, own = pairs.group, np.arange(len(pairs.second))
+                value = np.where(may_go[group.units], scores[group.units], np.inf)
+                least = np.where(value[own] < value[pairs.second], own, pairs.second)
+                lose[group.units] = False
+                lose[group.start + least[(own != pairs.second) & np.isfinite(value[least])]] = True
+    return lose
+
+
 def floor(units: Units, scores: Scores, may_go: Mask, min_channels: int) -> tuple[Mask, Mask]:
     """Units that must stay so that no width falls below `min_channels`: always, or with their layer.
 
@@ -162,10 +181,21 @@ def floor(units: Units, scores: Scores, may_go: Mask, min_channels: int) -> tupl
             assert part.edges is not None
             # An edge outranks another whose channel may go sooner, or that may itself go.
             stays = np.where(fixed | ~may_go, 2, spare)
-            order = np.lexsort((scores[part.edges.units], stays[makers[part.positions]]))
+            channels = part.positions
+            if part.sides is not None:
+                # Of a pair the side counts whose channel stays longer; it stays with its edge.
+                sides, own = part.sides, np.arange(part.edges.size)
+                rank = np.empty(sides.group.size)
+                by = (scores[sides.group.units], stays[makers[sides.positions]])
+                rank[np.lexsort((*by, stays[sides.group.units]))] = np.arange(len(rank))
+                best_side = np.where(rank[own] > rank[sides.second], own, sides.second)
+                channels = sides.positions[best_side]
+            order = np.lexsort((scores[part.edges.units], stays[makers[channels]]))
             best = order[::-1][:min_channels]
             fixed[part.edges.start + best] = True
-            fixed[makers[part.positions[best]]] = True
+            fixed[makers[channels[best]]] = True
+            if part.sides is not None:
+                fixed[part.sides.group.start + best_side[best]] = True
     return fixed, spare & ~fixed
 
 

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from prune_dn.errors import PruningError
 from prune_dn.models import DenseNet
 from prune_dn.profiling import in_channels
+from prune_dn.pruning.competition import competition
 
-Need = Literal["activations", "gradients", "gram"]
-NEEDS: tuple[Need, ...] = ("activations", "gradients", "gram")
+Need = Literal["activations", "gradients", "gram", "wins"]
+NEEDS: tuple[Need, ...] = ("activations", "gradients", "gram", "wins")
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,10 @@ class Statistics:
     one output pixel reads, (C * kernel², C * kernel²), channel-major; `sensitivity` is the mean over
     images of the summed squared gradient of -log p(y) at each output, y drawn from the model's own
     prediction (the diagonal of its Fisher information), (outputs,).
+
+    Of an MFM or a competing reader, (siblings,): `wins` is the share of pixels where the sibling
+    survives (equals share what they win), `margins` by how much it exceeds the least of its unit,
+    on average: what the sum of the survivors loses when it goes.
     """
 
     activation: Tensor | None = None
@@ -47,6 +52,8 @@ class Statistics:
     fisher: Tensor | None = None
     gram: Tensor | None = None
     sensitivity: Tensor | None = None
+    wins: Tensor | None = None
+    margins: Tensor | None = None
 
 
 def read_batches(calibration: Iterable[object], *, needs_labels: bool = False) -> Batches:
@@ -133,7 +140,8 @@ def collect(
     *,
     seed: int = 0,
 ) -> Mapping[str, Statistics]:
-    """Run `model` over the batches and give the statistics of each reader (a conv or linear layer).
+    """Run `model` over the batches and give the statistics of each reader (a conv or linear layer; for
+    `wins` a `MaxFeatureMap` or a `ReadStream`).
 
     Where others read the same tensor, only what this reader does with it counts. The model is not
     touched: a copy runs, in eval mode. Memory does not grow with the number of
@@ -163,8 +171,15 @@ def collect(
         module.register_forward_hook(watch(name))
     for i, images in enumerate(batches.images):
         images = images.detach().to(like)
-        with torch.set_grad_enabled(need != "activations"):
-            logits = _forward(net, images.requires_grad_(need != "activations"))
+        backward = need in ("gradients", "gram")
+        with torch.set_grad_enabled(backward):
+            logits = _forward(net, images.requires_grad_(backward))
+        if need == "wins":
+            for name, x, _ in seen:
+                for key, value in competition(modules[name], x).items():
+                    _add(sums[name], key, value)
+            seen.clear()
+            continue
         if need == "activations":
             for name, x, _ in seen:
                 x = _channels_second(x, modules[name])

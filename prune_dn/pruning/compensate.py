@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from prune_dn.errors import PruningError
 from prune_dn.models import DenseNet
-from prune_dn.models.densenet import DenseLayer, Transition
+from prune_dn.models.densenet import DenseLayer, ReadStream, Transition
+from prune_dn.models.mfm import MaxFeatureMap
 from prune_dn.pruning.calibration import Batches, PixelSampler, patches, read_batches
 from prune_dn.pruning.plan import Plan
 
@@ -42,7 +43,8 @@ def compensate_plan(
     weights; the ridge is the one of RIDGES that does best on every other batch when fitted on the
     rest. `mean` leaves the weights. Both move what is left of the mean difference into the norms
     that read the output, or the classifier's bias; an MFM layer's mean is not moved (a maximum
-    stands between), so `mean` does nothing there.
+    stands between, as it does where what is read competes), so `mean` does nothing there. A filter
+    whose sibling went is refitted to what the whole unit gave.
 
     The streams of one block, of both nets and all images, are in memory at a time. Warns when the
     result is further from `dense` on the calibration images than `small` was.
@@ -117,7 +119,7 @@ class _Walk:
                 assert isinstance(new, Transition) and isinstance(old, Transition)
                 inputs = _inputs(small, new.read, new.norm, shift)
                 targets = _inputs(dense, old.read, old.norm)
-                shift = self._reader(f"{name}.conv", inputs, targets, new.mfm)
+                shift = self._reader(f"{name}.conv", inputs, targets, new.mfm, old.mfm)
                 small, dense = (
                     [[F.avg_pool2d(_made(part.conv, part.mfm, x), 2)] for x in maps]
                     for part, maps in ((new, inputs), (old, targets))
@@ -127,7 +129,7 @@ class _Walk:
             norm = net.get_submodule("features.norm5")
             assert isinstance(norm, nn.BatchNorm2d)
             pooled.append([x.mean((2, 3)) for x in _inputs(stream, net.read, norm, moved)])
-        left = self._reader("classifier", pooled[0], pooled[1], None)
+        left = self._reader("classifier", pooled[0], pooled[1])
         self.small.classifier.bias.add_(left)
 
     def _block(self, name: str, small: Streams, dense: Streams, shift: Tensor) -> Tensor:
@@ -149,31 +151,43 @@ class _Walk:
             last = "conv1"
             if new.norm2 is not None and old.norm2 is not None:
                 last = "conv2"
-                left = self._reader(f"{name}.{leaf}.conv1", inputs, targets, None)
+                left = self._reader(f"{name}.{leaf}.conv1", inputs, targets)
                 _raise_mean(new.norm2, left)
                 inputs = [F.relu(new.norm2(new.conv1(x))) for x in inputs]
                 targets = [F.relu(old.norm2(old.conv1(x))) for x in targets]
-            left = self._reader(f"{name}.{leaf}.{last}", inputs, targets, new.mfm)
+            left = self._reader(f"{name}.{leaf}.{last}", inputs, targets, new.mfm, old.mfm)
             shift = torch.cat([shift, left])
             for layer, maps, streams in ((new, inputs, small), (old, targets, dense)):
                 for sources, x in zip(streams, maps, strict=True):
                     sources.append(_made(layer.get_submodule(last), layer.mfm, x))
         return shift
 
-    def _reader(self, name: str, inputs: Maps, targets: Maps, mfm: nn.Module | None) -> Tensor:
-        """Refit one conv or the classifier.
+    def _reader(
+        self,
+        name: str,
+        inputs: Maps,
+        targets: Maps,
+        mfm: MaxFeatureMap | None = None,
+        dense_mfm: MaxFeatureMap | None = None,
+    ) -> Tensor:
+        """Refit one conv or the classifier; a filter that stands alone follows its whole unit.
 
         Returns by how much the mean of each map that it makes is too low still; 0 behind MFM.
         """
         new, old = self.small.get_submodule(name), self.dense.get_submodule(name)
         assert isinstance(new, nn.Conv2d | nn.Linear) and isinstance(old, nn.Conv2d | nn.Linear)
         kept = self.keep_indices.get(name)
+        alone = _alone(kept, mfm, dense_mfm)
         kernel = new.kernel_size[0] if isinstance(new, nn.Conv2d) else 1
         weight = new.weight.flatten(1).T.float()  # (inputs * taps, outputs)
         halves = [_Moments(weight, self.refit), _Moments(weight, self.refit)]
         for i, (x, y) in enumerate(zip(inputs, targets, strict=True)):
             positions = self.sampler(x, len(weight))
-            target = old(y) if kept is None else old(y)[:, list(kept)]
+            whole = old(y)
+            target = whole if kept is None else whole[:, list(kept)]
+            if alone is not None and dense_mfm is not None:
+                filters, units = alone
+                target[:, filters] = dense_mfm(whole)[:, units]
             if new.bias is not None:
                 target = target - new.bias
             halves[i % 2].add(patches(x, kernel, positions), patches(target, 1, positions))
@@ -264,12 +278,35 @@ def _stem(net: DenseNet, x: Tensor) -> Tensor:
 
 
 def _inputs(
-    streams: Streams, read: nn.Module, norm: nn.BatchNorm2d, shift: Tensor | None = None
+    streams: Streams, read: ReadStream, norm: nn.BatchNorm2d, shift: Tensor | None = None
 ) -> Maps:
     """What a reader's conv sees; first its norm's mean follows the stream's `shift`."""
     if shift is not None:
-        _raise_mean(norm, read(shift[None, :, None, None]).flatten())
+        _raise_mean(norm, _seen(shift, read))
     return [F.relu(norm(read(torch.cat(sources, 1)))) for sources in streams]
+
+
+def _seen(shift: Tensor, read: ReadStream) -> Tensor:
+    """`shift` where the norm sees it; 0 where two channels compete: a maximum stands between."""
+    if read.input_indices is None:
+        return shift
+    seen = shift[read.input_indices]
+    if read.rival_indices is not None:
+        seen = seen * (read.rival_indices == read.input_indices)
+    return seen
+
+
+def _alone(
+    kept: tuple[int, ...] | None, mfm: MaxFeatureMap | None, dense_mfm: MaxFeatureMap | None
+) -> tuple[list[int], list[int]] | None:
+    """Filters that lost their sibling by this cut, in the new order, and their units in the old."""
+    if kept is None or dense_mfm is None or dense_mfm.kind != "2/1":
+        return None
+    units = mfm.units if mfm is not None else len(kept)
+    single = range(units) if mfm is None else mfm.alone
+    paired = [unit for unit in range(dense_mfm.units) if unit not in dense_mfm.alone]
+    owner = [*range(dense_mfm.units), *paired]
+    return list(single), [owner[kept[filter_]] for filter_ in single]
 
 
 def _raise_mean(norm: nn.BatchNorm2d, shift: Tensor) -> None:

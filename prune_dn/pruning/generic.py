@@ -242,10 +242,11 @@ def _check_options(
 ) -> None:
     """Raise PruningError for what makes no sense for this net."""
     kind = type(model).__name__
-    if CRITERIA[criterion].need == "gram":
+    ours = ("gram", "wins")
+    if CRITERIA[criterion].need in ours:
         raise PruningError(
             f"criterion {criterion!r} is for DenseNets; for a {kind} choose one of "
-            f"{', '.join(n for n, c in sorted(CRITERIA.items()) if c.need != 'gram')}"
+            f"{', '.join(n for n, c in sorted(CRITERIA.items()) if c.need not in ours)}"
         )
     if unit == "channels" and not any(isinstance(m, _BatchNorm) for m in model.modules()):
         raise PruningError(

@@ -3,7 +3,8 @@
 Every unit is judged where it is *read*, behind a norm. (The norm of a filter itself says nothing in
 a pre-activation net: the norms behind it undo any scale.) An edge is one reading; a bottleneck
 channel is one reading, by conv2; a stream channel is read by every later layer, and its importance
-is the sum over its readers.
+is the sum over its readers. Of what competes (MFM) a unit has the sum over what it makes, and its
+siblings share that (see `siblings`); only a criterion that needs `wins` looks at the competition.
 
 A criterion is a function `(reading) -> (channels,)`, finite, higher = keep, registered by name with
 what it needs from calibration images (see `calibration.Statistics`). Scores are compared between
@@ -15,7 +16,7 @@ in those of their formula.
 ... def example(reading):
 ...     return reading.weight.detach().abs().amax(dim=(0, 2, 3))
 >>> sorted(CRITERIA)
-['activation', 'bn_scale', 'example', 'fisher', 'fpgm', 'l1', 'l2', 'lamp', 'random', 'reconstruction', 'taylor']
+['activation', 'bn_scale', 'example', 'fisher', 'fpgm', 'l1', 'l2', 'lamp', 'mfm_win_rate', 'random', 'reconstruction', 'taylor']
 >>> del CRITERIA["example"]
 """
 
@@ -34,7 +35,9 @@ from prune_dn.errors import PruningError
 from prune_dn.models import DenseNet
 from prune_dn.pruning.calibration import NEEDS, Batches, Need, Statistics, collect
 from prune_dn.pruning.elimination import elimination_losses
-from prune_dn.pruning.units import Group, Part, Units
+from prune_dn.pruning.parts import Group, Part
+from prune_dn.pruning.siblings import contests, share_out
+from prune_dn.pruning.units import Units
 
 Scores = npt.NDArray[np.float64]
 
@@ -79,7 +82,8 @@ def register_criterion(
 ) -> Callable[[Callable[[Reading], Tensor]], Callable[[Reading], Tensor]]:
     """Make a criterion available by name, also to recipes. A name that is taken raises.
 
-    `need`: `activations`, `gradients` (with labels) or `gram`; None = the weights say it all.
+    `need`: `activations`, `gradients` (with labels), `gram`, or `wins`; None = the weights say it all.
+    With `wins` a reading is an MFM or a competing reader: its channels are the siblings.
     """
     if need is not None and need not in NEEDS:
         raise PruningError(f"need {need!r} is unknown; choose one of {', '.join(NEEDS)}")
@@ -170,6 +174,13 @@ def reconstruction(reading: Reading) -> Tensor:
     return elimination_losses(statistics.gram, scaled.T, weight.shape[2] * weight.shape[3])
 
 
+@register_criterion("mfm_win_rate", need="wins")
+def mfm_win_rate(reading: Reading) -> Tensor:
+    """What the MFM loses with the sibling: its mean margin over its rival, 0 where that wins."""
+    assert reading.statistics.margins is not None
+    return reading.statistics.margins
+
+
 def reads_images(criterion: str) -> bool:
     """Whether the criterion needs calibration images; False for a name that is unknown."""
     return criterion in CRITERIA and CRITERIA[criterion].need is not None
@@ -180,11 +191,7 @@ def readers(units: Units) -> Iterator[Reader]:
     for stream in units.streams:
         for part in stream.readers:
             assert part.edges is not None
-            if part.is_dense_layer or part.stream is None:
-                conv = part.name if part.stream is None else f"{part.name}.conv1"
-            else:
-                conv = f"{part.name}.conv"
-            yield Reader(part, part.edges.name, conv, part.edges)
+            yield Reader(part, part.edges.name, part.first_conv, part.edges)
             if part.bottleneck is not None:
                 yield Reader(part, f"{part.name}.norm2", f"{part.name}.conv2", part.bottleneck)
 
@@ -206,26 +213,85 @@ def importance(
         raise PruningError(
             f"criterion {criterion!r} is unknown; choose one of {', '.join(sorted(CRITERIA))}"
         )
-    everyone = list(readers(units))
-    found = observe(model, [r.conv for r in everyone], criterion, calibration, seed)
     generator = torch.Generator().manual_seed(seed)
-    scores = np.zeros(units.size)
-    for reader in everyone:
-        norm, conv = model.get_submodule(reader.norm), model.get_submodule(reader.conv)
-        assert isinstance(norm, nn.BatchNorm2d) and isinstance(conv, nn.Conv2d | nn.Linear)
-        weight = conv.weight.reshape(*conv.weight.shape[:2], *(conv.weight.shape[2:] or (1, 1)))
-        statistics = found.pop(reader.conv, Statistics())
-        reading = Reading(reader.norm, norm, weight.float(), generator, statistics)
-        scores[reader.group.units] = judge(reading, criterion)
+    if CRITERIA[criterion].need == "wins":
+        scores = _of_competition(model, units, criterion, calibration, generator, seed)
+    else:
+        scores = _of_readers(model, units, criterion, calibration, generator, seed)
+        share_out(model, units, scores, criterion, generator, is_made=False)
     for stream in units.streams:
         lost = np.zeros(stream.width)
         for part in stream.readers:
-            assert part.edges is not None
-            lost[part.positions] += scores[part.edges.units]
+            readings, positions = part.readings
+            lost[positions] += scores[readings.units]
         for part in stream.producers:
             assert part.stream is not None
             scores[part.stream.units] = lost[part.made()].sum(axis=0)
+    if CRITERIA[criterion].need != "wins":
+        share_out(model, units, scores, criterion, generator, is_made=True)
     return scores
+
+
+def _of_readers(
+    model: DenseNet,
+    units: Units,
+    criterion: str,
+    calibration: Batches | None,
+    generator: torch.Generator,
+    seed: int,
+) -> Scores:
+    """What each reader loses with each channel: of edges and bottleneck channels."""
+    everyone = list(readers(units))
+    found = observe(model, [r.conv for r in everyone], criterion, calibration, seed)
+    scores = np.zeros(units.size)
+    for reader in everyone:
+        norm, weight = model.get_submodule(reader.norm), _kernels(model.get_submodule(reader.conv))
+        assert isinstance(norm, nn.BatchNorm2d)
+        statistics = found.pop(reader.conv, Statistics())
+        reading = Reading(reader.norm, norm, weight, generator, statistics)
+        scores[reader.group.units] = judge(reading, criterion)
+    return scores
+
+
+def _of_competition(
+    model: DenseNet,
+    units: Units,
+    criterion: str,
+    calibration: Batches | None,
+    generator: torch.Generator,
+    seed: int,
+) -> Scores:
+    """What each sibling is worth; a unit or edge has their sum, and all else 0.
+
+    Readers share the worth of a unit of new maps equally, so that it is again the sum over them.
+    """
+    everyone = list(contests(units))
+    found = observe(model, [contest.name for contest in everyone], criterion, calibration, seed)
+    scores, made = np.zeros(units.size), np.zeros(units.size)
+    for contest in everyone:
+        weight = _kernels(model.get_submodule(contest.conv))
+        weight = weight.transpose(0, 1) if contest.is_made else weight[:, contest.owner]
+        reading = Reading(contest.name, None, weight, generator, found.pop(contest.name))
+        losses = judge(reading, criterion)
+        if contest.group is not None:
+            scores[contest.group.units] = losses
+        whole = np.bincount(contest.owner, losses, contest.whole.size)
+        (made if contest.is_made else scores)[contest.whole.units] = whole
+    for stream in units.streams:
+        makers = stream.makers()
+        plain = [part for part in stream.readers if part.sides is None]
+        sources = [makers[part.positions] for part in plain]
+        count = np.bincount(np.concatenate([*sources, makers[:0]]), minlength=units.size)
+        for part, source in zip(plain, sources, strict=True):
+            assert part.edges is not None
+            scores[part.edges.units] = made[source] / count[source]
+    return scores
+
+
+def _kernels(conv: nn.Module) -> Tensor:
+    """Weights (outputs, inputs, kernel, kernel), also of a linear layer."""
+    assert isinstance(conv, nn.Conv2d | nn.Linear)
+    return conv.weight.reshape(*conv.weight.shape[:2], *(conv.weight.shape[2:] or (1, 1))).float()
 
 
 def observe(

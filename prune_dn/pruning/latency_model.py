@@ -15,8 +15,9 @@ from prune_dn.models.convert import convert
 from prune_dn.profiling import ImageSize, default_image_size
 from prune_dn.pruning.budget import Budget, choose
 from prune_dn.pruning.importance import Scores
+from prune_dn.pruning.parts import Mask
 from prune_dn.pruning.rates import Rates, total_cost
-from prune_dn.pruning.units import Mask, Units
+from prune_dn.pruning.units import Units
 
 LATENCY = "latency"
 TRIES = 4

@@ -29,9 +29,11 @@ from prune_dn.pruning.latency_model import (
     fit_latency_model,
     meet_latency,
 )
+from prune_dn.pruning.parts import KINDS, Group, Mask
 from prune_dn.pruning.protect import protected_units
 from prune_dn.pruning.rates import COUNTED
-from prune_dn.pruning.units import KINDS, Group, Mask, Units
+from prune_dn.pruning.siblings import keep_to_competing
+from prune_dn.pruning.units import Units, kept_channels
 
 FORMAT = "prune_dn.plan/1"
 
@@ -40,8 +42,9 @@ FORMAT = "prune_dn.plan/1"
 class Plan:
     """What `make_plan` decided, JSON-able.
 
-    `keep_indices` maps each module that loses channels to those that stay: a conv's filters, or a
-    reader's norm's channels (present numbering; empty = the whole layer goes). `requested` holds
+    `keep_indices` maps each module that loses channels to those that stay, in their new order: a
+    conv's filters, a reader's norm's channels, or what an MFM or a competing reader lets compete
+    (present numbering; empty = the whole layer goes). `requested` holds
     the arguments, `achieved` what they gave, `protected` why units could not be cut.
     """
 
@@ -57,8 +60,7 @@ class Plan:
         """One row per group of units: name, kind, and how many channels before and after."""
         rows = []
         for group in Units(self.config_before).groups:
-            size = group.size * (1 if group.kind == "edge" else group.siblings)
-            kept = self.keep_indices.get(group.name)
+            size, kept = group.channels, self.keep_indices.get(group.name)
             rows.append(
                 {
                     "name": group.name,
@@ -130,7 +132,8 @@ def make_plan(
 
     `pruning_ratio` in (0, 1) is the share of `unit` (`channels` of norms, `params`, `macs` or
     `latency` at `input_size`) that goes, measured against `baseline`, or the model itself. `units`
-    are the kinds that may be cut: `stream`, `bottleneck`, `edge`. `scope` ranks over the whole net,
+    are the kinds that may be cut: `stream`, `bottleneck`, `edge`, and `sibling`: of each pair in an MFM
+    2/1 the one that loses, so that the other stands alone. `scope` ranks over the whole net,
     by importance per cost saved, priced anew as the net shrinks (`global`), or cuts the same share
     of each module (`local`). A width that is cut becomes a multiple of `round_to` (the kept count is
     rounded up; a channel that nobody reads goes all the same), and no width falls below
@@ -140,6 +143,7 @@ def make_plan(
 
     Some criteria need `calibration`: batches of images (N, C, H, W), or (images, labels) batches for
     `taylor` and `fisher`; any iterable, normalised as in training. `prune-dn criteria` lists them.
+    `mfm_win_rate` judges only what competes; the rest stays, as `protected` says.
 
     `latency` is priced by `latency_model`, by default `fit_latency_model(model)`: onnxruntime at batch
     1 on this machine. The net is then timed beside the baseline and the plan corrected until the
@@ -163,6 +167,9 @@ def make_plan(
     for group in table.groups:
         if group.kind not in kinds:
             may_go[group.units] = False
+    if CRITERIA[criterion].need == "wins":
+        may_go, why = keep_to_competing(table, may_go, kinds, criterion)
+        protected = {**why, **protected}
     size = default_image_size(net.config) if input_size is None else input_size
     if unit == LATENCY and latency_model is None:
         latency_model = fit_latency_model(net, image_size=size, seed=seed)
@@ -303,7 +310,8 @@ def groups_of(table: Units, kinds: tuple[str, ...]) -> list[Group]:
     found = [group for group in table.groups if group.kind in kinds]
     if not found:
         raise PruningError(
-            f"units={list(kinds)}: this net has none of them (a basic layer has no bottleneck)"
+            f"units={list(kinds)}: this net has none of them (a basic layer has no bottleneck, and "
+            "siblings are those of an MFM 2/1)"
         )
     return found
 
@@ -323,9 +331,7 @@ def _check_rounding(table: Units, kinds: tuple[str, ...], round_to: int) -> None
 
 
 def _keep_indices(table: Units, keep: Mask) -> Iterator[tuple[str, tuple[int, ...]]]:
-    for group in table.groups:
-        kept = np.flatnonzero(keep[group.units])
-        if len(kept) < group.size:
-            siblings = 1 if group.kind == "edge" else group.siblings
-            filters = (np.arange(siblings)[:, None] * group.size + kept).ravel()
-            yield group.name, tuple(filters.tolist())
+    for part in table.parts():
+        for group, kept in kept_channels(part, keep):
+            if not np.array_equal(kept, np.arange(group.channels)):
+                yield group.name, tuple(kept.tolist())

@@ -3,7 +3,7 @@
 At a price of p per unit of cost, something stays as long as its going harms more than p times what
 it costs. So each unit has one price above which it goes:
 
-- an edge or a bottleneck channel: harm / cost;
+- an edge, a bottleneck channel or a sibling: harm / cost;
 - the first edges that a reader gives up also pay for its gather, so that no edge goes below the
   price at which all that would go by then save more than the gather costs;
 - a stream channel: where what its readers would lose no longer pays for its filter. A reader for
@@ -25,7 +25,8 @@ import numpy as np
 import numpy.typing as npt
 
 from prune_dn.pruning.importance import Scores
-from prune_dn.pruning.units import Mask, Units
+from prune_dn.pruning.parts import Mask
+from prune_dn.pruning.units import Units
 
 Indices = npt.NDArray[np.intp]
 Active = Callable[[Scores], tuple[Scores, Scores]]
@@ -49,22 +50,24 @@ class Market:
     """The units of a net, who reads and who belongs to whom, and their prices."""
 
     def __init__(self, units: Units, harm: Scores, may_go: Mask) -> None:
-        """`harm` of edges and bottleneck channels (that of filters is what their readers lose)."""
+        """`harm` of edges, sides and bottleneck channels (that of filters is what readers lose)."""
         self.harm, self.may_go = harm, may_go
         self.part = np.zeros(units.size, dtype=np.intp)  # of each unit
         self.kind = np.zeros(units.size, dtype="U1")
         self.parts = list(units.parts())
         for number, part in enumerate(self.parts):
-            for group in (part.edges, part.bottleneck, part.stream):
-                if group is not None:
-                    self.part[group.units] = number
-                    self.kind[group.units] = group.kind[0]
-        self.source = np.zeros(units.size, dtype=np.intp)  # the stream unit that an edge reads
+            for group in part.groups:
+                self.part[group.units] = number
+                self.kind[group.units] = "m" if group.kind == "sibling" else group.kind[0]
+        # What reads one channel each (an edge, or its sides where they compete), and who makes that.
+        self.reads = np.zeros(units.size, dtype=bool)
+        self.source = np.zeros(units.size, dtype=np.intp)
         for stream in units.streams:
             makers = stream.makers()
             for part in stream.readers:
-                assert part.edges is not None
-                self.source[part.edges.units] = makers[part.positions]
+                readings, positions = part.readings
+                self.reads[readings.units] = True
+                self.source[readings.units] = makers[positions]
         self.is_layer = np.array([part.is_dense_layer for part in self.parts])
 
     def prices(self, keep: Mask, costs: Costs) -> Scores:
@@ -76,24 +79,26 @@ class Market:
         price[edges] = np.maximum(price[edges], self._gathers(edges, costs)[self.part[edges]])
         made = np.flatnonzero(keep & (self.kind == "s"))
         start = np.zeros(len(keep))
-        price[made] = _newton(start, lambda price: self._worth(edges, price, costs))[made]
+        reads = np.flatnonzero(keep & self.reads)
+        price[made] = _newton(start, lambda price: self._worth(reads, price, costs))[made]
         return price
 
     def saved(self, keep: Mask, costs: Costs) -> Scores:
         """What cutting each unit alone saves now; a filter takes its edges with it."""
-        edges = np.flatnonzero(keep & (self.kind == "e"))
-        return costs.unit + self._sum(self.source[edges], costs.unit[edges], len(keep))
+        reads = np.flatnonzero(keep & self.reads)
+        return costs.unit + self._sum(self.source[reads], costs.unit[reads], len(keep))
 
     def layer_prices(self, keep: Mask, costs: Costs) -> Scores:
         """The price of each part as a whole, (parts,); infinite for what cannot go whole."""
         edges = np.flatnonzero(keep & (self.kind == "e"))
         made = np.flatnonzero(keep & (self.kind == "s"))
         count = len(self.parts)
+        reads = np.flatnonzero(keep & self.reads)
         lone = self.may_go[edges]
         harm, cost, reader = self.harm[edges], costs.reading[edges], self.part[edges]
 
         def active(price: Scores) -> tuple[Scores, Scores]:
-            worth, filters = self._worth(edges, price[self.part], costs)
+            worth, filters = self._worth(reads, price[self.part], costs)
             pays = made[worth[made] > price[self.part[made]] * filters[made]]
             gone = lone & (harm < price[reader] * cost)
             total = self._sum(self.part[pays], worth[pays], count)
@@ -123,10 +128,10 @@ class Market:
         never = self._sum(reader, cost, count) <= costs.gather
         return np.where(costs.gather > 0, np.where(never, np.inf, price), 0.0)
 
-    def _worth(self, edges: Indices, price: Scores, costs: Costs) -> tuple[Scores, Scores]:
+    def _worth(self, reads: Indices, price: Scores, costs: Costs) -> tuple[Scores, Scores]:
         """Per stream unit at its price: harm and cost of what is still read, filter included."""
-        harm, cost, source = self.harm[edges], costs.unit[edges], self.source[edges]
-        read = ~self.may_go[edges] | (harm > price[source] * cost)
+        harm, cost, source = self.harm[reads], costs.unit[reads], self.source[reads]
+        read = ~self.may_go[reads] | (harm > price[source] * cost)
         size = len(costs.unit)
         filters = np.where(self.kind == "s", costs.unit, 0.0)
         worth = self._sum(source[read], harm[read], size)

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from prune_dn.errors import PruningError
-from prune_dn.pruning.units import Group, Mask, Part, Stream, Units
+from prune_dn.pruning.parts import Group, Mask, Part, Stream
+from prune_dn.pruning.units import Units
 
 
 def protected_units(table: Units, patterns: tuple[str, ...]) -> tuple[Mask, dict[str, str]]:
@@ -26,7 +27,8 @@ def protected_units(table: Units, patterns: tuple[str, ...]) -> tuple[Mask, dict
         for part in stream.readers:
             for name in _reading_modules(part):
                 if name in matched and part.edges is not None:
-                    keep_back(part.edges, np.ones(part.edges.size, dtype=bool), name)
+                    for group in (part.edges, part.readings[0]):
+                        keep_back(group, np.ones(group.size, dtype=bool), name)
                     for producer, which in _sources(stream, part):
                         keep_back(producer, which, name)
             for name in (f"{part.name}.conv1", f"{part.name}.norm2", f"{part.name}.conv2"):
@@ -37,6 +39,18 @@ def protected_units(table: Units, patterns: tuple[str, ...]) -> tuple[Mask, dict
             for name in (part.stream.name, "features.norm0" if part.edges is None else ""):
                 if name in matched:
                     keep_back(part.stream, np.ones(part.stream.size, dtype=bool), name)
+                    if part.siblings is not None:
+                        group = part.siblings.group
+                        keep_back(group, np.ones(group.size, dtype=bool), name)
+    for stream in table.streams:
+        for part in stream.readers:
+            if part.sides is not None:
+                # A side of what competes stays with the channel that it reads; the other may go.
+                group, makers = part.sides.group, stream.makers()[part.sides.positions]
+                stays = kept_back[makers] & ~kept_back[group.units]
+                if stays.any():
+                    reasons.setdefault(group.name, []).append("it reads what is protected")
+                    kept_back[group.start + np.flatnonzero(stays)] = True
     sizes = {g.name: (int(kept_back[g.units].sum()), g) for g in table.groups}
     described = {
         name: f"{sizes[name][0]} of {sizes[name][1].size} {sizes[name][1].kind} units stay: "
@@ -66,7 +80,7 @@ def matching(names: list[str], patterns: tuple[str, ...]) -> dict[str, str]:
 def _sources(stream: Stream, reader: Part) -> Iterator[tuple[Group, Mask]]:
     """The units that make what a reader reads."""
     read = np.zeros(stream.width, dtype=bool)
-    read[reader.positions] = True
+    read[reader.readings[1]] = True
     for producer in stream.producers:
         assert producer.stream is not None
         which: Mask = np.any(read[producer.made()], axis=0)

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from prune_dn.profiling import ImageSize, Widths, block_pixels, stem_pixels
+from prune_dn.pruning.parts import Mask, Pairs, Part
 from prune_dn.pruning.prices import Costs
-from prune_dn.pruning.units import Mask, Part, Units
+from prune_dn.pruning.units import Units
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,11 @@ COUNTED = {
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of the net that a `keep` leaves: its widths, and that of the stream that it reads."""
+    """A part of the net that a `keep` leaves: its widths, and that of the stream that it reads.
+
+    `gathered` counts the channels that it selects: none where it reads the stream as it is, two for
+    each norm channel where what it reads competes.
+    """
 
     part: Part
     read: int
@@ -62,6 +67,7 @@ class Piece:
     kernel: int
     pixels: int
     conv_pixels: int
+    gathered: int
 
 
 def pieces(units: Units, keep: Mask, image_size: ImageSize | None) -> Iterator[Piece]:
@@ -77,9 +83,12 @@ def pieces(units: Units, keep: Mask, image_size: ImageSize | None) -> Iterator[P
             kernel = 1
         conv_area = 1 if part.stream is None else area
         seen = stream if filters else 0
-        yield Piece(part, read, narrow, filters, seen, kernel, area, conv_area)
+        gathered = read if read < seen else 0
+        if part.sides is not None and np.logical_and(*part.sides.halves(keep)).any():
+            gathered = 2 * read
+        yield Piece(part, read, narrow, filters, seen, kernel, area, conv_area, gathered)
         if part.stream is not None:
-            made = filters // part.stream.siblings * part.stream.survivors
+            made = int(keep[part.stream.units].sum()) * part.stream.survivors
             stream = stream + made if part.is_dense_layer else made
 
 
@@ -92,8 +101,8 @@ def total_cost(units: Units, keep: Mask, rates: Rates, image_size: ImageSize | N
         area, narrow = piece.pixels, piece.bottleneck
         if piece.part.edges is not None:
             found += rates.norm(piece.read, area) + rates.concatenated * piece.stream * area
-            if piece.read < piece.stream:
-                found += rates.gather + rates.gathered * piece.read * area
+            if piece.gathered:
+                found += rates.gather + rates.gathered * piece.gathered * area
         elif units.config.stem == "imagenet":
             found += rates.norm(piece.filters, area)
         if piece.part.is_dense_layer:
@@ -122,8 +131,9 @@ def unit_costs(units: Units, keep: Mask, rates: Rates, image_size: ImageSize | N
             norm = rates.norm(1, area) if units.config.stem == "imagenet" else 0.0
         else:
             norm = 0.0
-            edge = rates.norm(1, area) + rates.gathered * area
-            if read == piece.stream:
+            twice = 2 if piece.gathered > read else 1
+            edge = rates.norm(1, area) + rates.gathered * area * twice
+            if not piece.gathered:
                 gather[number] = rates.gather + rates.gathered * read * area
             if narrow is None:
                 # What such a layer reads is counted in its filters.
@@ -133,6 +143,9 @@ def unit_costs(units: Units, keep: Mask, rates: Rates, image_size: ImageSize | N
                 edge += rates.conv(1, narrow, 1, area)
                 reading[part.edges.units] = edge
             each[part.edges.units] = edge
+            if part.sides is not None:
+                # Where the other side stays, the norm channel stays.
+                each[part.sides.group.units] = edge * ~_rival_stays(part.sides, keep)
         if part.bottleneck is not None:
             each[part.bottleneck.units] = (
                 rates.conv(read, 1, 1, area) + rates.norm(1, area) + rates.conv(1, filters, 3, area)
@@ -142,12 +155,22 @@ def unit_costs(units: Units, keep: Mask, rates: Rates, image_size: ImageSize | N
             upkeep[number] += rates.layer
         if part.stream is not None:
             copies, where = later[number]
+            siblings: int | np.ndarray = part.stream.siblings
+            if part.siblings is not None:
+                siblings = np.sum(part.siblings.halves(keep), axis=0)
+                each[part.siblings.group.units] = rates.conv(narrow or read, 1, piece.kernel, area)
             each[part.stream.units] = (
-                rates.conv(narrow or read, part.stream.siblings, piece.kernel, area)
+                siblings * rates.conv(narrow or read, 1, piece.kernel, area)
                 + norm
                 + rates.concatenated * part.stream.survivors * copies * where
             )
     return Costs(each, reading, upkeep, gather)
+
+
+def _rival_stays(pairs: Pairs, keep: Mask) -> Mask:
+    """Whether the other sibling of the pair stays, of each sibling."""
+    both: Mask = np.logical_and(*pairs.halves(keep))
+    return both[pairs.owner]
 
 
 def _later(found: list[Piece], number: int) -> tuple[int, int]:

@@ -16,7 +16,8 @@ from prune_dn.models import DenseNet
 from prune_dn.models.convert import convert
 from prune_dn.profiling import Cost, ImageSize, count
 from prune_dn.pruning import budget as budgets
-from prune_dn.pruning.importance import Scores, importance
+from prune_dn.pruning.importance import CRITERIA, Scores, importance
+from prune_dn.pruning.parts import Group, Mask, Positions
 from prune_dn.pruning.plan import (
     calibration_for,
     check_what,
@@ -25,8 +26,9 @@ from prune_dn.pruning.plan import (
     plan_of,
 )
 from prune_dn.pruning.protect import protected_units
+from prune_dn.pruning.siblings import keep_to_competing
 from prune_dn.pruning.surgery import apply_plan
-from prune_dn.pruning.units import Group, Mask, Positions, Units
+from prune_dn.pruning.units import Units
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ def sensitivity(
     """Cut each group of units alone by each ratio, with the real surgery, and evaluate the result.
 
     A group is a module's units of one kind in `units`: what a stem, dense layer or transition makes
-    (`stream`), a bottleneck, or what a reader reads (`edge`). Its round(ratio * size) least
+    (`stream`), a bottleneck, what a reader reads (`edge`), or what an MFM 2/1 lets compete (`sibling`:
+    the loser of each pair). Its round(ratio * size) least
     important units by `criterion` go, with the exact consequences; everything else stays. As in
     `make_plan`, `protect`ed units stay, and so does the last unit of a group and the last channel
     that a reader reads; `units_cut` says what went. A ratio too small to cut anything has no row.
@@ -102,8 +105,11 @@ def sensitivity(
     table = Units(net.config)
     kept_back, _ = protected_units(table, names_in(protect, "protect"))
     groups = groups_of(table, kinds)
+    may_go = ~kept_back
+    if CRITERIA[criterion].need == "wins":
+        may_go, _ = keep_to_competing(table, may_go, kinds, criterion)
     scores = importance(net, table, criterion, calibration=batches, seed=seed)
-    cuts = [cut for group in groups for cut in _cuts(table, group, scores, ~kept_back, wanted)]
+    cuts = [cut for group in groups for cut in _cuts(table, group, scores, may_go, wanted)]
     if not cuts:
         raise PruningError(
             f"ratios={list(wanted)} cut nothing: every group is protected or too small for them; "
@@ -155,6 +161,7 @@ def _cuts(
     """The different cuts of one group, smallest first."""
     only = np.zeros(table.size, dtype=bool)
     only[group.units] = may_go[group.units]
+    only = budgets.losers(table, scores, only)
     fixed, spare = budgets.floor(table, scores, only, 1)
     only &= ~(fixed | spare)
     candidates = np.flatnonzero(only)

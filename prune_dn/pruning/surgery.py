@@ -145,9 +145,10 @@ def apply_plan(model: nn.Module, plan: Plan) -> DenseNet:
         new.training = old.training
         if isinstance(new, nn.Conv2d | nn.BatchNorm2d | nn.Linear):
             _fill_(new, old, plan, name)
-        elif name.endswith("read") and new._buffers.get("input_indices") is not None:
-            device = net.classifier.weight.device
-            new._buffers["input_indices"] = new._buffers["input_indices"].to(device)
+        else:  # the indices of a reader or an MFM
+            for key, index in new._buffers.items():
+                if index is not None:
+                    new._buffers[key] = index.to(net.classifier.weight.device)
     return small
 
 

@@ -1,4 +1,4 @@
-"""What can be cut: stream channels, edges and bottleneck channels, per stream.
+"""What can be cut: stream channels, edges, bottleneck channels and siblings, per stream.
 
 All units of a net lie in one flat array, group by group. A boolean array over it, `keep`, says
 what stays; `close` draws the exact consequences; `after` turns it into a `DenseNetConfig`.
@@ -7,96 +7,15 @@ what stays; `close` draws the exact consequences; `after` turns it into a `Dense
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 
 from prune_dn.models import DenseNetConfig
 from prune_dn.models.config import Indices, LayerConfig, TransitionConfig
 from prune_dn.models.mfm import MFM_KINDS
 from prune_dn.profiling import Widths
-
-Kind = Literal["stream", "bottleneck", "edge"]
-KINDS: tuple[Kind, ...] = ("stream", "bottleneck", "edge")
-Mask = npt.NDArray[np.bool_]
-Positions = npt.NDArray[np.intp]
-
-
-@dataclass(frozen=True)
-class Group:
-    """Units of one kind in one module; `name` is the module whose channels they are.
-
-    stream: a conv's filters (an MFM unit has `siblings` filters and makes `survivors` channels);
-    bottleneck: conv1's filters; edge: the channels of a reader's norm.
-    """
-
-    kind: Kind
-    name: str
-    start: int
-    size: int
-    siblings: int = 1
-    survivors: int = 1
-
-    @property
-    def units(self) -> slice:
-        """Where the units lie in the flat array."""
-        return slice(self.start, self.start + self.size)
-
-
-@dataclass(frozen=True)
-class Part:
-    """A stem, dense layer, transition or classifier: what it reads and what it makes.
-
-    `positions` are the stream positions that it reads (edge i reads positions[i]); `offset` is
-    where its own channels begin in the stream that it writes. `block` counts dense blocks from 1:
-    the one that it is in, or that a transition or classifier reads; 0 = the stem.
-    """
-
-    name: str
-    edges: Group | None
-    bottleneck: Group | None
-    stream: Group | None
-    positions: Positions
-    offset: int
-    block: int
-
-    @property
-    def is_dense_layer(self) -> bool:
-        return ".denseblock" in self.name
-
-    def made(self) -> Positions:
-        """Stream positions by unit: (survivors, units)."""
-        assert self.stream is not None
-        count = self.stream.size * self.stream.survivors
-        return self.offset + np.arange(count).reshape(self.stream.survivors, -1)
-
-
-@dataclass(frozen=True)
-class Stream:
-    """The channels inside one dense block; `writer` is the stem or transition before it."""
-
-    width: int
-    writer: Part
-    layers: tuple[Part, ...]
-    reader: Part
-
-    @property
-    def readers(self) -> tuple[Part, ...]:
-        return (*self.layers, self.reader)
-
-    @property
-    def producers(self) -> tuple[Part, ...]:
-        return (self.writer, *self.layers)
-
-    def makers(self) -> Positions:
-        """The stream unit that makes each channel, (width,)."""
-        makers = np.empty(self.width, dtype=np.intp)
-        for part in self.producers:
-            assert part.stream is not None
-            makers[part.made()] = np.arange(part.stream.start, part.stream.units.stop)
-        return makers
+from prune_dn.pruning.parts import Group, Kind, Mask, Pairs, Part, Positions, Stream
 
 
 class Units:
@@ -120,7 +39,8 @@ class Units:
             else:
                 positions = _positions(config.classifier_indices, width)
                 edges = self._group("edge", "features.norm5", len(positions))
-                reader = Part("classifier", edges, None, None, positions, 0, b)
+                sides = self._sides("read", positions, config.classifier_rivals)
+                reader = Part("classifier", edges, None, None, positions, 0, b, None, sides)
             self.streams.append(Stream(width, writer, tuple(layers), reader))
             if reader.stream is not None:
                 width, writer = config.transitions[b - 1].out_channels, reader
@@ -134,7 +54,8 @@ class Units:
     def close(self, keep: Mask) -> Mask:
         """Draw the exact consequences of a cut, until nothing more follows.
 
-        An edge of a cut channel goes. A layer with nothing to read, no bottleneck or no output
+        An edge of a cut channel goes; where what is read competes, the channel's side of its pair.
+        What both siblings left goes, and siblings go with what they make up. A layer with nothing to read, no bottleneck or no output
         goes whole. A stream channel that nobody reads goes. Stem, transitions and classifier stay.
         """
         keep = keep.copy()
@@ -153,7 +74,9 @@ class Units:
         for part in self.parts():
             read = self.config.in_channels if part.edges is None else _count(keep, part.edges)
             made = self.config.num_classes
-            if part.stream is not None:
+            if part.siblings is not None:
+                made = _count(keep, part.siblings.group)
+            elif part.stream is not None:
                 made = _count(keep, part.stream) * part.stream.siblings
             narrow = None if part.bottleneck is None else _count(keep, part.bottleneck)
             if made:
@@ -163,7 +86,6 @@ class Units:
     def after(self, keep: Mask) -> DenseNetConfig:
         """The description of what a closed `keep` leaves; stream positions are renumbered."""
         blocks, transitions = [], []
-        classifier_indices: Indices = None
         for b, stream in enumerate(self.streams):
             alive = self._alive(stream, keep)
             new_position = np.cumsum(alive) - 1
@@ -171,37 +93,45 @@ class Units:
             layers = []
             for i, (part, old) in enumerate(zip(stream.layers, self.config.blocks[b], strict=True)):
                 if _made_count(part, keep):
+                    indices, rivals = _reads(part, keep, new_position, written[i + 1])
+                    mfm, alone = _competition(part, keep, old.mfm)
                     layer = replace(
                         old,
                         out_channels=_made_count(part, keep),
                         bottleneck=None
                         if part.bottleneck is None
                         else _count(keep, part.bottleneck),
-                        input_indices=_indices(part, keep, new_position, written[i + 1]),
+                        input_indices=indices,
+                        mfm=mfm,
+                        rival_indices=rivals,
+                        mfm_alone=alone,
                     )
                     layers.append(layer)
             blocks.append(tuple(layers))
-            indices = _indices(stream.reader, keep, new_position, written[-1])
+            indices, rivals = _reads(stream.reader, keep, new_position, written[-1])
             if b < len(self.config.transitions):
                 count = _made_count(stream.reader, keep)
-                old_transition = self.config.transitions[b]
-                transitions.append(
-                    replace(old_transition, out_channels=count, input_indices=indices)
-                )
-            else:
-                classifier_indices = indices
+                mfm, alone = _competition(stream.reader, keep, self.config.transitions[b].mfm)
+                transitions.append(TransitionConfig(count, indices, mfm, rivals, alone))
         return replace(
             self.config,
             num_init_features=_made_count(self.streams[0].writer, keep),
             blocks=tuple(blocks),
             transitions=tuple(transitions),
-            classifier_indices=classifier_indices,
+            classifier_indices=indices,
+            classifier_rivals=rivals,
         )
 
     def _group(
-        self, kind: Kind, name: str, size: int, siblings: int = 1, survivors: int = 1
+        self,
+        kind: Kind,
+        name: str,
+        size: int,
+        siblings: int = 1,
+        survivors: int = 1,
+        alone: int = 0,
     ) -> Group:
-        group = Group(kind, name, self.size, size, siblings, survivors)
+        group = Group(kind, name, self.size, size, siblings, survivors, alone)
         self.groups.append(group)
         self.size += size
         return group
@@ -210,21 +140,52 @@ class Units:
         name = f"features.denseblock{block}.{layer.name}"
         positions = _positions(layer.input_indices, width)
         edges = self._group("edge", f"{name}.norm1", len(positions))
+        sides = self._sides(f"{name}.read", positions, layer.rival_indices)
         narrow = None
         if layer.bottleneck is not None:
             narrow = self._group("bottleneck", f"{name}.conv1", layer.bottleneck)
-        last = f"{name}.conv1" if narrow is None else f"{name}.conv2"
-        return Part(name, edges, narrow, self._made(last, layer), positions, width, block)
+        made = self._made(f"{name}.conv1" if narrow is None else f"{name}.conv2", layer)
+        siblings = self._siblings(f"{name}.mfm", layer, width)
+        return Part(name, edges, narrow, made, positions, width, block, siblings, sides)
 
     def _transition(self, block: int, transition: TransitionConfig, width: int) -> Part:
         name = f"features.transition{block}"
         positions = _positions(transition.input_indices, width)
         edges = self._group("edge", f"{name}.norm", len(positions))
-        return Part(name, edges, None, self._made(f"{name}.conv", transition), positions, 0, block)
+        sides = self._sides(f"{name}.read", positions, transition.rival_indices)
+        made = self._made(f"{name}.conv", transition)
+        siblings = self._siblings(f"{name}.mfm", transition, 0)
+        return Part(name, edges, None, made, positions, 0, block, siblings, sides)
 
     def _made(self, name: str, part: LayerConfig | TransitionConfig) -> Group:
         siblings, survivors = (1, 1) if part.mfm is None else MFM_KINDS[part.mfm]
-        return self._group("stream", name, part.out_channels // survivors, siblings, survivors)
+        size, alone = part.out_channels // survivors, len(part.mfm_alone)
+        return self._group("stream", name, size, siblings, survivors, alone)
+
+    def _siblings(
+        self, name: str, part: LayerConfig | TransitionConfig, offset: int
+    ) -> Pairs | None:
+        """Those of an MFM 2/1. (Of three siblings none can go alone.)"""
+        if part.mfm != "2/1":
+            return None
+        paired = np.delete(np.arange(part.out_channels), list(part.mfm_alone))
+        return self._pairs(name, offset + np.arange(part.out_channels), offset + paired, paired)
+
+    def _sides(self, name: str, leads: Positions, rivals: Indices) -> Pairs | None:
+        if rivals is None:
+            return None
+        paired = np.flatnonzero(leads != np.asarray(rivals))
+        return self._pairs(name, leads, np.asarray(rivals)[paired], paired)
+
+    def _pairs(self, name: str, firsts: Positions, seconds: Positions, paired: Positions) -> Pairs:
+        """`paired`: the pairs that have a second sibling, in the order of the seconds."""
+        group = self._group("sibling", name, len(firsts) + len(seconds))
+        own = np.arange(len(firsts))
+        second = own.copy()
+        second[paired] = len(firsts) + np.arange(len(paired))
+        return Pairs(
+            group, np.concatenate([own, paired]), second, np.concatenate([firsts, seconds])
+        )
 
     def _alive(self, stream: Stream, keep: Mask) -> Mask:
         """Which stream channels are made."""
@@ -235,12 +196,18 @@ class Units:
         return alive
 
     def _lose_sources(self, stream: Stream, keep: Mask) -> None:
+        for part in stream.producers:
+            if part.siblings is not None and part.stream is not None:
+                part.siblings.agree(keep, part.stream)
         alive = self._alive(stream, keep)
         for part in stream.readers:
             assert part.edges is not None
-            keep[part.edges.units] &= alive[part.positions]
-            if part.is_dense_layer and not all(keep[g.units].any() for g in _groups(part)):
-                for group in _groups(part):
+            readings, positions = part.readings
+            keep[readings.units] &= alive[positions]
+            if part.sides is not None:
+                part.sides.agree(keep, part.edges)
+            if part.is_dense_layer and not all(keep[g.units].any() for g in part.groups):
+                for group in part.groups:
                     keep[group.units] = False
                 alive[part.made()] = False
 
@@ -250,14 +217,34 @@ class Units:
             if part.stream is not None and part is not stream.reader:
                 keep[part.stream.units] &= read[part.made()].any(axis=0)
                 if part.is_dense_layer and not keep[part.stream.units].any():
-                    for group in _groups(part):
+                    for group in part.groups:
                         keep[group.units] = False
             if part.edges is not None and part is not stream.writer:
-                read[part.positions] |= keep[part.edges.units]
+                readings, positions = part.readings
+                read[positions] |= keep[readings.units]
 
 
-def _groups(part: Part) -> list[Group]:
-    return [g for g in (part.edges, part.bottleneck, part.stream) if g is not None]
+def kept_channels(part: Part, keep: Mask) -> Iterator[tuple[Group, Positions]]:
+    """For each group of a part those channels of its module that stay, in their new order.
+
+    The order changes where a sibling goes: the one that is left becomes the first of its pair, and
+    where what is read competes the pairs lie in the order of their first position.
+    """
+    for group in part.groups:
+        kept = np.flatnonzero(keep[group.units])
+        if part.sides is not None and group in (part.edges, part.sides.group):
+            firsts, seconds = part.sides.left(keep)
+            order = np.argsort(part.sides.positions[firsts])
+            firsts, seconds = firsts[order], seconds[order]
+            kept = kept[order]
+            if group is part.sides.group:
+                kept = np.concatenate([firsts, seconds[seconds != firsts]])
+        elif part.siblings is not None and group in (part.stream, part.siblings.group):
+            firsts, seconds = part.siblings.left(keep)
+            kept = np.concatenate([firsts, seconds[seconds != firsts]])
+        elif group.siblings > 1:
+            kept = (np.arange(group.siblings)[:, None] * group.size + kept).ravel()
+        yield group, kept
 
 
 def _positions(indices: Indices, width: int) -> Positions:
@@ -273,8 +260,28 @@ def _made_count(part: Part, keep: Mask) -> int:
     return _count(keep, part.stream) * part.stream.survivors
 
 
-def _indices(part: Part, keep: Mask, new_position: Positions, width: int) -> Indices:
-    """New stream positions that a reader reads; None when it reads all `width` of them."""
+def _reads(part: Part, keep: Mask, new_position: Positions, width: int) -> tuple[Indices, Indices]:
+    """New stream positions that a reader reads, and their rivals.
+
+    The positions are None when all `width` of them are read as they are, the rivals when nobody
+    competes (any more).
+    """
     assert part.edges is not None
-    kept = new_position[part.positions[keep[part.edges.units]]]
-    return None if len(kept) == width else tuple(kept.tolist())
+    if part.sides is None:
+        kept = new_position[part.positions[keep[part.edges.units]]]
+        return (None if len(kept) == width else tuple(kept.tolist())), None
+    leads, rivals = (new_position[part.sides.positions[side]] for side in part.sides.left(keep))
+    order = np.argsort(leads)
+    indices, against = tuple(leads[order].tolist()), tuple(rivals[order].tolist())
+    if indices != against:
+        return indices, against
+    return (None if len(indices) == width else indices), None
+
+
+def _competition(part: Part, keep: Mask, mfm: str | None) -> tuple[str | None, tuple[int, ...]]:
+    """The MFM on what a part makes, and its units that stand alone; none when all of them do."""
+    if part.siblings is None:
+        return mfm, ()
+    firsts, seconds = part.siblings.left(keep)
+    alone = np.flatnonzero(firsts == seconds)
+    return (None, ()) if len(alone) == len(firsts) else (mfm, tuple(alone.tolist()))

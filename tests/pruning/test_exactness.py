@@ -10,17 +10,24 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import masked, randomise_
+from strategies import alone, rivalries
 
 from prune_dn.errors import PruningError
 from prune_dn.models import DenseNet, DenseNetConfig, LayerConfig, TransitionConfig, densenet
 from prune_dn.pruning import CRITERIA, Plan, apply_plan, make_plan
-from prune_dn.pruning.units import KINDS, Units
+from prune_dn.pruning.parts import KINDS
+from prune_dn.pruning.plan import plan_of
+from prune_dn.pruning.units import Units
 
 
 @st.composite
 def configs(draw: st.DrawFn) -> DenseNetConfig:
     """Small, uneven DenseNets: basic and bottleneck layers, MFM anywhere, both stems."""
-    kinds = st.sampled_from([None, None, "2/1", "3/2"])
+    kinds = st.sampled_from([None, None, "2/1", "2/1", "3/2"])
+
+    def read(width: int):
+        return draw(rivalries(width)) if width > 1 and draw(st.booleans()) else (None, None)
+
     width = init = draw(st.integers(1, 5))
     blocks, transitions = [], []
     count = draw(st.integers(1, 3))
@@ -30,13 +37,19 @@ def configs(draw: st.DrawFn) -> DenseNetConfig:
             mfm = draw(kinds)
             out = draw(st.integers(1, 4)) * (2 if mfm == "3/2" else 1)
             narrow = draw(st.none() | st.integers(1, 5))
-            layers.append(LayerConfig(f"denselayer{i + 1}", out, narrow, mfm=mfm))
+            leads, rivals = read(width)
+            single = draw(alone(out, mfm))
+            name = f"denselayer{i + 1}"
+            layers.append(LayerConfig(name, out, narrow, leads, mfm, rivals, single))
             width += out
         blocks.append(tuple(layers))
         if b < count - 1:
             mfm = draw(kinds)
+            leads, rivals = read(width)
             width = draw(st.integers(1, 4)) * (2 if mfm == "3/2" else 1)
-            transitions.append(TransitionConfig(width, mfm=mfm))
+            single = draw(alone(width, mfm))
+            transitions.append(TransitionConfig(width, leads, mfm, rivals, single))
+    leads, rivals = read(width)
     return DenseNetConfig(
         num_init_features=init,
         blocks=tuple(blocks),
@@ -44,6 +57,8 @@ def configs(draw: st.DrawFn) -> DenseNetConfig:
         num_classes=3,
         in_channels=draw(st.sampled_from([1, 3])),
         stem=draw(st.sampled_from(["cifar", "imagenet"])),
+        classifier_indices=leads,
+        classifier_rivals=rivals,
     )
 
 
@@ -53,7 +68,7 @@ requests = st.fixed_dictionaries(
         "unit": st.sampled_from(["channels", "params", "macs"]),
         "criterion": st.sampled_from(sorted(CRITERIA)),
         "scope": st.sampled_from(["global", "local"]),
-        "units": st.lists(st.sampled_from(KINDS), min_size=1, max_size=3, unique=True),
+        "units": st.lists(st.sampled_from(KINDS), min_size=1, max_size=4, unique=True),
         "min_channels": st.integers(1, 2),
         "round_to": st.sampled_from([1, 1, 1, 2, 3]),
         "seed": st.integers(0, 3),
@@ -73,7 +88,9 @@ def plan_or_none(net: DenseNet, **request: object) -> Plan | None:
         batches = [(x, torch.arange(3))] if CRITERIA[str(request["criterion"])].need else None
         return make_plan(net, input_size=x.shape[-1], calibration=batches, **request)  # type: ignore[arg-type]
     except PruningError as error:
-        if not any(w in str(error) for w in ("cannot bring", "round_to", "has none of them")):
+        if not any(
+            w in str(error) for w in ("cannot bring", "round_to", "has none of them", "judges only")
+        ):
             raise
         return None
 
@@ -130,6 +147,30 @@ def test_the_plan_describes_what_surgery_makes(config, request) -> None:
     }
     for key, value in net.state_dict().items():
         assert torch.equal(value, before[key])
+
+
+@given(configs(), st.integers(0, 99), st.data())
+def test_masked_equals_pruned_whatever_goes(config, seed, data) -> None:
+    """Any cut whatever, also what no plan would cut: both siblings, sides, whole layers."""
+    net = randomise_(DenseNet(config).double().eval(), seed)
+    x = images(net)
+    for _ in range(2):
+        units = Units(net.config)
+        share = data.draw(st.floats(0.3, 1))
+        drawn = np.random.default_rng(data.draw(st.integers(0, 999))).random(units.size) < share
+        only = data.draw(st.sampled_from([*KINDS, None]))
+        for group in units.groups:
+            if only not in (None, group.kind):
+                drawn[group.units] = True
+        keep = units.close(drawn)
+        stays = [part for part in units.parts() if not part.is_dense_layer]
+        if not all(keep[g.units].any() for part in stays for g in (part.edges, part.stream) if g):
+            return
+        plan = plan_of(units, keep)
+        small = apply_plan(net, plan)
+        torch.testing.assert_close(small(x), masked(net, plan)(x), rtol=1e-9, atol=1e-9)
+        assert Plan.from_json(plan.to_json()) == plan
+        net = small
 
 
 @given(configs(), st.data())

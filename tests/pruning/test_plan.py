@@ -26,8 +26,9 @@ def net() -> DenseNet:
 
 @pytest.mark.parametrize("unit", ["channels", "params", "macs"])
 @pytest.mark.parametrize("scope", ["global", "local"])
-# lamp empties a whole layer here: its last filter takes more with it than the bound below.
-@pytest.mark.parametrize("criterion", sorted(set(CRITERIA) - {"lamp"}))
+# lamp empties a whole layer here: its last filter takes more with it than the bound below. Nothing
+# competes here, so there is nothing to win.
+@pytest.mark.parametrize("criterion", sorted(set(CRITERIA) - {"lamp", "mfm_win_rate"}))
 def test_the_budget_is_met_within_one_unit(net, unit, scope, criterion) -> None:
     batches = [(torch.randn(4, 3, 32, 32), torch.arange(4))] if CRITERIA[criterion].need else None
     plan = make_plan(net, 0.4, unit=unit, scope=scope, criterion=criterion, calibration=batches)

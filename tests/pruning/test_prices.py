@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from prune_dn.models import densenet
 from prune_dn.profiling import count
+from prune_dn.pruning.parts import Mask
 from prune_dn.pruning.prices import Market
 from prune_dn.pruning.rates import COUNTED, Rates, total_cost, unit_costs
-from prune_dn.pruning.units import Mask, Units
+from prune_dn.pruning.units import Units
 
 MFM = {"denseblock1.denselayer2": "2/1", "transition1": "3/2"}
 BOTTLENECKS = densenet([2, 3, 1], 6, bn_size=2, stem="imagenet", num_classes=5).config
