@@ -38,10 +38,11 @@ import prune_dn
 from prune_dn import pipeline
 from prune_dn.files import atomic_path, write_text
 from prune_dn.latency import compare_latency, machine
-from prune_dn.recipe import Recipe, to_yaml
+from prune_dn.recipe import Recipe
 from prune_dn.recipe_file import load_recipe
 from prune_dn.report import markdown_table
 from prune_dn.sources import DATASETS
+from prune_dn.yaml_lines import parse
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "mfm_table"
 TIMES: tuple[tuple[Any, int], ...] = (("eager", 32), ("onnxruntime", 1))
@@ -82,12 +83,8 @@ class Table:
     def key(self, name: str, seed: int) -> Row:
         """What tells a measured row from others, also from one of another recipe or start."""
         names = [n for n in (self.start(name), name) if n is not None]
-        texts = "".join(to_yaml(load_recipe(self.files[n])) for n in names)
-        return {
-            "row": name,
-            "seed": seed,
-            "recipe": hashlib.sha256(texts.encode()).hexdigest()[:12],
-        }
+        said = json.dumps([parse(self.files[n].read_text(encoding="utf-8")).value for n in names])
+        return {"row": name, "seed": seed, "recipe": hashlib.sha256(said.encode()).hexdigest()[:12]}
 
     def measure(self, key: Row) -> Row:
         """Run a recipe, or what is left to run of it: the net's accuracy and costs."""
