@@ -29,12 +29,16 @@ UNEVEN = DenseNetConfig(
     num_init_features=4,
     blocks=(
         (LayerConfig("denselayer2", 4, 6, (0, 3), "3/2"), LayerConfig("denselayer3", 3)),
-        (LayerConfig("denselayer1", 2, mfm="2/1"),),
+        (
+            LayerConfig("denselayer1", 2, mfm="2/1"),
+            LayerConfig("denselayer2", 3, 4, (0, 1, 3), "2/1", (4, 1, 3), (1,)),
+        ),
     ),
-    transitions=(TransitionConfig(3, input_indices=(1, 4, 8)),),
+    transitions=(TransitionConfig(3, (1, 4, 8), "2/1", (2, 4, 10), (0, 2)),),
     num_classes=5,
     stem="cifar",
     classifier_indices=(0, 2, 4),
+    classifier_rivals=(7, 2, 6),
     norm_eps=1e-3,
 )
 
