@@ -30,6 +30,7 @@ from prune_dn.pruning import (
     compensate_plan,
     make_plan,
     recalibrate_batch_norm_,
+    settling_plan,
 )
 from prune_dn.pruning.importance import reads_images
 from prune_dn.pruning.latency_model import requested_model
@@ -42,6 +43,7 @@ from prune_dn.training import evaluate, fit
 KEPT_HISTORY = ("epoch", "loss", "accuracy", "val_loss", "val_accuracy", "learning_rate")
 NOT_PLANNED = {
     "pruning_ratio",
+    "settle",
     "rounds",
     "recalibrate_batches",
     "seed",
@@ -93,16 +95,21 @@ def check_fit(model: DenseNet, classes: int, channels: int, where: str, data: st
 def plan_round(
     recipe: Recipe, model: DenseNet, dense: DenseNet, data: Datasets, number: int
 ) -> Plan:
-    """The plan of one round: `number`/`rounds` of the ratio in all, always against `dense`."""
+    """The plan of one round: `number`/`rounds` of the ratio in all, always against `dense`; or the
+    one that settles every MFM."""
     section = recipe.prune
     assert section is not None
+    images = calibration(recipe, data) if reads_images(section.criterion) else None
+    seed = recipe.seed if section.seed is None else section.seed
+    if section.pruning_ratio is None:
+        return settling_plan(model, images, criterion=section.criterion, seed=seed)
     return make_plan(
         model,
         section.pruning_ratio * number / section.rounds,
         **section.model_dump(exclude=NOT_PLANNED),
-        seed=recipe.seed if section.seed is None else section.seed,
+        seed=seed,
         input_size=data.spec.image_size,
-        calibration=calibration(recipe, data) if reads_images(section.criterion) else None,
+        calibration=images,
         baseline=dense.config,
         latency_model=requested_model(
             model, section.unit, section.runtime, section.batch_size, data.spec.image_size
@@ -170,12 +177,13 @@ class Phases:
             self._save(small, file)
             self._score(small, "recalibrated", file)
             self.folder.metrics["stages"]["pruned"]["file_bytes"] = self._bytes(file)
-            done = {
-                "unit": section.unit,
-                "requested": plan.requested["pruning_ratio"],
-                "achieved": plan.achieved["ratio"],
-            }
-            self.folder.metrics["rounds"][number - 1 :] = [done]
+            if not section.settle:
+                done = {
+                    "unit": section.unit,
+                    "requested": plan.requested["pruning_ratio"],
+                    "achieved": plan.achieved["ratio"],
+                }
+                self.folder.metrics["rounds"][number - 1 :] = [done]
         return plan, small
 
     def finetune(

@@ -15,13 +15,14 @@ import torch
 
 from prune_dn import phases, pipeline
 from prune_dn.checkpoint import load, read_info, save
-from prune_dn.data import make_loader
+from prune_dn.data import calibration_batches, load_datasets, make_loader
 from prune_dn.errors import DataError, PruneDNError, RecipeError
-from prune_dn.models import densenet
+from prune_dn.models import MaxFeatureMap, densenet
 from prune_dn.profiling import count
-from prune_dn.pruning import Plan, apply_plan
+from prune_dn.pruning import Plan, apply_plan, settling_plan
 from prune_dn.recipe import Recipe
 from prune_dn.recipe_file import load_recipe, parse_recipe
+from prune_dn.training import evaluate
 
 TINY = """\
 model: {name: densenet, block_config: [2, 2], growth_rate: 4, bn_size: 2, stem: cifar}
@@ -339,3 +340,23 @@ def test_time_is_recorded(finished: pipeline.RunResult) -> None:
     done = finished.metrics["phases"]
     assert list(done) == ["train", "prune-1", "finetune-1", "latency", "export"]
     assert all(0 <= phase["seconds"] < time.monotonic() for phase in done.values())
+
+
+def test_settle_cuts_the_losers_of_the_trained_net(tmp_path: Path) -> None:
+    overrides = ["model.mfm={'*': 2/1}", "model.mfm_skipped={'*': 2/1}", NO_ONNX, "train.epochs=1"]
+    overrides.append("prune={settle: true, criterion: mfm_win_rate, calibration: 24}")
+    recipe = tiny(tmp_path / "run", *overrides)
+    facts = pipeline.dry_run(recipe)
+    assert facts["pruned"]["macs"] < facts["dense"]["macs"]
+    assert "requested" not in facts
+    result = go(recipe)
+    dense = load(tmp_path / "run" / "dense.safetensors")
+    data = load_datasets("digits", image_size=8, limit=64)
+    batches = calibration_batches(data.train, 24)
+    plan = settling_plan(dense, batches, criterion="mfm_win_rate", seed=0)
+    assert result.model.config == plan.config_after
+    assert not any(isinstance(m, MaxFeatureMap) for m in result.model.modules())
+    before = result.metrics["stages"]["pruned"]
+    assert before["test_accuracy"] == evaluate(apply_plan(dense, plan), data.test).accuracy
+    assert result.metrics["rounds"] == []
+    assert "Asked: settle True" in (tmp_path / "run" / "report.md").read_text()

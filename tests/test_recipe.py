@@ -188,6 +188,11 @@ def test_hardly_a_recipe(text: str, message: str) -> None:
         (GOOD.replace("0.5", "0.5\n  runtime: eager"), "prune.runtime has no effect"),
         (GOOD.replace("0.5", "0.5\n  rounds: 2").split("finetune")[0], "add finetune"),
         (GOOD.replace("prune:\n  pruning_ratio: 0.5\n", ""), "finetune without prune"),
+        (GOOD.replace("pruning_ratio: 0.5", "criterion: l1"), "prune: pruning_ratio is missing"),
+        (
+            GOOD.replace("0.5", "0.5\n  settle: true\n  units: [edge]"),
+            "settle cuts every loser of an MFM and nothing else; remove pruning_ratio, units",
+        ),
     ],
 )
 def test_parts_that_do_not_fit_together(text: str, message: str) -> None:

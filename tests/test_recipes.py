@@ -43,6 +43,7 @@ MFM_TABLE = {
     "five_losers",
     "skipped",
     "skipped_longer",
+    "skipped_losers",
     "both",
     "both_longer",
     "both_losers",
@@ -112,8 +113,8 @@ def test_recipe_runs_to_the_end(path: Path, images: Path, tmp_path: Path) -> Non
     compensated = {"compensated"} if recipe.prune.compensate != "none" else set()
     assert set(stages) == {"dense", "pruned", "recalibrated", "fine-tuned"} | compensated
     dense, small = (stages[s] for s in ("dense", "fine-tuned"))
-    unit = recipe.prune.unit
-    assert small[unit] <= (1 - recipe.prune.pruning_ratio) * dense[unit]
+    ratio, unit = recipe.prune.pruning_ratio or 0.0, recipe.prune.unit
+    assert small[unit] <= (1 - ratio) * dense[unit]
 
 
 def start_of(recipe: Recipe) -> Recipe:
