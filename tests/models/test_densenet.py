@@ -171,12 +171,16 @@ UNEVEN = DenseNetConfig(
             LayerConfig("denselayer2", 2, bottleneck=5, input_indices=(0, 2, 6)),
             LayerConfig("denselayer4", 4, bottleneck=6, mfm="3/2"),
         ),
-        (LayerConfig("denselayer1", 2, input_indices=(1, 2), mfm="2/1"),),
+        (
+            LayerConfig("denselayer1", 2, input_indices=(1, 2), mfm="2/1"),
+            LayerConfig("denselayer2", 3, 4, (0, 1, 3), "2/1", (4, 1, 3), (1,)),
+        ),
     ),
     transitions=(TransitionConfig(3, input_indices=(0, 1, 5, 9), mfm="2/1"),),
     num_classes=3,
     stem="cifar",
     classifier_indices=(0, 2, 3),
+    classifier_rivals=(6, 2, 7),
 )
 
 
