@@ -13,7 +13,7 @@ from prune_dn import pipeline
 from prune_dn.checkpoint import save
 from prune_dn.models import MaxFeatureMap
 from prune_dn.profiling import count
-from prune_dn.pruning import make_plan
+from prune_dn.pruning import make_plan, settling_plan
 from prune_dn.recipe import Recipe, to_yaml
 from prune_dn.recipe_file import load_recipe, parse_recipe
 
@@ -157,3 +157,11 @@ def test_ratios_of_the_mfm_table_are_those_of_the_mfm_nets(name: str) -> None:
             model, recipe.prune.pruning_ratio, unit="macs", criterion=recipe.prune.criterion
         )
         assert 0 <= wanted.macs - plan.achieved["after"]["macs"] < dearest
+
+
+def test_five_layers_without_losers_cost_what_both_cost() -> None:
+    """So the plain nets that are cut to the MACs of `both` stand beside either."""
+    recipes = mfm_table()
+    five = recipes["five"].model.build()
+    settled = settling_plan(five, criterion="random")
+    assert count(settled.config_after).macs == count(recipes["both"].model.build()).macs
