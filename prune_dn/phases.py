@@ -159,12 +159,13 @@ class Phases:
             self._save(small, file)
             self._score(small, "recalibrated", file)
             self.folder.metrics["stages"]["pruned"]["file_bytes"] = self._bytes(file)
-            done = {
-                "unit": section.unit,
-                "requested": plan.requested["pruning_ratio"],
-                "achieved": plan.achieved["ratio"],
-            }
-            self.folder.metrics["rounds"][number - 1 :] = [done]
+            if not section.settle:
+                done = {
+                    "unit": section.unit,
+                    "requested": plan.requested["pruning_ratio"],
+                    "achieved": plan.achieved["ratio"],
+                }
+                self.folder.metrics["rounds"][number - 1 :] = [done]
         return plan, small
 
     def _prune_light_cnn(
@@ -172,6 +173,7 @@ class Phases:
     ) -> tuple[dict[str, Any], Net]:
         """Cut, score: there is no plan, and there are no norms to recalibrate."""
         file = "cut.safetensors" if section.rounds == 1 else f"cut-{number}.safetensors"
+        assert section.pruning_ratio is not None
         asked = section.pruning_ratio * number / section.rounds
         if self.folder.done(f"prune-{number}", [file]):
             small = self._load(file)

@@ -99,8 +99,12 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
         facts["protected"] = {}
     elif recipe.prune is not None and isinstance(model, DenseNet):
         plan = plan_round(recipe, model, model, data, recipe.prune.rounds)
-        facts["pruned"] = plan.achieved["after"]
-        facts["requested"] = recipe.prune.pruning_ratio
-        facts["achieved"] = plan.achieved["ratio"]
+        if recipe.prune.settle:
+            after = count(plan.config_after, data.spec.image_size)
+            facts["pruned"] = dataclasses.asdict(after)
+        else:
+            facts["pruned"] = plan.achieved["after"]
+            facts["requested"] = recipe.prune.pruning_ratio
+            facts["achieved"] = plan.achieved["ratio"]
         facts["protected"] = plan.protected
     return facts

@@ -31,6 +31,8 @@ from prune_dn.yaml_lines import dump
 
 Count = Annotated[int, Field(ge=1)]
 FROM_DATA = ("num_classes", "in_channels", "image_size")  # of a builder's arguments
+# What prune.settle may stand beside.
+SETTLING = {"settle", "criterion", "compensate", "calibration", "recalibrate_batches", "seed"}
 
 
 def _choice(kind: str, registry: Mapping[str, Any]) -> Any:
@@ -165,11 +167,13 @@ class PruneSection(Section):
 
     `calibration` is how many training images the criterion and the compensation see (None = 512, see
     `data.calibration_batches`). `runtime` (None = onnxruntime) and `batch_size` (None = 1) are those
-    of the unit `latency`. `ratios` is the path of a sensitivity.json of the net before the cut.
+    of the unit `latency`. `settle` takes the place of the ratio: every loser of an MFM goes, and nothing
+    else (`settling_plan`). `ratios` is the path of a sensitivity.json of the net before the cut.
     After a cut `recalibrate_batches` refresh the norms, where there are any.
     """
 
-    pruning_ratio: Ratio
+    pruning_ratio: Ratio | None = None
+    settle: bool = False
     unit: Literal["channels", "params", "macs", "latency"] = "channels"
     runtime: Literal["eager", "onnxruntime"] | None = None
     batch_size: Count | None = None
@@ -187,6 +191,19 @@ class PruneSection(Section):
     rounds: Count = 1
     recalibrate_batches: Annotated[int, Field(ge=0)] = 50
     seed: int | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> PruneSection:
+        if not self.settle and self.pruning_ratio is None:
+            raise ValueError("pruning_ratio is missing: give the fraction to remove, such as 0.5")
+        fields = type(self).model_fields
+        given = [name for name in fields if getattr(self, name) != fields[name].default]
+        extra = sorted(set(given) - SETTLING)
+        if self.settle and extra:
+            raise ValueError(
+                f"settle cuts every loser of an MFM and nothing else; remove {', '.join(extra)}"
+            )
+        return self
 
     @property
     def reads_images(self) -> bool:
@@ -274,6 +291,8 @@ class Recipe(Section):
                 wrong.append("prune.unit latency (choose macs)")
             if cut.compensate != "none":
                 wrong.append("prune.compensate (for DenseNets; leave it out)")
+            if cut.settle:
+                wrong.append("prune.settle (for DenseNets; give pruning_ratio)")
             if cut.ratios is not None:
                 wrong.append("prune.ratios (for DenseNets; leave it out)")
             if cut.units != type(cut).model_fields["units"].default:

@@ -8,13 +8,14 @@ from prune_dn.data import Datasets, calibration_batches
 from prune_dn.errors import PruningError
 from prune_dn.models import DenseNet, LightCNN
 from prune_dn.profiling import count
-from prune_dn.pruning import Plan, make_plan, prune
+from prune_dn.pruning import Plan, make_plan, prune, settling_plan
 from prune_dn.pruning.importance import reads_images
 from prune_dn.pruning.latency_model import LATENCY, requested_model
 from prune_dn.recipe import Recipe
 
 NOT_PLANNED = {
     "pruning_ratio",
+    "settle",
     "rounds",
     "recalibrate_batches",
     "seed",
@@ -28,16 +29,21 @@ NOT_PLANNED = {
 def plan_round(
     recipe: Recipe, model: DenseNet, dense: DenseNet, data: Datasets, number: int
 ) -> Plan:
-    """The plan of one round: `number`/`rounds` of the ratio in all, always against `dense`."""
+    """The plan of one round: `number`/`rounds` of the ratio in all, always against `dense`; or the
+    one that settles every MFM."""
     section = recipe.prune
     assert section is not None
+    images = calibration(recipe, data) if reads_images(section.criterion) else None
+    seed = recipe.seed if section.seed is None else section.seed
+    if section.pruning_ratio is None:
+        return settling_plan(model, images, criterion=section.criterion, seed=seed)
     return make_plan(
         model,
         section.pruning_ratio * number / section.rounds,
         **section.model_dump(exclude=NOT_PLANNED),
-        seed=recipe.seed if section.seed is None else section.seed,
+        seed=seed,
         input_size=data.spec.image_size,
-        calibration=calibration(recipe, data) if reads_images(section.criterion) else None,
+        calibration=images,
         baseline=dense.config,
         latency_model=requested_model(
             model, section.unit, section.runtime, section.batch_size, data.spec.image_size
@@ -50,7 +56,7 @@ def cut_round(
 ) -> LightCNN:
     """What `plan_round` and surgery are for DenseNets: a smaller Light CNN."""
     section = recipe.prune
-    assert section is not None
+    assert section is not None and section.pruning_ratio is not None
     ratio = section.pruning_ratio * number / section.rounds
     if model is not dense and section.unit != LATENCY:
         whole, now = (getattr(count(net), section.unit) for net in (dense, model))

@@ -16,15 +16,16 @@ import torch
 
 from prune_dn import phases, pipeline
 from prune_dn.checkpoint import load, read_info, save
-from prune_dn.data import make_loader
+from prune_dn.data import calibration_batches, load_datasets, make_loader
 from prune_dn.errors import DataError, PruneDNError, PruningError, RecipeError
-from prune_dn.models import densenet, light_cnn_9
+from prune_dn.models import MaxFeatureMap, densenet, light_cnn_9
 from prune_dn.profiling import count
-from prune_dn.pruning import Plan, apply_plan, make_plan
+from prune_dn.pruning import Plan, apply_plan, make_plan, settling_plan
 from prune_dn.pruning.ratios import FORMAT
 from prune_dn.pruning.sensitivity import sensitivity
 from prune_dn.recipe import Recipe
 from prune_dn.recipe_file import load_recipe, parse_recipe
+from prune_dn.training import evaluate
 
 TINY = """\
 model: {name: densenet, block_config: [2, 2], growth_rate: 4, bn_size: 2, stem: cifar}
@@ -142,7 +143,7 @@ def test_environment_and_resolved_recipe(finished: pipeline.RunResult) -> None:
 def test_finished_phases_are_read_not_run(
     finished: pipeline.RunResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("fit", "evaluate", "make_plan", "export_onnx", "compare_latency"):
+    for name in ("fit", "evaluate", "plan_round", "export_onnx", "compare_latency"):
         monkeypatch.setattr(phases, name, None)  # a call would be an error
     again = go(tiny(finished.output_dir))
     assert again.metrics == finished.metrics
@@ -417,9 +418,9 @@ def test_a_light_cnns_checkpoint_is_refused_before_it_trains(tmp_path: Path) -> 
         f"model={{checkpoint: {json.dumps(str(tmp_path / 'net.safetensors'))}}}",
         f"output_dir={json.dumps(str(tmp_path / 'run'))}",
         "prune={pruning_ratio: 0.5}",
-        "train.memory_efficient=true",
+        "train.sparsity={kind: l1}",
     ]
-    message = r"is a Light CNN, .* with train.memory_efficient .*criterion bn_scale .*choose l2"
+    message = r"is a Light CNN, .* with train.sparsity .*criterion bn_scale .*choose l2"
     for job in (pipeline.dry_run, go):
         with pytest.raises(RecipeError, match=message):
             job(parse_recipe(LIGHT, overrides=overrides))
@@ -435,3 +436,23 @@ def test_a_light_cnn_is_for_one_image_size(tmp_path: Path) -> None:
     ]
     with pytest.raises(DataError, match="has 32 pixels a side, the data set 'digits' has 16"):
         go(parse_recipe(LIGHT, overrides=overrides))
+
+
+def test_settle_cuts_the_losers_of_the_trained_net(tmp_path: Path) -> None:
+    overrides = ["model.mfm={'*': 2/1}", "model.mfm_skipped={'*': 2/1}", NO_ONNX, "train.epochs=1"]
+    overrides.append("prune={settle: true, criterion: mfm_win_rate, calibration: 24}")
+    recipe = tiny(tmp_path / "run", *overrides)
+    facts = pipeline.dry_run(recipe)
+    assert facts["pruned"]["macs"] < facts["dense"]["macs"]
+    assert "requested" not in facts
+    result = go(recipe)
+    dense = load(tmp_path / "run" / "dense.safetensors")
+    data = load_datasets("digits", image_size=8, limit=64)
+    batches = calibration_batches(data.train, 24)
+    plan = settling_plan(dense, batches, criterion="mfm_win_rate", seed=0)
+    assert result.model.config == plan.config_after
+    assert not any(isinstance(m, MaxFeatureMap) for m in result.model.modules())
+    before = result.metrics["stages"]["pruned"]
+    assert before["test_accuracy"] == evaluate(apply_plan(dense, plan), data.test).accuracy
+    assert result.metrics["rounds"] == []
+    assert "Asked: settle True" in (tmp_path / "run" / "report.md").read_text()

@@ -196,6 +196,11 @@ def test_hardly_a_recipe(text: str, message: str) -> None:
             "prune: scope='local' has no effect with ratios",
         ),
         (GOOD.replace("prune:\n  pruning_ratio: 0.5\n", ""), "finetune without prune"),
+        (GOOD.replace("pruning_ratio: 0.5", "criterion: l1"), "prune: pruning_ratio is missing"),
+        (
+            GOOD.replace("0.5", "0.5\n  settle: true\n  units: [edge]"),
+            "settle cuts every loser of an MFM and nothing else; remove pruning_ratio, units",
+        ),
     ],
 )
 def test_parts_that_do_not_fit_together(text: str, message: str) -> None:
@@ -264,8 +269,8 @@ prune: {pruning_ratio: 0.5, criterion: l2}
     ("override", "message"),
     [
         (
-            "model.memory_efficient=true",
-            "light_cnn_9 takes no memory_efficient; it takes widths, emb",
+            "model.growth_rate=4",
+            "light_cnn_9 takes no growth_rate; it takes widths, emb",
         ),
         (
             "model.block_config=[1, 1, 1, 1]",

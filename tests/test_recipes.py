@@ -10,11 +10,15 @@ import pytest
 from PIL import Image
 
 from prune_dn import pipeline
+from prune_dn.checkpoint import save
 from prune_dn.models import MaxFeatureMap
-from prune_dn.recipe import to_yaml
+from prune_dn.profiling import count
+from prune_dn.pruning import make_plan, settling_plan
+from prune_dn.recipe import Recipe, to_yaml
 from prune_dn.recipe_file import load_recipe, parse_recipe
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+FOLDER = Path(__file__).parents[1] / "recipes"
+RECIPES = sorted(FOLDER.rglob("*.yaml"))
 NAMES = {
     "quickstart",
     "densenet40_cifar10",
@@ -25,24 +29,45 @@ NAMES = {
     "densenet121_imagefolder",
     "light_cnn_9_digits",
 }
+MFM_TABLE = {
+    "plain",
+    "plain_longer",
+    "plain_random_as_five",
+    "plain_l1_as_five",
+    "plain_bn_scale_as_five",
+    "plain_random_as_both",
+    "plain_l1_as_both",
+    "plain_bn_scale_as_both",
+    "plain_reconstruction_as_both",
+    "five",
+    "five_longer",
+    "five_losers",
+    "skipped",
+    "skipped_longer",
+    "skipped_losers",
+    "both",
+    "both_longer",
+    "both_losers",
+}
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two classes of noise, 16 pixels wide."""
     root, random = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for split, count in (("train", 10), ("test", 3)):
+    for split, number in (("train", 10), ("test", 3)):
         for label in ("cat", "dog"):
             folder = root / split / label
             folder.mkdir(parents=True)
-            for i in range(count):
+            for i in range(number):
                 pixels = random.integers(0, 256, (16, 16, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / f"{i}.png")
     return root
 
 
 def test_all_recipes_are_here() -> None:
-    assert {path.stem for path in RECIPES} == NAMES
+    paths = {*NAMES, *(f"mfm_table/{name}" for name in MFM_TABLE)}
+    assert {str(path.relative_to(FOLDER).with_suffix("")) for path in RECIPES} == paths
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -62,24 +87,85 @@ def test_recipe_runs_to_the_end(path: Path, images: Path, tmp_path: Path) -> Non
         f"data={{name: image_folder, root: {json.dumps(str(images))}, image_size: {size}}}",
         "export={onnx: false, state_dict: false}",
         "report={batch_sizes: [1], repeats: 1}",
-        *(["prune.calibration=64"] if load_recipe(path).prune.reads_images else []),
     ]
     light = path.stem.startswith("light_cnn")
-    overrides += [] if light else ["prune.recalibrate_batches=1"]
+    if given.model.checkpoint is not None:
+        start = tmp_path / "start.safetensors"
+        save(start_of(given).model.build(num_classes=2), start)
+        overrides.append(f"model.checkpoint={json.dumps(str(start))}")
+    if given.prune is not None:
+        overrides += [] if light else ["prune.recalibrate_batches=1"]
+        overrides += ["prune.calibration=64"] if given.prune.reads_images else []
     for part in ("train", "finetune"):
+        if getattr(given, part) is None:
+            continue
         overrides += [f"{part}.{x}" for x in ("max_steps=2", "batch_size=4", "num_workers=0")]
         overrides += [f"{part}.epochs=1", f"{part}.gradient_accumulation=1"]
-    if given.train is not None and given.train.resolutions:
-        overrides.append("train.resolutions=[[0, 8], [0.5, 16]]")
+        if getattr(given, part).resolutions:
+            overrides.append(f"{part}.resolutions=[[0, 8], [0.5, 16]]")
     recipe = load_recipe(path, overrides)
     result = pipeline.run(recipe, progress=False)
-    assert recipe.prune is not None
-    compensated = {"compensated"} if recipe.prune.compensate != "none" else set()
-    stages = {"dense", "pruned", "fine-tuned"} | compensated
-    stages |= set() if light else {"recalibrated"}
-    assert set(result.metrics["stages"]) == stages
-    dense, small = (result.metrics["stages"][s] for s in ("dense", "fine-tuned"))
-    unit = recipe.prune.unit
-    assert small[unit] <= (1 - recipe.prune.pruning_ratio) * dense[unit]
+    stages = result.metrics["stages"]
     mfm = [m for m in result.model.modules() if isinstance(m, MaxFeatureMap)]
-    assert len(mfm) == (10 if light else 5 if "mfm" in path.stem else 0)
+    settled = path.stem.endswith("losers")
+    five = path.stem.startswith(("mfm", "five", "both")) and not settled
+    assert len(mfm) == (10 if light else 5 if five else 0)
+    if recipe.prune is None:
+        assert set(stages) == {"dense"}
+        return
+    compensated = {"compensated"} if recipe.prune.compensate != "none" else set()
+    recalibrated = set() if light else {"recalibrated"}
+    assert set(stages) == {"dense", "pruned", "fine-tuned"} | recalibrated | compensated
+    dense, small = (stages[s] for s in ("dense", "fine-tuned"))
+    ratio, unit = recipe.prune.pruning_ratio or 0.0, recipe.prune.unit
+    assert small[unit] <= (1 - ratio) * dense[unit]
+
+
+def start_of(recipe: Recipe) -> Recipe:
+    """The recipe of the MFM table whose checkpoint this one reads."""
+    checkpoint = recipe.model.checkpoint
+    assert checkpoint is not None
+    return load_recipe(FOLDER / "mfm_table" / f"{Path(checkpoint).parent.name}.yaml")
+
+
+def mfm_table() -> dict[str, Recipe]:
+    return {name: load_recipe(FOLDER / "mfm_table" / f"{name}.yaml") for name in MFM_TABLE}
+
+
+def test_rows_of_the_mfm_table_differ_in_what_they_say_only() -> None:
+    """Equal budgets: one training for all starting points, one for all that goes on from them."""
+    recipes = mfm_table().values()
+    starts = [recipe for recipe in recipes if recipe.model.checkpoint is None]
+    others = [recipe for recipe in recipes if recipe.model.checkpoint is not None]
+    assert len({recipe.train for recipe in starts}) == 1
+    assert len({recipe.train or recipe.finetune for recipe in others}) == 1
+    assert len({recipe.data for recipe in recipes}) == 1
+    shapes = [
+        recipe.model.model_copy(update={"mfm": None, "mfm_skipped": None}) for recipe in starts
+    ]
+    assert len({shape.model_dump_json() for shape in shapes}) == 1
+
+
+@pytest.mark.parametrize("name", sorted(name for name in MFM_TABLE if "_as_" in name))
+def test_ratios_of_the_mfm_table_are_those_of_the_mfm_nets(name: str) -> None:
+    recipe = mfm_table()[name]
+    model = start_of(recipe).model.build()
+    plain = count(model)
+    wanted = count(mfm_table()[name.rpartition("_as_")[2]].model.build())
+    assert recipe.prune is not None
+    assert recipe.prune.unit == "macs"
+    assert recipe.prune.pruning_ratio == round(1 - wanted.macs / plain.macs, 4)
+    dearest = 32 * 32 * (27 + 16 * 9 + 16)  # a map of the stem: made, read by a layer, a transition
+    if not recipe.prune.reads_images:
+        plan = make_plan(
+            model, recipe.prune.pruning_ratio, unit="macs", criterion=recipe.prune.criterion
+        )
+        assert 0 <= wanted.macs - plan.achieved["after"]["macs"] < dearest
+
+
+def test_five_layers_without_losers_cost_what_both_cost() -> None:
+    """So the plain nets that are cut to the MACs of `both` stand beside either."""
+    recipes = mfm_table()
+    five = recipes["five"].model.build()
+    settled = settling_plan(five, criterion="random")
+    assert count(settled.config_after).macs == count(recipes["both"].model.build()).macs
