@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from oracle import masked, randomise_
 
 from prune_dn.errors import PruningError
@@ -186,6 +190,38 @@ def test_a_side_that_reads_what_is_protected_stays() -> None:
         assert set(range(width, width + 6)) <= positions
         assert len(reads) < 18
         assert "it reads what is protected" in plan.protected[f"{LAYER}.read"]
+
+
+def test_a_protected_reader_keeps_both_sides() -> None:
+    for seed in range(4):
+        plan = make_plan(
+            made(), 0.2, unit="macs", units=["sibling", "stream"], scope="local",
+            criterion="random", protect=[f"{LAYER}.norm1"], seed=seed,
+        )  # fmt: skip
+        assert f"{LAYER}.read" not in plan.keep_indices
+        assert "features.conv0" not in plan.keep_indices  # on either side of the pairs
+        assert "features.norm5" in plan.keep_indices
+        assert "15 of 15 sibling units stay" in plan.protected[f"{LAYER}.read"]
+
+
+def test_a_protected_conv_keeps_its_siblings() -> None:
+    plan = make_plan(
+        made(), 0.02, unit="macs", units=["sibling"], criterion="l2", protect=[f"{LAYER}.conv2"]
+    )
+    assert f"{LAYER}.mfm" not in plan.keep_indices
+    assert "6 of 6 sibling units stay" in plan.protected[f"{LAYER}.mfm"]
+
+
+@given(st.integers(0, 200), st.integers(1, 4), st.floats(0.2, 0.9))
+def test_no_reader_falls_below_the_floor(seed, least, ratio) -> None:
+    units = ["stream", "sibling"]
+    request = {"criterion": "random", "scope": "local", "min_channels": least, "seed": seed}
+    with contextlib.suppress(PruningError):  # that is less than the floor allows
+        plan = make_plan(made(), ratio, units=units, **request)
+        for row in plan.layers:
+            # A layer that loses before every reader goes whole, as it does when edges are cut.
+            gone = row["after"] == 0 and "denselayer" in row["name"]
+            assert row["kind"] != "edge" or row["after"] >= least or gone
 
 
 def test_what_does_not_compete_stays() -> None:
