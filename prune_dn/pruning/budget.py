@@ -187,7 +187,7 @@ def floor(units: Units, scores: Scores, may_go: Mask, min_channels: int) -> tupl
             stays = np.where(fixed | ~may_go, 2, spare)
             channels = part.positions
             if part.sides is not None:
-                # Of a pair the side counts whose channel stays longer; it stays with its edge.
+                # Of a pair the side counts that may not go, and whose channel stays longer.
                 sides, own = part.sides, np.arange(part.edges.size)
                 rank = np.empty(sides.group.size)
                 by = (scores[sides.group.units], stays[makers[sides.positions]])
@@ -198,8 +198,6 @@ def floor(units: Units, scores: Scores, may_go: Mask, min_channels: int) -> tupl
             best = order[::-1][:min_channels]
             fixed[part.edges.start + best] = True
             fixed[makers[channels[best]]] = True
-            if part.sides is not None:
-                fixed[part.sides.group.start + best_side[best]] = True
     return fixed, spare & ~fixed
 
 

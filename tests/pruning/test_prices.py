@@ -63,7 +63,9 @@ def saves_what_it_costs(units: Units, market: Market, keep: Mask, group: Group, 
     closed = units.close(without)
     gone = np.zeros(units.size, dtype=bool)
     if group.kind == "stream":
-        gone = market.reads & (market.source == unit)
+        for stream in units.streams:
+            for readings, positions in (part.readings for part in stream.readers):
+                gone[readings.units] |= stream.makers()[positions] == unit
     for part in units.parts():
         if part.siblings is not None and part.stream == group:  # its siblings go with it
             gone[part.siblings.group.start + np.flatnonzero(
