@@ -35,6 +35,9 @@ def prune(
     scope: Annotated[
         str, typer.Option(help="Rank over the whole net: global; or local.")
     ] = "global",
+    ratios: Annotated[
+        Path | None, typer.Option(help="Go by what `sensitivity` measured: its sensitivity.json.")
+    ] = None,
     units: options.UnitKinds = "stream,bottleneck",
     protect: options.Protect = None,
     min_channels: Annotated[int, typer.Option(min=1, help="No width falls below.")] = 1,
@@ -70,6 +73,7 @@ def prune(
             "unit": unit,
             "criterion": criterion,
             "scope": scope,
+            "ratios": ratios,
             "units": words(units),
             "protect": tuple(protect or ()),
             "min_channels": min_channels,

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from prune_dn.data import ImageSet
     from prune_dn.jobs import DataOptions
 
-FORMAT = "prune_dn.sensitivity/1"
-
 
 @example(
     "sensitivity dense.safetensors --out sensitivity",
@@ -119,7 +117,8 @@ def measure(
     from prune_dn.profiling import count
     from prune_dn.pruning import recalibrate_batch_norm_
     from prune_dn.pruning.importance import reads_images
-    from prune_dn.pruning.sensitivity import ratios_within, sensitivity
+    from prune_dn.pruning.ratios import FORMAT, ratios_within
+    from prune_dn.pruning.sensitivity import sensitivity
     from prune_dn.training import evaluate as score
     from prune_dn.training.progress import display
 

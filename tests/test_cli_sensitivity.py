@@ -13,12 +13,13 @@ import torch
 from commands import bad, document
 from PIL import Image
 
-from prune_dn import cli, cli_sensitivity, sensitivity_report
+from prune_dn import cli, sensitivity_report
 from prune_dn.checkpoint import load, save, save_state_dict
 from prune_dn.data import ImageSet, calibration_loader, load_datasets
 from prune_dn.models import DenseNet, densenet
 from prune_dn.profiling import count
-from prune_dn.pruning import recalibrate_batch_norm_
+from prune_dn.pruning import Plan, make_plan, recalibrate_batch_norm_
+from prune_dn.pruning.ratios import FORMAT, SensitivityRow
 from prune_dn.pruning.sensitivity import sensitivity
 from prune_dn.training import evaluate
 
@@ -73,7 +74,7 @@ def test_end_to_end(run: Run, net: Path) -> None:
     ]
     facts = json.loads(Path("sens/sensitivity.json").read_text())
     model = load(net)
-    assert facts["format"] == cli_sensitivity.FORMAT
+    assert facts["format"] == FORMAT
     assert facts["split"].startswith("val ")
     assert (facts["n"], facts["macs"]) == (50, count(model, 8).macs)
     drops = {(r["name"], r["ratio"]): r["drop"] for r in facts["rows"]}
@@ -158,6 +159,26 @@ def test_criteria_that_read_images_and_other_units(run: Run, net: Path) -> None:
     kept = document(run(net, "--out", "sens", "--protect", "*block1*", *QUICK, "--json"))
     assert not any("block1" in r["name"] for r in kept["rows"])
     assert "Protected: *block1*" in Path("sens/sensitivity.md").read_text()
+
+
+def test_its_ratios_make_a_plan(run: Run, net: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    document(run(net, "--out", "sens", *QUICK, "--metric", "loss", "--json"))
+    command = ["prune", str(net), "--ratio", "0.3", "--unit", "macs", "--criterion", "l2"]
+    command += ["--ratios", "sens/sensitivity.json", "--plan-out", "plan.json", "-o"]
+    assert cli.main([*command, "small.safetensors"]) == 0
+    plan = Plan.load("plan.json")
+    rows = [
+        SensitivityRow(**row)
+        for row in json.loads(Path("sens/sensitivity.json").read_text())["rows"]
+    ]
+    again = make_plan(load(net), 0.3, unit="macs", criterion="l2", input_size=8, ratios=rows)
+    assert plan.keep_indices == again.keep_indices
+    assert plan.requested["ratios"] == "sens/sensitivity.json"
+    assert load("small.safetensors").config == plan.config_after
+    capsys.readouterr()
+    result = cli.main([*command, "x.safetensors", "--units", "edge"]), *capsys.readouterr()
+    bad(result, "sensitivity.json has measured no edge units")
+    assert not Path("x.safetensors").exists()
 
 
 def test_max_drop(run: Run, net: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import prune_dn
+from prune_dn.latency import machine
 from prune_dn.models import densenet
 
 
@@ -52,6 +53,13 @@ def test_rows_for_both_sides_and_a_resumed_run(tmp_path: Path, capsys) -> None:
         assert row["images"] == 6
         assert row["params"] < rows[0]["params"]
         assert 0 <= row["fine_tuned"] <= 100
+    page, figure = tmp_path / "page.md", tmp_path / "figure.png"
+    page.write_text("<!-- t -->\n<!-- end t -->\n")
+    tool.main([*arguments, "--docs", str(page), "t", "--plot", str(figure)])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"] == rows
+    assert "| tp/l1/global |" in page.read_text()
+    assert f"{machine()}; 6 test images, precision no; 16 images for" in page.read_text()
+    assert figure.stat().st_size > 10_000
     kept = tmp_path / "out" / "results.jsonl"
     kept.write_text(kept.read_text() + '{"method": "ha')  # killed while it wrote
     tool.main(arguments)

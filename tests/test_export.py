@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections import Counter
 from pathlib import Path
@@ -12,11 +13,22 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from light_cnn_oracle import slow
 from oracle import randomise_
 
 from prune_dn.errors import ConversionError, ExportError
 from prune_dn.export import OnnxReport, export_onnx, export_torch
-from prune_dn.models import DenseNet, DenseNetConfig, LayerConfig, TransitionConfig, densenet
+from prune_dn.models import (
+    LIGHT_CNNS,
+    DenseNet,
+    DenseNetConfig,
+    LayerConfig,
+    LightCNN,
+    MFMConfig,
+    TransitionConfig,
+    densenet,
+)
+from prune_dn.pruning import prune
 
 UNEVEN = DenseNetConfig(
     num_init_features=4,
@@ -198,3 +210,26 @@ def test_errors_before_any_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ExportError, match=r"torch.export could not export .* no such operator"):
         export_torch(uneven(), tmp_path / "net.pt2", image_size=8)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", LIGHT_CNNS)
+def test_a_pruned_light_cnn_as_onnx_and_torch_export(tmp_path: Path, name: str) -> None:
+    """One layer has lost single filters, so that the index of its rivals is in the files too."""
+    whole = LIGHT_CNNS[name](5, image_size=20 if name != "light_cnn_29_v2" else 32, embedding=8)
+    layers = list(prune(whole, 0.8).config.layers)
+    layers[0] = MFMConfig(layers[0].units, (0, 2))
+    net = LightCNN(dataclasses.replace(whole.config, layers=tuple(layers)))
+    net = randomise_(net, 0).train()
+    size = net.config.image_size
+    assert export_onnx(net, tmp_path / "a.onnx", image_size=size).batches == (1, 7)
+    export_torch(net, tmp_path / "a.pt2", image_size=size)
+    assert net.training
+    x = torch.randn(3, 1, size, size)
+    expected = slow(net, x)
+    atol = 1e-4 * expected.abs().max().item()
+    torch.testing.assert_close(run(tmp_path / "a.onnx", x), expected, rtol=0, atol=atol)
+    found = torch.export.load(tmp_path / "a.pt2").module()(x)
+    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+    with pytest.raises(ExportError, match=f"takes images of {size}x{size} pixels, not 8x8"):
+        export_onnx(net, tmp_path / "b.onnx", image_size=8)
+    assert not (tmp_path / "b.onnx").exists()

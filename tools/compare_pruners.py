@@ -10,7 +10,8 @@ after fine-tuning the recalibrated net, the same for everybody. All get the same
 images. A seed draws the images and orders the fine-tuning. Torch-Pruning's ratio is found by
 bisection, so that at least the asked share of MACs goes. A row is kept in OUT/results.jsonl as soon
 as it is there; a run that was stopped goes on. OUT gets table.md and pareto.png; `--docs FILE NAME`
-writes the table between FILE's `<!-- NAME -->` and `<!-- end NAME -->`. The last line is JSON.
+writes the table, and what it was measured on, between FILE's `<!-- NAME -->` and
+`<!-- end NAME -->`, `--plot FILE` the plot there. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Comparison:
 
     def __init__(self, given: argparse.Namespace) -> None:
         self.given = given
-        self.net = prune_dn.load(given.checkpoint).eval()
+        self.net = prune_dn.convert(prune_dn.load(given.checkpoint)).eval()
         self.methods = methods()
         self.whole = macs_of(self.net, given.image_size)
         mean, std = NORMALISATIONS[given.normalize]
@@ -57,7 +58,7 @@ class Comparison:
             "image_folder", root=given.data, image_size=given.image_size, mean=mean, std=std
         )
         told = vars(given).items()
-        left_out = ("ratios", "methods", "out", "seeds", "docs")
+        left_out = ("ratios", "methods", "out", "seeds", "docs", "plot")
         self.settings = {key: str(value) for key, value in told if key not in left_out}
         self.settings["checkpoint"] = hashlib.sha256(given.checkpoint.read_bytes()).hexdigest()[:12]
         self.settings["machine"] = machine()
@@ -159,6 +160,18 @@ def table(rows: list[Row]) -> str:
     return markdown_table([*head, "seconds"], [line for *_, line in sorted(lines)]) + "\n"
 
 
+def circumstances(rows: list[Row]) -> str:
+    """Where and on what the rows were measured, a sentence or two for below the table."""
+    settings = rows[0]["settings"]
+    seeds = sorted({row["seed"] for row in rows})
+    counted = [f"{row['images']:,}" for row in rows if "images" in row]
+    return (
+        f"{settings['machine']}; {counted[0]} {settings['split']} images, precision "
+        f"{settings['precision']}; {settings['calibration']} images for criteria and refits, "
+        f"{settings['recalibration']} for recalibration; seeds {', '.join(map(str, seeds))}."
+    )
+
+
 def equal_accuracy(rows: list[Row], accuracy: str, latency: str) -> list[Row]:
     """Per row of Torch-Pruning: our fastest net that is at least as accurate, and their ratio."""
     rows = [row for row in rows if accuracy in row and f"{latency}_ms" in row]
@@ -247,6 +260,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=30, help="of a latency measurement")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--docs", nargs=2, metavar=("FILE", "NAME"))
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="instead of OUT/pareto.png")
     given = parser.parse_args(arguments)
 
     comparison = Comparison(given)
@@ -258,9 +272,9 @@ def main(arguments: list[str] | None = None) -> None:
     text = table(rows)
     write_text(given.out / "table.md", text)
     if any("error" not in row for row in rows[1:]):
-        plot(rows, given.out / "pareto.png")
+        plot(rows, given.plot or given.out / "pareto.png")
     if given.docs:
-        write_between(Path(given.docs[0]), given.docs[1], text)
+        write_between(Path(given.docs[0]), given.docs[1], f"{text}\n{circumstances(rows)}\n")
     equal = {a: equal_accuracy(rows, a, "onnxruntime_batch1") for a in ACCURACIES}
     print(comparison.settings["machine"])
     print(json.dumps({"rows": rows, "equal_accuracy": equal}))

@@ -37,10 +37,10 @@ _PLAIN: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
 }
 
 
-def convert(module: nn.Module) -> DenseNet:
+def convert(module: nn.Module, *, share: bool = False) -> DenseNet:
     """Our DenseNet with the weights of `module`, a DenseNet of torchvision or timm; ours unchanged.
 
-    The weights are copied. Train and eval modes, device, dtype, `requires_grad`, dropout,
+    The weights are copied, or with `share` the same in memory, for a net that is only read. Train and eval modes, device, dtype, `requires_grad`, dropout,
     `memory_efficient`, and eps and momentum of the norms are kept; hooks are not.
 
     Raises ConversionError for wrapped models, variants with another stem, activation, norm or
@@ -52,7 +52,7 @@ def convert(module: nn.Module) -> DenseNet:
     modules = dict(module.named_modules())
     _refuse(module, _plain_differences(modules))
     tensors = clean_state_dict(module.state_dict())
-    model = fill(_with_options(module, infer_config(tensors)), tensors)
+    model = fill(_with_options(module, infer_config(tensors)), tensors, share=share)
     _refuse(module, _conv_differences(modules, model))
     model.memory_efficient = any(
         getattr(m, "memory_efficient", False) or getattr(m, "grad_checkpointing", False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
@@ -16,19 +15,20 @@ from prune_dn.pruning.prices import Costs, Indices, Market
 from prune_dn.pruning.rates import Rates, total_cost, unit_costs
 from prune_dn.pruning.units import Units
 
-Scope = Literal["global", "local"]
-SCOPES: tuple[Scope, ...] = ("global", "local")
 ROUNDS = 6
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much may stay, of what (`unit` is its name), counted how."""
+    """How much may stay, of what (`unit` is its name), counted how.
+
+    `ranks`, (units,): the smallest goes first, an infinite one never; None = by price.
+    """
 
     target: float
     unit: str
     rates: Rates
-    scope: Scope
+    ranks: Scores | None
     min_channels: int
     round_to: int
     image_size: ImageSize | None
@@ -43,9 +43,8 @@ def cost(units: Units, keep: Mask, image_size: ImageSize | None) -> Cost:
 def choose(units: Units, scores: Scores, may_go: Mask, budget: Budget) -> Mask:
     """The closed `keep` that cuts the least important units until `budget.target` is reached.
 
-    Units are ranked by importance per cost saved (scope `global`: `prices`; with `whole_layers` these
-    go too where they do not pay for their upkeep) or by their rank within their module (`local`).
-    The cheapest units whose savings add up to half of what is still too much go, everything is
+    Units are ranked by `budget.ranks`, or by importance per cost saved (`prices`; with `whole_layers`
+    these go too where they do not pay for their upkeep). In the second case the cheapest units whose savings add up to half of what is still too much go, everything is
     priced anew, and so on; at the end the shortest prefix of the ranking that leaves at most
     `target` is found by bisection, so that the result is within the cost of one unit (of `round_to`
     units; of one layer) of it. Raises PruningError when even the whole ranking is not enough.
@@ -59,15 +58,13 @@ def choose(units: Units, scores: Scores, may_go: Mask, budget: Budget) -> Mask:
     ranking = _Ranking(units, scores, may_go, spare, budget)
     least = ranking.cut(whole, ranking.order(whole, ranking.costs(whole)))
     if not ranking.meets(least):
-        raise unreachable(
-            budget.unit,
-            (ranking.remains(whole), budget.target, ranking.remains(least)),
-            budget.min_channels,
-            budget.round_to,
-            "the protected units and the chosen kinds of unit",
-        )
+        others = "the protected units and the chosen kinds of unit"
+        if budget.ranks is not None and not np.isfinite(budget.ranks).all():
+            others = "the largest measured ratios, " + others
+        amounts = (ranking.remains(whole), budget.target, ranking.remains(least))
+        raise unreachable(budget.unit, amounts, budget.min_channels, budget.round_to, others)
     keep = whole
-    for _ in range(ROUNDS if budget.scope == "global" else 0):
+    for _ in range(ROUNDS if budget.ranks is None else 0):
         costs = ranking.costs(keep)
         order = ranking.order(keep, costs)
         saved = np.cumsum(ranking.market.saved(keep, costs)[order])
@@ -122,13 +119,13 @@ class _Ranking:
     def order(self, keep: Mask, costs: Costs) -> Indices:
         """The units that may go, the first to go first."""
         candidates = np.flatnonzero(keep & self.may_go)
-        if self.budget.scope == "local":
-            value = _quantiles(self.units, self.scores)
-            return candidates[np.argsort(value[candidates], kind="stable")]
-        value = own = self.market.prices(keep, costs)
+        if self.budget.ranks is not None:  # equal ones: the same share of each group
+            value, own = self.budget.ranks, quantiles(self.units, self.scores)
+        else:
+            value = own = self.market.prices(keep, costs)
         if self.budget.whole_layers:
             layers = self.market.layer_prices(keep, costs)
-            layer = np.where(self.market.kind == "s", layers[self.market.part], np.inf)
+            layer = np.where(self.market.is_filter, layers[self.market.part], np.inf)
             value = np.where(self.spare, layer, np.minimum(own, layer))
         candidates = candidates[np.isfinite(value[candidates])]
         return candidates[np.lexsort((own[candidates], value[candidates]))]
@@ -136,6 +133,9 @@ class _Ranking:
     def cut(self, keep: Mask, gone: Indices) -> Mask:
         """What stays of `keep`; a cut width is a multiple of `round_to`: the first to go go."""
         less = keep.copy()
+        if self.budget.round_to == 1:
+            less[gone] = False
+            return self.units.close(less)
         starts = np.array([group.start for group in self.units.groups])
         owner = np.searchsorted(starts, gone, side="right") - 1
         by_group = gone[np.argsort(owner, kind="stable")]
@@ -173,31 +173,34 @@ def floor(units: Units, scores: Scores, may_go: Mask, min_channels: int) -> tupl
     only for its own width are in the second mask: they may go when the whole layer goes.
     """
     fixed, spare = (np.zeros(units.size, dtype=bool) for _ in range(2))
+    bound = ~may_go
     for stream in units.streams:
         makers = stream.makers()
         for part in stream.producers:
             assert part.stream is not None
             mine = spare if part.is_dense_layer else fixed
-            mine[_best(part.stream, scores, ~may_go, min_channels)] = True
+            mine[_best(part.stream, scores, bound, min_channels)] = True
             if part.bottleneck is not None:
-                fixed[_best(part.bottleneck, scores, ~may_go, min_channels)] = True
+                fixed[_best(part.bottleneck, scores, bound, min_channels)] = True
         for part in stream.readers:
             assert part.edges is not None
             # An edge outranks another whose channel may go sooner, or that may itself go.
-            stays = np.where(fixed | ~may_go, 2, spare)
             channels = part.positions
             if part.sides is not None:
                 # Of a pair the side counts that may not go, and whose channel stays longer.
                 sides, own = part.sides, np.arange(part.edges.size)
+                stays = np.where(fixed | bound, 2, spare)
                 rank = np.empty(sides.group.size)
                 by = (scores[sides.group.units], stays[makers[sides.positions]])
                 rank[np.lexsort((*by, stays[sides.group.units]))] = np.arange(len(rank))
                 best_side = np.where(rank[own] > rank[sides.second], own, sides.second)
                 channels = sides.positions[best_side]
-            order = np.lexsort((scores[part.edges.units], stays[makers[channels]]))
+            read = makers[channels]
+            stays = np.where(fixed[read] | bound[read], 2, spare[read])
+            order = np.lexsort((scores[part.edges.units], stays))
             best = order[::-1][:min_channels]
             fixed[part.edges.start + best] = True
-            fixed[makers[channels[best]]] = True
+            fixed[read[best]] = True
     return fixed, spare & ~fixed
 
 
@@ -207,7 +210,7 @@ def _best(group: Group, scores: Scores, stays: Mask, count: int) -> np.ndarray:
     return group.start + order[:count]
 
 
-def _quantiles(units: Units, scores: Scores) -> Scores:
+def quantiles(units: Units, scores: Scores) -> Scores:
     """Each unit's rank within its group, in (0, 1): the same share goes everywhere."""
     value = np.empty(units.size)
     for group in units.groups:

@@ -302,11 +302,17 @@ def observe(
     if need is None:
         return {}
     if calibration is None:
-        kind = "(images, labels) batches" if need == "gradients" else "batches of images"
-        raise PruningError(
-            f"criterion {criterion!r} needs calibration images: give calibration={kind}"
-        )
+        raise needs_images(criterion)
     return dict(collect(model, layers, calibration, need, seed=seed))
+
+
+def needs_images(criterion: str) -> PruningError:
+    """The error for a criterion that reads images where none are given."""
+    labels = CRITERIA[criterion].need == "gradients"
+    kind = "(images, labels) batches" if labels else "batches of images"
+    return PruningError(
+        f"criterion {criterion!r} needs calibration images: give calibration={kind}"
+    )
 
 
 def judge(reading: Reading, criterion: str) -> Scores:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import numpy as np
 import torch
@@ -83,7 +86,7 @@ def fit_latency_model(
     >>> timing.predict(net.config) > 0
     True
     """
-    config = convert(model).config
+    config = convert(model, share=True).config
     size = default_image_size(config) if image_size is None else image_size
     units = Units(config)
     generator = np.random.default_rng(seed)
@@ -114,30 +117,25 @@ def requested_model(
     runtime: Runtime | None,
     batch_size: int | None,
     image_size: ImageSize | None,
-) -> LatencyModel | None:
-    """The model of latency that a recipe or command asks for; None unless `unit` is latency."""
+) -> Callable[[], LatencyModel] | None:
+    """What fits the model of latency that a recipe or command asks for; None for other units.
+
+    Raises PruningError for a runtime or batch size that is wrong, or has no effect.
+    """
     if unit != LATENCY:
         if runtime is not None or batch_size is not None:
             given = "runtime" if runtime is not None else "batch_size"
             raise PruningError(f"{given} has no effect with unit {unit!r}; use unit latency")
         return None
-    return fit_latency_model(
+    if runtime not in (None, *get_args(Runtime)):
+        raise PruningError(f"runtime is {runtime!r}; choose from {', '.join(get_args(Runtime))}")
+    return functools.partial(
+        fit_latency_model,
         model,
         runtime=runtime or "onnxruntime",
         batch_size=batch_size or 1,
         image_size=image_size,
     )
-
-
-def check_latency_model(model: LatencyModel | None, unit: str, size: ImageSize) -> None:
-    """Raise PruningError for a model of latency that has no effect, or is for other images."""
-    if model is not None and unit != LATENCY:
-        raise PruningError(f"latency_model has no effect with unit {unit!r}; use unit='latency'")
-    if model is not None and model.image_size != size:
-        raise PruningError(
-            f"latency_model was fitted on images of {model.image_size} pixels, and input_size is "
-            f"{size}; fit it with image_size={size}"
-        )
 
 
 def meet_latency(

@@ -16,26 +16,27 @@ from torch import nn
 
 from prune_dn.errors import PruningError
 from prune_dn.files import write_text
-from prune_dn.models import DenseNetConfig
+from prune_dn.models import DenseNet, DenseNetConfig
 from prune_dn.models.convert import convert
 from prune_dn.profiling import ImageSize, count, default_image_size
 from prune_dn.pruning import budget as budgets
 from prune_dn.pruning.calibration import Batches, read_batches
-from prune_dn.pruning.importance import CRITERIA, importance
+from prune_dn.pruning.importance import CRITERIA, importance, needs_images
 from prune_dn.pruning.latency_model import (
     LATENCY,
     LatencyModel,
-    check_latency_model,
     fit_latency_model,
     meet_latency,
 )
 from prune_dn.pruning.parts import KINDS, Group, Mask
 from prune_dn.pruning.protect import protected_units
 from prune_dn.pruning.rates import COUNTED
+from prune_dn.pruning.ratios import Ratios, measured_drops, read_ratios
 from prune_dn.pruning.siblings import keep_to_competing
 from prune_dn.pruning.units import Units, kept_channels
 
 FORMAT = "prune_dn.plan/1"
+SCOPES = ("global", "local")
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,7 @@ def make_plan(
     unit: str = "channels",
     criterion: str = "bn_scale",
     scope: str = "global",
+    ratios: Ratios | None = None,
     units: Iterable[str] = ("stream", "bottleneck"),
     protect: Iterable[str] = (),
     min_channels: int = 1,
@@ -126,7 +128,7 @@ def make_plan(
     seed: int = 0,
     calibration: Iterable[object] | None = None,
     baseline: DenseNetConfig | None = None,
-    latency_model: LatencyModel | None = None,
+    latency_model: LatencyModel | Callable[[], LatencyModel] | None = None,
 ) -> Plan:
     """Decide what to cut from a DenseNet (ours, torchvision's or timm's); nothing is changed.
 
@@ -141,13 +143,19 @@ def make_plan(
     may also go whole, which pays in latency. Modules whose names, or whose parents' names, match a
     pattern in `protect` keep all weights: neither what they make nor what they read is cut.
 
+    `ratios`, a `sensitivity.json` or the rows of `sensitivity`, replaces prices by what was measured:
+    each group of units gives up its least important ones as far as one drop allows, the same for all
+    groups and the smallest that meets the budget. Between measured ratios the drop is taken to rise
+    linearly; beyond the largest, and in groups that were not measured, nothing goes.
+
     Some criteria need `calibration`: batches of images (N, C, H, W), or (images, labels) batches for
     `taylor` and `fisher`; any iterable, normalised as in training. `prune-dn criteria` lists them.
     `mfm_win_rate` judges only what competes; the rest stays, as `protected` says.
 
-    `latency` is priced by `latency_model`, by default `fit_latency_model(model)`: onnxruntime at batch
-    1 on this machine. The net is then timed beside the baseline and the plan corrected until the
-    measured time meets the request; the times are in `achieved`.
+    `latency` is priced by `latency_model`, or a function that fits one once nothing else is wrong; by
+    default `fit_latency_model(model)`: onnxruntime at batch 1 on this machine. The net is then timed
+    beside the baseline and the plan corrected until the measured time meets the request; the times
+    are in `achieved`.
 
     Raises PruningError for a request that is wrong, cannot be met, or would change nothing.
 
@@ -156,11 +164,13 @@ def make_plan(
     >>> round(plan.achieved["ratio"], 2)
     0.5
     """
-    net = convert(model)
+    net = convert(model, share=True)
     kinds, patterns = names_in(units, "units"), names_in(protect, "protect")
     check_request(pruning_ratio, unit, criterion, scope, kinds, min_channels, round_to)
+    check_ratios(ratios, scope, kinds)
     batches = calibration_for(calibration, criterion)
     table = Units(net.config)
+    rows = None if ratios is None else read_ratios(ratios, table, kinds)
     _check_rounding(table, kinds, round_to)
     kept_back, protected = protected_units(table, patterns)
     may_go = ~kept_back
@@ -171,11 +181,9 @@ def make_plan(
         may_go, why = keep_to_competing(table, may_go, kinds, criterion)
         protected = {**why, **protected}
     size = default_image_size(net.config) if input_size is None else input_size
-    if unit == LATENCY and latency_model is None:
-        latency_model = fit_latency_model(net, image_size=size, seed=seed)
-    check_latency_model(latency_model, unit, size)
+    latency = _latency_model(latency_model, net, unit, size, seed)
     whole = net.config if baseline is None else baseline
-    measure = _measure(unit, size, latency_model)
+    measure = _measure(unit, size, latency)
     target = (1.0 - pruning_ratio) * measure(whole)
     if measure(net.config) <= target:
         raise PruningError(
@@ -183,23 +191,18 @@ def make_plan(
             f"{round(measure(net.config), 3):,} of {round(measure(whole), 3):,}; nothing would be cut"
         )
     scores = importance(net, table, criterion, calibration=batches, seed=seed)
-    rates = COUNTED[unit] if latency_model is None else latency_model.rates
-    whole_layers = "layer" in kinds
+    ranks = budgets.quantiles(table, scores) if scope == "local" else None
+    if rows is not None:
+        ranks = measured_drops(table, scores, may_go, rows)
+    rates = COUNTED[unit] if latency is None else latency.rates
     budget = budgets.Budget(
-        target,
-        unit,
-        rates,
-        scope,  # type: ignore[arg-type]
-        min_channels,
-        round_to,
-        size,
-        whole_layers,
+        target, unit, rates, ranks, min_channels, round_to, size, "layer" in kinds
     )
     times: dict[str, float] = {}
-    if latency_model is None:
+    if latency is None:
         keep = budgets.choose(table, scores, may_go, budget)
     else:
-        keep, times = meet_latency(table, scores, may_go, budget, latency_model, whole)
+        keep, times = meet_latency(table, scores, may_go, budget, latency, whole)
     requested = {
         "pruning_ratio": pruning_ratio,
         "unit": unit,
@@ -213,8 +216,11 @@ def make_plan(
         "seed": seed,
         "calibration_images": None if batches is None else len(batches),
     }
-    if latency_model is not None:
-        requested["latency_model"] = dataclasses.asdict(latency_model)
+    if ratios is not None:
+        is_path = isinstance(ratios, str | os.PathLike)
+        requested["ratios"] = str(ratios) if is_path else "rows of sensitivity"
+    if latency is not None:
+        requested["latency_model"] = dataclasses.asdict(latency)
     costs = {"baseline": whole, "before": net.config, "after": table.after(keep)}
     achieved: dict[str, Any] = {"unit": unit}
     for when, config in costs.items():
@@ -223,6 +229,29 @@ def make_plan(
             achieved[when]["latency"] = times[when]
     achieved["ratio"] = 1.0 - achieved["after"][unit] / achieved["baseline"][unit]
     return plan_of(table, keep, requested, achieved, protected)
+
+
+def _latency_model(
+    given: LatencyModel | Callable[[], LatencyModel] | None,
+    net: DenseNet,
+    unit: str,
+    size: ImageSize,
+    seed: int,
+) -> LatencyModel | None:
+    """The model of latency that the plan goes by, fitted here and now if need be."""
+    if given is not None and unit != LATENCY:
+        raise PruningError(f"latency_model has no effect with unit {unit!r}; use unit='latency'")
+    if unit != LATENCY:
+        return None
+    if given is None:
+        return fit_latency_model(net, image_size=size, seed=seed)
+    found = given if isinstance(given, LatencyModel) else given()
+    if found.image_size != size:
+        raise PruningError(
+            f"latency_model was fitted on images of {found.image_size} pixels, and input_size is "
+            f"{size}; fit it with image_size={size}"
+        )
+    return found
 
 
 def _measure(
@@ -260,8 +289,10 @@ def calibration_for(calibration: Iterable[object] | None, criterion: str) -> Bat
             f"calibration has no effect: criterion {criterion!r} reads only the weights; leave it "
             "out, or choose a criterion that reads images (`prune-dn criteria`)"
         )
-    if calibration is None:
+    if need is None:
         return None
+    if calibration is None:
+        raise needs_images(criterion)
     return read_batches(calibration, needs_labels=need == "gradients")
 
 
@@ -284,7 +315,7 @@ def check_request(
         raise PruningError(f"pruning_ratio is {ratio!r}; it must lie in (0, 1){hint}")
     choices: list[tuple[str, str, Iterable[str]]] = [
         ("unit", unit, (*COUNTED, LATENCY)),
-        ("scope", scope, budgets.SCOPES),
+        ("scope", scope, SCOPES),
     ]
     for name, value, allowed in choices:
         _check_choice(name, value, allowed)
@@ -294,6 +325,20 @@ def check_request(
     for name, value in (("min_channels", least), ("round_to", step)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise PruningError(f"{name} is {value!r}; it must be an integer of at least 1")
+
+
+def check_ratios(ratios: Ratios | None, scope: str, kinds: tuple[str, ...]) -> None:
+    """Raise PruningError for what has no effect beside `ratios`, or was not measured by them."""
+    if ratios is not None and scope != "global":
+        raise PruningError(
+            f"scope={scope!r} has no effect with ratios: these say how much of each module goes; "
+            "leave one of the two out"
+        )
+    if ratios is not None and "layer" in kinds:
+        raise PruningError(
+            "units 'layer' and ratios do not go together: whole layers go by their price; leave one "
+            "of the two out"
+        )
 
 
 def check_what(criterion: str, kinds: tuple[str, ...], allowed: tuple[str, ...] = KINDS) -> None:

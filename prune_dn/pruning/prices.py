@@ -53,17 +53,20 @@ class Market:
         """`harm` of edges, sides and bottleneck channels (that of filters is what readers lose)."""
         self.harm, self.may_go = harm, may_go
         self.part = np.zeros(units.size, dtype=np.intp)  # of each unit
-        self.kind = np.zeros(units.size, dtype="U1")
+        self.is_edge, self.is_filter = (np.zeros(units.size, dtype=bool) for _ in range(2))
         self.parts = list(units.parts())
         for number, part in enumerate(self.parts):
             for group in part.groups:
                 self.part[group.units] = number
-                self.kind[group.units] = "m" if group.kind == "sibling" else group.kind[0]
-        # What reads one channel each (an edge, or its sides where they compete), and who makes that.
+                self.is_edge[group.units] = group.kind == "edge"
+                self.is_filter[group.units] = group.kind == "stream"
+        self.filters = np.flatnonzero(self.is_filter)
+        # What reads one channel each (an edge, or its sides where they compete), and which of the
+        # filters makes that.
         self.reads = np.zeros(units.size, dtype=bool)
         self.source = np.zeros(units.size, dtype=np.intp)
         for stream in units.streams:
-            makers = stream.makers()
+            makers = np.searchsorted(self.filters, stream.makers())
             for part in stream.readers:
                 readings, positions = part.readings
                 self.reads[readings.units] = True
@@ -73,41 +76,44 @@ class Market:
     def prices(self, keep: Mask, costs: Costs) -> Scores:
         """The price of each unit by itself, (units,)."""
         price = np.full(len(keep), np.inf)
-        alone = keep & (self.kind != "s") & (costs.unit > 0)
+        alone = keep & self.may_go & ~self.is_filter & (costs.unit > 0)
         price[alone] = self.harm[alone] / costs.unit[alone]
-        edges = np.flatnonzero(keep & (self.kind == "e"))
-        price[edges] = np.maximum(price[edges], self._gathers(edges, costs)[self.part[edges]])
-        made = np.flatnonzero(keep & (self.kind == "s"))
-        start = np.zeros(len(keep))
+        edges = np.flatnonzero(keep & self.is_edge)
+        if costs.gather.any():
+            price[edges] = np.maximum(price[edges], self._gathers(edges, costs)[self.part[edges]])
         reads = np.flatnonzero(keep & self.reads)
-        price[made] = _newton(start, lambda price: self._worth(reads, price, costs))[made]
+        found = _newton(np.zeros(len(self.filters)), self._worth(reads, costs))
+        price[self.filters] = np.where(keep[self.filters], found, np.inf)
         return price
 
     def saved(self, keep: Mask, costs: Costs) -> Scores:
         """What cutting each unit alone saves now; a filter takes its edges with it."""
         reads = np.flatnonzero(keep & self.reads)
-        return costs.unit + self._sum(self.source[reads], costs.unit[reads], len(keep))
+        saved = costs.unit.copy()
+        saved[self.filters] += self._sum(self.source[reads], costs.unit[reads], len(self.filters))
+        return saved
 
     def layer_prices(self, keep: Mask, costs: Costs) -> Scores:
         """The price of each part as a whole, (parts,); infinite for what cannot go whole."""
-        edges = np.flatnonzero(keep & (self.kind == "e"))
-        made = np.flatnonzero(keep & (self.kind == "s"))
+        edges = np.flatnonzero(keep & self.is_edge)
+        alive, maker = keep[self.filters], self.part[self.filters]
         count = len(self.parts)
         reads = np.flatnonzero(keep & self.reads)
         lone = self.may_go[edges]
         harm, cost, reader = self.harm[edges], costs.reading[edges], self.part[edges]
+        worth_at = self._worth(reads, costs)
 
         def active(price: Scores) -> tuple[Scores, Scores]:
-            worth, filters = self._worth(reads, price[self.part], costs)
-            pays = made[worth[made] > price[self.part[made]] * filters[made]]
+            worth, filters = worth_at(price[maker])
+            pays = alive & (worth > price[maker] * filters)
             gone = lone & (harm < price[reader] * cost)
-            total = self._sum(self.part[pays], worth[pays], count)
+            total = self._sum(maker[pays], worth[pays], count)
             total -= self._sum(reader[gone], harm[gone], count)
             upkeep = costs.upkeep + self._sum(reader[~gone], cost[~gone], count)
-            return total, upkeep + self._sum(self.part[pays], filters[pays], count)
+            return total, upkeep + self._sum(maker[pays], filters[pays], count)
 
         price = _newton(np.zeros(count), active)
-        bound = np.bincount(self.part[made], ~self.may_go[made], count) > 0
+        bound = np.bincount(maker, alive & ~self.may_go[self.filters], count) > 0
         price[bound | ~self.is_layer] = np.inf
         return price
 
@@ -128,18 +134,26 @@ class Market:
         never = self._sum(reader, cost, count) <= costs.gather
         return np.where(costs.gather > 0, np.where(never, np.inf, price), 0.0)
 
-    def _worth(self, reads: Indices, price: Scores, costs: Costs) -> tuple[Scores, Scores]:
-        """Per stream unit at its price: harm and cost of what is still read, filter included."""
+    def _worth(self, reads: Indices, costs: Costs) -> Active:
+        """Per filter at its price: harm and cost of what still reads it, its own included."""
+        size, filters = len(self.filters), costs.unit[self.filters]
         harm, cost, source = self.harm[reads], costs.unit[reads], self.source[reads]
-        read = ~self.may_go[reads] | (harm > price[source] * cost)
-        size = len(costs.unit)
-        filters = np.where(self.kind == "s", costs.unit, 0.0)
-        worth = self._sum(source[read], harm[read], size)
-        return worth, filters + self._sum(source[read], cost[read], size)
+        lone = self.may_go[reads]
+        whole = self._sum(source, harm, size), filters + self._sum(source, cost, size)
+
+        def worth(price: Scores) -> tuple[Scores, Scores]:
+            gone = lone & (harm <= price[source] * cost)
+            if not gone.any():
+                return whole
+            read = ~gone
+            found = self._sum(source[read], harm[read], size)
+            return found, filters + self._sum(source[read], cost[read], size)
+
+        return worth if lone.any() else lambda price: whole
 
     @staticmethod
     def _sum(where: Indices, values: Scores, size: int) -> Scores:
-        return np.bincount(where, values, size).astype(np.float64)
+        return np.bincount(where, values, size).astype(np.float64, copy=False)
 
 
 def _newton(price: Scores, active: Active) -> Scores:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -51,8 +52,7 @@ COUNTED = {
 }
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A part of the net that a `keep` leaves: its widths, and that of the stream that it reads.
 
     `gathered` counts the channels that it selects: none where it reads the stream as it is, two for
@@ -122,9 +122,10 @@ def unit_costs(units: Units, keep: Mask, rates: Rates, image_size: ImageSize | N
     each, reading = np.zeros(units.size), np.zeros(units.size)
     found = list(pieces(units, keep, image_size))
     upkeep, gather = np.zeros(len(found)), np.zeros(len(found))
-    # How many parts concatenate what a part makes: those after it that read the same stream.
-    later = [_later(found, number) for number in range(len(found))]
-    for number, piece in enumerate(found):
+    # How often a pixel of a block's channel is concatenated by the parts after the one at hand.
+    copies = dict.fromkeys(range(len(units.streams) + 1), 0)
+    for number in reversed(range(len(found))):
+        piece = found[number]
         part, read, narrow, filters = piece.part, piece.read, piece.bottleneck, piece.filters
         area = piece.pixels
         if part.edges is None:
@@ -154,7 +155,7 @@ def unit_costs(units: Units, keep: Mask, rates: Rates, image_size: ImageSize | N
         if part.is_dense_layer:
             upkeep[number] += rates.layer
         if part.stream is not None:
-            copies, where = later[number]
+            later = copies[part.block if part.is_dense_layer else part.block + 1]
             siblings: int | np.ndarray = part.stream.siblings
             if part.siblings is not None:
                 siblings = np.sum(part.siblings.halves(keep), axis=0)
@@ -162,8 +163,10 @@ def unit_costs(units: Units, keep: Mask, rates: Rates, image_size: ImageSize | N
             each[part.stream.units] = (
                 siblings * rates.conv(narrow or read, 1, piece.kernel, area)
                 + norm
-                + rates.concatenated * part.stream.survivors * copies * where
+                + rates.concatenated * part.stream.survivors * later
             )
+        if filters:
+            copies[part.block] += area
     return Costs(each, reading, upkeep, gather)
 
 
@@ -171,11 +174,3 @@ def _rival_stays(pairs: Pairs, keep: Mask) -> Mask:
     """Whether the other sibling of the pair stays, of each sibling."""
     both: Mask = np.logical_and(*pairs.halves(keep))
     return both[pairs.owner]
-
-
-def _later(found: list[Piece], number: int) -> tuple[int, int]:
-    """How many parts read what this one makes, and at how many pixels."""
-    part = found[number].part
-    block = part.block + (0 if part.is_dense_layer else 1)
-    readers = [p for p in found[number + 1 :] if p.part.block == block and p.filters]
-    return len(readers), readers[0].pixels if readers else 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,31 +25,10 @@ from prune_dn.pruning.plan import (
     plan_of,
 )
 from prune_dn.pruning.protect import protected_units
+from prune_dn.pruning.ratios import SensitivityRow
 from prune_dn.pruning.siblings import keep_to_competing
 from prune_dn.pruning.surgery import apply_plan
 from prune_dn.pruning.units import Units
-
-
-@dataclass(frozen=True)
-class SensitivityRow:
-    """One group of units cut alone, by one ratio.
-
-    `name` is the module whose `size` units of `kind` were cut, as in a plan; `units_cut` of them
-    went for the `ratio` that was asked. `value` is what `evaluate` gave, `dense` what it gave for
-    the net as it is, `drop` how much worse that makes it. `params_saved` and `macs_saved` count
-    everything that fell with the units.
-    """
-
-    name: str
-    kind: str
-    ratio: float
-    size: int
-    units_cut: int
-    value: float
-    dense: float
-    drop: float
-    params_saved: int
-    macs_saved: int
 
 
 class _Cut(NamedTuple):
@@ -98,7 +76,7 @@ def sensitivity(
     >>> [(row.name.removeprefix("features."), row.units_cut, row.drop) for row in rows]
     [('conv0', 8, 8.0), ('denseblock1.denselayer1.conv1', 4, 4.0), ('denseblock1.denselayer2.conv1', 4, 4.0)]
     """
-    net = convert(model)
+    net = convert(model, share=True)
     wanted, kinds = _ratios(ratios), names_in(units, "units")
     check_what(criterion, kinds)
     batches = calibration_for(calibration, criterion)
@@ -134,25 +112,6 @@ def sensitivity(
     if progress is not None:
         progress(total, total)
     return rows
-
-
-def ratios_within(rows: Iterable[SensitivityRow], max_drop: float) -> dict[str, float]:
-    """For each group the largest measured ratio whose drop is at most `max_drop`.
-
-    A group that bears none of its ratios is not in it. Each ratio holds for its group alone: cut
-    together they cost more than `max_drop`.
-
-    >>> row = SensitivityRow("features.conv0", "stream", 0.5, 24, 12, 0.90, 0.92, 0.02, 324, 331776)
-    >>> ratios_within([row], 0.05), ratios_within([row], 0.01)
-    ({'features.conv0': 0.5}, {})
-    """
-    if not isinstance(max_drop, int | float) or not 0 <= max_drop < math.inf:
-        raise PruningError(f"max_drop is {max_drop!r}; it must be a number of at least 0")
-    found: dict[str, float] = {}
-    for row in rows:
-        if row.drop <= max_drop:
-            found[row.name] = max(row.ratio, found.get(row.name, 0.0))
-    return found
 
 
 def _cuts(

@@ -17,6 +17,7 @@ from prune_dn.pruning.generic import prune_cnn
 from prune_dn.pruning.importance import reads_images
 from prune_dn.pruning.latency_model import LATENCY, LatencyModel
 from prune_dn.pruning.plan import Plan, make_plan, names_in
+from prune_dn.pruning.ratios import Ratios
 
 _UNITS = ("stream", "bottleneck")
 
@@ -26,8 +27,9 @@ def prune(
     pruning_ratio: float,
     *,
     unit: str = "channels",
-    criterion: str = "bn_scale",
+    criterion: str | None = None,
     scope: str = "global",
+    ratios: Ratios | None = None,
     units: Iterable[str] = _UNITS,
     compensate: str = "none",
     calibration: Iterable[object] | None = None,
@@ -46,9 +48,10 @@ def prune(
     `calibration`: a few hundred training images, without augmentation. Without it fine-tune the
     result, or at least `recalibrate_batch_norm_` it.
 
-    Any other CNN becomes a smaller one of its own class (see `generic.prune_cnn`). It needs
-    `input_size`, or `calibration` images to take it from; `units`, `compensate` and latency are for
-    DenseNets.
+    Any other CNN becomes a smaller one of its own class (see `generic.prune_cnn`), a `LightCNN` one
+    that can be saved. Others need `input_size`, or `calibration` images to take it from; `units`,
+    `ratios`, `compensate` and latency are for DenseNets. `criterion` None is `bn_scale`, or `l2` in a
+    net without norms, where `channels` counts the filters of convs.
 
     >>> import torchvision
     >>> small = prune(torchvision.models.densenet121(), 0.5)
@@ -57,7 +60,7 @@ def prune(
     """
     check_not_wrapped(model)
     if isinstance(model, nn.Module) and not is_densenet(model):
-        _check_cnn_options(model, names_in(units, "units"), compensate, unit, latency_model)
+        _check_cnn_options(model, names_in(units, "units"), ratios, compensate, unit, latency_model)
         return prune_cnn(
             model,
             pruning_ratio,
@@ -72,7 +75,7 @@ def prune(
             seed=seed,
         )
     check_compensation(compensate, calibration is not None)
-    net = convert(model)
+    net, criterion = convert(model, share=True), "bn_scale" if criterion is None else criterion
     batches = None if calibration is None else list(calibration)
     plan = make_plan(
         net,
@@ -80,6 +83,7 @@ def prune(
         unit=unit,
         criterion=criterion,
         scope=scope,
+        ratios=ratios,
         units=units,
         protect=protect,
         min_channels=min_channels,
@@ -98,6 +102,7 @@ def prune(
 def _check_cnn_options(
     model: nn.Module,
     units: tuple[str, ...],
+    ratios: Ratios | None,
     compensate: str,
     unit: str,
     latency_model: LatencyModel | None,
@@ -105,6 +110,8 @@ def _check_cnn_options(
     kind = type(model).__name__
     if units != _UNITS:
         raise PruningError(f"units={list(units)} is for DenseNets; leave it out for a {kind}")
+    if ratios is not None:
+        raise PruningError(f"ratios are for DenseNets; leave them out for a {kind}")
     if compensate != "none":
         raise PruningError(
             f"compensate={compensate!r} is for DenseNets; leave it out for a {kind}, and fine-tune "
@@ -132,7 +139,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> DenseNet:
     >>> small.config.num_init_features < net.config.num_init_features
     True
     """
-    net = convert(model)
+    net = convert(model, share=True)
     if net.config != plan.config_before:
         raise PruningError(
             "this plan was made for a DenseNet of another shape; make a new plan for this model "
@@ -140,21 +147,25 @@ def apply_plan(model: nn.Module, plan: Plan) -> DenseNet:
         )
     small = build_empty(plan.config_after, memory_efficient=net.memory_efficient)
     old_modules = dict(net.named_modules())
+    device = net.classifier.weight.device
+    keep = {
+        name: torch.tensor(kept, dtype=torch.long, device=device)
+        for name, kept in plan.keep_indices.items()
+    }
     for name, new in small.named_modules():
         old = old_modules[name]
         new.training = old.training
         if isinstance(new, nn.Conv2d | nn.BatchNorm2d | nn.Linear):
-            _fill_(new, old, plan, name)
+            _fill_(new, old, *_kept(keep, name))
         else:  # the indices of a reader or an MFM
             for key, index in new._buffers.items():
                 if index is not None:
-                    new._buffers[key] = index.to(net.classifier.weight.device)
+                    new._buffers[key] = index.to(device)
     return small
 
 
-def _fill_(new: nn.Module, old: nn.Module, plan: Plan, name: str) -> None:
-    """Give `new` the rows and columns of `old` that stay."""
-    rows, columns = _kept(plan, name)
+def _fill_(new: nn.Module, old: nn.Module, rows: Tensor | None, columns: Tensor | None) -> None:
+    """Give `new` the rows and columns of `old` that stay; None = all."""
     for key, parameter in old._parameters.items():
         if parameter is not None:
             cut = _select(parameter.detach(), rows, columns if key == "weight" else None)
@@ -166,9 +177,9 @@ def _fill_(new: nn.Module, old: nn.Module, plan: Plan, name: str) -> None:
         new.momentum = old.momentum
 
 
-def _kept(plan: Plan, name: str) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
+def _kept(keep: dict[str, Tensor], name: str) -> tuple[Tensor | None, Tensor | None]:
     """Kept outputs (rows) and inputs (columns) of a module; None = all."""
-    keep, parent = plan.keep_indices, name.rpartition(".")[0]
+    parent = name.rpartition(".")[0]
     if name == "features.norm0":
         return keep.get("features.conv0"), None
     if name.endswith(".norm2"):
@@ -183,14 +194,12 @@ def _kept(plan: Plan, name: str) -> tuple[tuple[int, ...] | None, tuple[int, ...
     return keep.get(name), inputs.get(name)
 
 
-def _select(
-    tensor: Tensor, rows: tuple[int, ...] | None, columns: tuple[int, ...] | None
-) -> Tensor:
+def _select(tensor: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
     """A copy of the named rows and columns, in the memory format of `tensor`."""
     out = tensor
     for dim, index in ((0, rows), (1, columns)):
         if index is not None:
-            out = out.index_select(dim, torch.tensor(index, device=tensor.device))
+            out = out.index_select(dim, index.to(tensor.device))
     if tensor.ndim == 4 and not tensor.is_contiguous():
         return out.clone(memory_format=torch.channels_last)
     return out.clone() if out is tensor else out

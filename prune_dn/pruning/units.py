@@ -60,12 +60,12 @@ class Units:
         """
         keep = keep.copy()
         while True:
-            before = int(keep.sum())
             for stream in self.streams:
                 self._lose_sources(stream, keep)
+            before = np.count_nonzero(keep)
             for stream in reversed(self.streams):
                 self._lose_readers(stream, keep)
-            if int(keep.sum()) == before:
+            if np.count_nonzero(keep) == before:
                 return keep
 
     def widths(self, keep: Mask) -> dict[str, Widths]:
@@ -206,7 +206,7 @@ class Units:
             keep[readings.units] &= alive[positions]
             if part.sides is not None:
                 part.sides.agree(keep, part.edges)
-            if part.is_dense_layer and not all(keep[g.units].any() for g in part.groups):
+            if part.is_dense_layer and not all(_count(keep, g) for g in part.groups):
                 for group in part.groups:
                     keep[group.units] = False
                 alive[part.made()] = False
@@ -216,7 +216,7 @@ class Units:
         for part in (*reversed(stream.readers), stream.writer):
             if part.stream is not None and part is not stream.reader:
                 keep[part.stream.units] &= read[part.made()].any(axis=0)
-                if part.is_dense_layer and not keep[part.stream.units].any():
+                if part.is_dense_layer and not _count(keep, part.stream):
                     for group in part.groups:
                         keep[group.units] = False
             if part.edges is not None and part is not stream.writer:
@@ -252,7 +252,7 @@ def _positions(indices: Indices, width: int) -> Positions:
 
 
 def _count(keep: Mask, group: Group) -> int:
-    return int(keep[group.units].sum())
+    return int(np.count_nonzero(keep[group.units]))
 
 
 def _made_count(part: Part, keep: Mask) -> int:

@@ -19,6 +19,7 @@ from torch import nn
 from prune_dn.errors import ConversionError
 from prune_dn.models import BUILDERS, DenseNet, DenseNetConfig, densenet, densenet40
 from prune_dn.models.convert import convert, from_state_dict
+from prune_dn.pruning import prune
 
 TorchvisionDenseNet = torchvision.models.DenseNet
 
@@ -38,6 +39,17 @@ def assert_same_logits(a: nn.Module, b: nn.Module, side: int = 64) -> None:
 
 
 # -- modules -------------------------------------------------------------------------------------
+
+
+def test_weights_are_copied_or_shared() -> None:
+    theirs = tiny_torchvision()
+    for share in (False, True):
+        ours = convert(theirs, share=share).state_dict()
+        for name, tensor in theirs.state_dict().items():
+            assert (tensor.data_ptr() == ours[name].data_ptr()) is share, name
+    small = prune(theirs, 0.05, units=["bottleneck"]).state_dict()  # most tensors stay whole
+    taken = {tensor.data_ptr() for tensor in theirs.state_dict().values()}
+    assert not taken & {tensor.data_ptr() for tensor in small.values()}
 
 
 @pytest.mark.parametrize("make", [torchvision.models.densenet121, timm.models.densenet.densenet121])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 
 from prune_dn.errors import PruningError
@@ -60,6 +62,31 @@ def test_a_model_where_it_has_no_effect_and_one_for_other_images() -> None:
         make_plan(NET, 0.4, unit="macs", latency_model=TRUE)
     with pytest.raises(PruningError, match="fitted on images of 32 pixels, and input_size is 48"):
         make_plan(NET, 0.4, unit="latency", latency_model=TRUE, input_size=48)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"protect": ["nobody"]}, "protect pattern 'nobody' matches no module"),
+        ({"round_to": 64}, "round_to=64 is larger than every width"),
+        ({"criterion": "taylor"}, "'taylor' needs calibration images"),
+        ({"ratios": "none.json"}, "cannot read ratios from none.json"),
+        ({"pruning_ratio": 0}, "pruning_ratio is 0"),
+    ],
+)
+def test_nothing_is_timed_for_arguments_that_are_wrong(monkeypatch, arguments, message) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(latency_model, "_measure", never)
+    model = functools.partial(fit_latency_model, NET, runtime="eager", nets=8)
+    for given in (None, model):
+        with pytest.raises(PruningError, match=message):
+            make_plan(
+                NET, **{"pruning_ratio": 0.4, **arguments}, unit="latency", latency_model=given
+            )
+    with pytest.raises(AssertionError):
+        make_plan(NET, 0.4, unit="latency", latency_model=model)
 
 
 def test_out_of_reach(monkeypatch) -> None:

@@ -122,7 +122,7 @@ def test_a_layer_goes_where_its_channels_no_longer_pay_for_it() -> None:
         """What keeping the layer is worth at this price, everything else being chosen well."""
         worth = 0.0
         for unit in range(part.stream.start, part.stream.units.stop):
-            edges = np.flatnonzero((market.kind == "e") & (market.source == unit))
+            edges = np.flatnonzero(market.is_edge & (market.filters[market.source] == unit))
             read = sum(max(0.0, harm[e] - price * costs.unit[e]) for e in edges)
             worth += max(0.0, read - price * costs.unit[unit])
         for edge in range(part.edges.start, part.edges.units.stop):

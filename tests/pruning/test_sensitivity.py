@@ -16,7 +16,8 @@ from prune_dn.models import DenseNet, densenet
 from prune_dn.profiling import count
 from prune_dn.pruning import apply_plan
 from prune_dn.pruning.plan import plan_of
-from prune_dn.pruning.sensitivity import SensitivityRow, ratios_within, sensitivity
+from prune_dn.pruning.ratios import SensitivityRow, ratios_within
+from prune_dn.pruning.sensitivity import sensitivity
 from prune_dn.pruning.units import Units
 
 KINDS = ("stream", "bottleneck", "edge")
