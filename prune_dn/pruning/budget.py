@@ -187,7 +187,7 @@ def floor(units: Units, scores: Scores, may_go: Mask, min_channels: int) -> tupl
             # An edge outranks another whose channel may go sooner, or that may itself go.
             channels = part.positions
             if part.sides is not None:
-                # Of a pair the side counts whose channel stays longer; it stays with its edge.
+                # Of a pair the side counts that may not go, and whose channel stays longer.
                 sides, own = part.sides, np.arange(part.edges.size)
                 stays = np.where(fixed | bound, 2, spare)
                 rank = np.empty(sides.group.size)
@@ -201,8 +201,6 @@ def floor(units: Units, scores: Scores, may_go: Mask, min_channels: int) -> tupl
             best = order[::-1][:min_channels]
             fixed[part.edges.start + best] = True
             fixed[read[best]] = True
-            if part.sides is not None:
-                fixed[part.sides.group.start + best_side[best]] = True
     return fixed, spare & ~fixed
 
 

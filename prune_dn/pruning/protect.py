@@ -27,8 +27,7 @@ def protected_units(table: Units, patterns: tuple[str, ...]) -> tuple[Mask, dict
         for part in stream.readers:
             for name in _reading_modules(part):
                 if name in matched and part.edges is not None:
-                    for group in (part.edges, part.readings[0]):
-                        keep_back(group, np.ones(group.size, dtype=bool), name)
+                    keep_back(part.edges, np.ones(part.edges.size, dtype=bool), name)
                     for producer, which in _sources(stream, part):
                         keep_back(producer, which, name)
             for name in (f"{part.name}.conv1", f"{part.name}.norm2", f"{part.name}.conv2"):

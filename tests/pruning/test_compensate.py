@@ -139,6 +139,21 @@ def test_mean_makes_the_means_of_bottlenecks_right() -> None:
     assert (means[0] - means[2]).abs().max() < 0.02 * (means[0] - means[1]).abs().max()
 
 
+def test_a_mean_is_not_moved_through_a_maximum() -> None:
+    """Of 15 channels that layer 3 reads, 7 pairs and one of layer 1's, which stands alone."""
+    net = densenet([3], 6, num_init_features=3, bn_size=2, stem="cifar", num_classes=5,
+                   mfm_skipped={"*3": "2/1"})  # fmt: skip
+    randomise_(net, 2).eval()
+    first = "features.denseblock1.denselayer1"
+    plan = make_plan(net, 0.05, criterion="l2", units=["bottleneck"], scope="local")
+    assert f"{first}.conv1" in plan.keep_indices
+    cut = apply_plan(net, plan)
+    fixed = compensate_plan(cut, net, plan, [torch.randn(32, 3, 8, 8) for _ in range(2)], "mean")
+    before, after = (n.features.denseblock1.denselayer3.norm1.running_mean for n in (cut, fixed))
+    moved = (before != after).tolist()
+    assert moved == [False] * 7 + [True]
+
+
 def test_training_flags_dtype_and_repeatability() -> None:
     net, plan, batches = case("basic")
     cut = apply_plan(net.double().train(), plan)

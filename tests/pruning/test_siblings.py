@@ -5,13 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from oracle import masked, randomise_
 
 from prune_dn.errors import PruningError
 from prune_dn.models import DenseNet, densenet
 from prune_dn.profiling import count
 from prune_dn.pruning import CRITERIA, apply_plan, make_plan
-from prune_dn.pruning.budget import losers
+from prune_dn.pruning.budget import floor, losers
 from prune_dn.pruning.calibration import collect, read_batches
 from prune_dn.pruning.importance import importance
 from prune_dn.pruning.parts import Group
@@ -186,6 +188,45 @@ def test_a_side_that_reads_what_is_protected_stays() -> None:
         assert set(range(width, width + 6)) <= positions
         assert len(reads) < 18
         assert "it reads what is protected" in plan.protected[f"{LAYER}.read"]
+
+
+def test_a_protected_reader_keeps_both_sides() -> None:
+    for seed in range(4):
+        plan = make_plan(
+            made(), 0.2, unit="macs", units=["sibling", "stream"], scope="local",
+            criterion="random", protect=[f"{LAYER}.norm1"], seed=seed,
+        )  # fmt: skip
+        assert f"{LAYER}.read" not in plan.keep_indices
+        assert "features.conv0" not in plan.keep_indices  # on either side of the pairs
+        assert "features.norm5" in plan.keep_indices
+        assert "15 of 15 sibling units stay" in plan.protected[f"{LAYER}.read"]
+
+
+def test_a_protected_conv_keeps_its_siblings() -> None:
+    plan = make_plan(
+        made(), 0.02, unit="macs", units=["sibling"], criterion="l2", protect=[f"{LAYER}.conv2"]
+    )
+    assert f"{LAYER}.mfm" not in plan.keep_indices
+    assert "6 of 6 sibling units stay" in plan.protected[f"{LAYER}.mfm"]
+
+
+@given(st.integers(0, 999), st.integers(1, 4), st.booleans())
+def test_no_reader_falls_below_the_floor_whatever_goes(seed, least, guarded) -> None:
+    """All that may go does, with random scores: of transitions and the classifier enough stays."""
+    config = densenet([2, 1], 4, bn_size=2, stem="cifar", num_classes=3, mfm={"*1": "2/1"},
+                      mfm_skipped={"*": "2/1"}).config  # fmt: skip
+    units, generator = Units(config), np.random.default_rng(seed)
+    scores, may_go = generator.random(units.size), np.ones(units.size, dtype=bool)
+    for group_ in units.groups:
+        may_go[group_.units] = group_.kind in ("stream", "sibling")
+    if guarded:
+        may_go &= generator.random(units.size) < 0.7
+    may_go = losers(units, scores, may_go)
+    fixed, spare = floor(units, scores, may_go, least)
+    keep = units.close(~(may_go & ~fixed & ~spare))
+    for part in units.parts():
+        if part.edges is not None and not part.is_dense_layer:
+            assert keep[part.edges.units].sum() >= min(least, part.edges.size), part.name
 
 
 def test_what_does_not_compete_stays() -> None:
