@@ -145,7 +145,7 @@ def prune_checkpoint(
     if compensate != "none":
         small = compensate_plan(small, model, plan, images, compensate, seed=data.seed)
     if recalibrate:
-        _recalibrate(small, sets, recalibrate, data.seed)
+        _recalibrate(small, sets, recalibrate, info, data.seed)
     if plan_out is not None:
         plan.save(plan_out)
     save(small, output, info={**info, "pruned_from": checkpoint.name, "plan": plan.requested})
@@ -217,7 +217,8 @@ def finetune_checkpoint(
     after = score(model, sets.test)
     history = {**(info.get("history") or {}), "finetune": result.history}
     if process_state().is_main_process:
-        save(model, output, info={**info, "data": sets.spec.to_dict(), "history": history})
+        told = {"data": sets.spec.to_dict(), "augment": sets.train.augment, "history": history}
+        save(model, output, info={**info, **told})
     return {
         "output": str(output),
         "test_accuracy_before": before.accuracy,
@@ -245,7 +246,7 @@ def evaluate_checkpoint(
     model, info = _on_device(checkpoint), read_info(checkpoint)
     sets = data.load(info, model, checkpoint)
     if recalibrate:
-        _recalibrate(model, sets, recalibrate, data.seed)
+        _recalibrate(model, sets, recalibrate, info, data.seed)
     result = score(model, getattr(sets, split), batch_size=batch_size, precision=precision)
     cost = count(model, sets.spec.image_size)
     return {
@@ -337,10 +338,13 @@ def _on_device(checkpoint: Path) -> DenseNet:
     return load(checkpoint).to(process_state().device)
 
 
-def _recalibrate(model: DenseNet, sets: Datasets, batches: int, seed: int) -> None:
-    recalibrate_batch_norm_(
-        model, calibration_loader(sets.train, 64, seed=seed), max_batches=batches
-    )
+def _recalibrate(
+    model: DenseNet, sets: Datasets, batches: int, info: Mapping[str, Any], seed: int
+) -> None:
+    """On images augmented as in training where the checkpoint says how, else on plain ones."""
+    augment = info.get("augment", "none")
+    loader = calibration_loader(sets.train, 64, augment=augment, seed=seed)
+    recalibrate_batch_norm_(model, loader, max_batches=batches)
 
 
 def _output(path: Path, ending: str) -> None:
