@@ -24,7 +24,7 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-$(VENV)/.installed: setup.cfg pyproject.toml
+$(VENV)/.installed: setup.cfg setup.py pyproject.toml prune_dn/models/fused.c
 	$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info < (3, 14), f"prune_dn needs Python 3.10 to 3.13, this is {sys.version}: make PYTHON=python3.11"'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'

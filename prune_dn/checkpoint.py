@@ -1,4 +1,4 @@
-"""Save and load DenseNets: one safetensors file that rebuilds its model. No pickle runs code."""
+"""Save and load DenseNets and Light CNNs: a safetensors file that rebuilds its model, no pickle."""
 
 from __future__ import annotations
 
@@ -18,14 +18,18 @@ from torch import Tensor, nn
 
 from prune_dn.errors import CheckpointError, ConfigError, ConversionError
 from prune_dn.files import atomic_path
-from prune_dn.models import DenseNet, DenseNetConfig
-from prune_dn.models.densenet import build_empty
-from prune_dn.models.state_dicts import fill, from_state_dict, misfits, shorten
+from prune_dn.models import DenseNet, DenseNetConfig, LightCNN, LightCNNConfig, Net
+from prune_dn.models.state_dicts import empty_net, fill, from_state_dict, misfits, shorten
 
 FORMAT_VERSION = 1
 _FORMAT = "prune_dn/"
 _DEFAULT_MOMENTUM = 0.1
 _MAX_HEADER = 100_000_000  # bytes, as in the safetensors format
+
+CONFIGS: dict[str, type[DenseNetConfig] | type[LightCNNConfig]] = {
+    DenseNet.__name__: DenseNetConfig,
+    LightCNN.__name__: LightCNNConfig,
+}
 
 StrPath = str | os.PathLike[str]
 
@@ -36,16 +40,17 @@ def save(model: nn.Module, path: StrPath, *, info: Mapping[str, Any] | None = No
     `info` is anything that JSON can hold, read back by `read_info`; usual keys are "data",
     "history" and "metrics". Norm momentum is kept; modes, hooks and `requires_grad` are not.
 
-    Raises CheckpointError for a model that is no DenseNet of ours, or was changed by hand.
+    Raises CheckpointError for a model that is no DenseNet or Light CNN of ours, or that was changed
+    by hand.
     """
-    if not isinstance(model, DenseNet):
+    if not isinstance(model, Net):
         raise CheckpointError(
-            f"cannot save a {type(model).__name__}: pass a prune_dn DenseNet (model.module of a "
-            "wrapped one, prune_dn.models.convert.convert(model) for one of torchvision or timm); "
+            f"cannot save a {type(model).__name__}: pass a prune_dn DenseNet or LightCNN "
+            "(model.module of a wrapped one, prune_dn.models.convert.convert(model) for one of torchvision or timm); "
             "other nets go through torch.save(model, path) or torch.export"
         )
     state = model.state_dict()
-    problems = list(misfits(build_empty(model.config).state_dict(), state))
+    problems = list(misfits(empty_net(model.config).state_dict(), state))
     if problems:
         raise CheckpointError(
             "cannot save a model that no longer fits its own config, so it could not be loaded: "
@@ -58,6 +63,7 @@ def save(model: nn.Module, path: StrPath, *, info: Mapping[str, Any] | None = No
     }
     metadata = {
         "format": f"{_FORMAT}{FORMAT_VERSION}",
+        "architecture": type(model).__name__,
         "config": model.config.to_json(),
         "info": _info_json(info or {}),
         "norm_momentum": json.dumps(momentum),
@@ -69,13 +75,13 @@ def save(model: nn.Module, path: StrPath, *, info: Mapping[str, Any] | None = No
         save_file(tensors, temporary, metadata=metadata)
 
 
-def load(path: StrPath) -> DenseNet:
-    """Rebuild a DenseNet from a file, on the CPU and in eval mode.
+def load(path: StrPath) -> Net:
+    """Rebuild a DenseNet or Light CNN from a file, on the CPU and in eval mode.
 
-    Reads what `save` wrote, and plain state dicts of DenseNets in .safetensors or .pt/.pth files
+    Reads what `save` wrote, and plain state dicts of such nets in .safetensors or .pt/.pth files
     (see `from_state_dict`); of the latter only tensors are read, code in them never runs.
 
-    Raises CheckpointError for a file that is missing, damaged, newer, or holds no DenseNet.
+    Raises CheckpointError for a file that is missing, damaged, newer, or holds no such net.
     """
     path = Path(path)
     if not _is_safetensors(path):
@@ -89,7 +95,8 @@ def load(path: StrPath) -> DenseNet:
         return _from_tensors(path, tensors)
     _check_version(path, metadata)
     try:
-        model = fill(DenseNetConfig.from_json(metadata["config"]), tensors)
+        architecture = metadata.get("architecture", DenseNet.__name__)  # absent in older files
+        model = fill(CONFIGS[architecture].from_json(metadata["config"]), tensors)
         momentum = json.loads(metadata.get("norm_momentum", "{}"))
         for name, value in momentum.items():
             model.get_submodule(name).momentum = value
@@ -215,7 +222,7 @@ def _reason(error: Exception) -> str:
     return f"it needs {needed[1]}" if needed else str(error).split(". ")[0] or type(error).__name__
 
 
-def _from_tensors(path: Path, state: Any) -> DenseNet:
+def _from_tensors(path: Path, state: Any) -> Net:
     try:
         return from_state_dict(state).eval()
     except ConversionError as error:

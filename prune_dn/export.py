@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prune_dn.errors import ExportError
+from prune_dn.errors import ConfigError, ExportError
 from prune_dn.files import atomic_path
-from prune_dn.models import DenseNet
+from prune_dn.models import DenseNet, LightCNN, Net
 from prune_dn.models.convert import convert
 
 INPUT_NAME, OUTPUT_NAME = "input", "logits"
@@ -39,7 +39,7 @@ OnnxReport = ExportReport
 
 
 def export_onnx(
-    model: DenseNet,
+    model: Net,
     path: str | os.PathLike[str],
     *,
     image_size: ImageSize,
@@ -84,7 +84,7 @@ def export_onnx(
 
 
 def export_torch(
-    model: DenseNet,
+    model: Net,
     path: str | os.PathLike[str],
     *,
     image_size: ImageSize,
@@ -119,11 +119,13 @@ def export_torch(
 
 
 def _prepare(
-    model: DenseNet, image_size: ImageSize, in_channels: int | None
-) -> tuple[DenseNet, Callable[[int], Tensor]]:
+    model: Net, image_size: ImageSize, in_channels: int | None
+) -> tuple[Net, Callable[[int], Tensor]]:
     """A float32 copy in eval mode on the CPU, and random images of any batch size for it."""
-    net = copy.deepcopy(convert(model)).cpu().float().eval()
-    net.memory_efficient = False
+    net = copy.deepcopy(model if isinstance(model, LightCNN) else convert(model))
+    net = net.cpu().float().eval()
+    if isinstance(net, DenseNet):
+        net.memory_efficient = False
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     channels = net.config.in_channels
     if in_channels is not None and in_channels != channels:
@@ -136,7 +138,7 @@ def _prepare(
     try:
         with torch.no_grad():
             logits = net(images(1))
-    except RuntimeError as error:
+    except (RuntimeError, ConfigError) as error:
         raise ExportError(
             f"the model cannot run on images of {height}x{width} pixels: {error}"
         ) from error
@@ -160,7 +162,7 @@ def _onnx_runner(path: Path) -> Callable[[Tensor], Tensor]:
 
 
 def _verify(
-    net: DenseNet,
+    net: Net,
     images: Callable[[int], Tensor],
     exported: Callable[[Tensor], Tensor],
     tolerance: float,

@@ -16,7 +16,7 @@ from prune_dn.data import Datasets, calibration_batches, calibration_loader, loa
 from prune_dn.errors import DataError, ExportError, PruningError, RecipeError
 from prune_dn.export import export_onnx, export_torch
 from prune_dn.latency import measure_latency
-from prune_dn.models import DenseNet
+from prune_dn.models import DenseNet, LightCNN, Net
 from prune_dn.phases import check_fit, load_data
 from prune_dn.processes import process_state
 from prune_dn.profiling import count, count_per_layer, default_image_size
@@ -25,12 +25,15 @@ from prune_dn.pruning import (
     apply_plan,
     compensate_plan,
     make_plan,
+    prune,
     recalibrate_batch_norm_,
 )
 from prune_dn.pruning.compensate import check_compensation
 from prune_dn.pruning.importance import reads_images
 from prune_dn.pruning.latency_model import requested_model
 from prune_dn.pruning.plan import check_request
+from prune_dn.pruning.siblings import contests
+from prune_dn.pruning.units import Units
 from prune_dn.recipe import Recipe
 from prune_dn.sources import CIFAR_NORMALISATION, DATASETS
 from prune_dn.training import FitConfig, fit
@@ -58,7 +61,7 @@ class DataOptions:
     limit: int | None = None
     seed: int = 0
 
-    def load(self, info: Mapping[str, Any], model: DenseNet, where: Path) -> Datasets:
+    def load(self, info: Mapping[str, Any], model: Net, where: Path) -> Datasets:
         """The data sets. Raises DataError when they are not named, or do not fit the net."""
         known = info.get("data") or {}
         name = self.name or known.get("name")
@@ -79,7 +82,7 @@ class DataOptions:
             mean=mean,
             std=std,
         )
-        check_fit(model, data.spec.num_classes, data.spec.in_channels, str(where), name)
+        check_fit(model, data.spec, str(where))
         return data
 
     def _normalisation(self, known: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -133,6 +136,17 @@ def prune_checkpoint(
         info["data"] = sets.spec.to_dict()
     if reads or compensate != "none":
         images = calibration_batches(sets.train, calibration, seed=data.seed)
+    if isinstance(model, LightCNN):
+        if plan_out is not None or recalibrate:
+            option, what = ("--plan-out", "plan") if plan_out else ("--recalibrate", "batch norms")
+            raise PruningError(f"{option} has no effect: a Light CNN has no {what}; leave it out")
+        small = prune(
+            model, ratio, **arguments, compensate=compensate, calibration=images if reads else None
+        )
+        save(small, output, info={**info, "pruned_from": checkpoint.name})
+        before, after = (dataclasses.asdict(count(net)) for net in (model, small))
+        achieved = 1 - after[arguments["unit"]] / before[arguments["unit"]]
+        return _cut_figures(output, arguments["unit"], ratio, achieved, before, after, {})
     plan = make_plan(
         model,
         ratio,
@@ -143,22 +157,37 @@ def prune_checkpoint(
     )
     small = apply_plan(model, plan)
     if compensate != "none":
+        assert isinstance(model, DenseNet)
         small = compensate_plan(small, model, plan, images, compensate, seed=data.seed)
     if recalibrate:
         _recalibrate(small, sets, recalibrate, info, data.seed)
     if plan_out is not None:
         plan.save(plan_out)
     save(small, output, info={**info, "pruned_from": checkpoint.name, "plan": plan.requested})
-    before, after = plan.achieved["before"], plan.achieved["after"]
+    done = plan.achieved
+    return _cut_figures(
+        output, done["unit"], ratio, done["ratio"], done["before"], done["after"], plan.protected
+    )
+
+
+def _cut_figures(
+    output: Path,
+    unit: str,
+    requested: float,
+    achieved: float,
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    protected: Mapping[str, str],
+) -> dict[str, Any]:
     return {
         "output": str(output),
-        "unit": plan.achieved["unit"],
-        "requested": ratio,
-        "achieved": round(plan.achieved["ratio"], 6),
+        "unit": unit,
+        "requested": requested,
+        "achieved": round(achieved, 6),
         **{f"{key}_before": before[key] for key in before},
         **{f"{key}_after": after[key] for key in after},
         "file_bytes": output.stat().st_size,
-        "protected": plan.protected,
+        "protected": protected,
     }
 
 
@@ -190,9 +219,7 @@ def finetune_checkpoint(
         section = recipe.finetune or recipe.train
         base = {} if section is None else section.model_dump()
         sets = load_data(recipe.data, seed=recipe.seed)
-        check_fit(
-            model, sets.spec.num_classes, sets.spec.in_channels, str(checkpoint), sets.spec.name
-        )
+        check_fit(model, sets.spec, str(checkpoint))
     else:
         sets = data.load(info, model, checkpoint)
     try:
@@ -318,8 +345,7 @@ def show_file(file: Path) -> tuple[dict[str, Any], Table]:
         "checkpoint": str(file),
         "classes": config.num_classes,
         "in_channels": config.in_channels,
-        "stem": config.stem,
-        "layers_per_block": [len(block) for block in config.blocks],
+        **_shape(model),
         "image_size": size,
         **dataclasses.asdict(count(model, size)),
         "info": info,
@@ -329,17 +355,29 @@ def show_file(file: Path) -> tuple[dict[str, Any], Table]:
     return facts, (["layer", "channels", "params"], rows)
 
 
-def _image_size(model: DenseNet, info: Mapping[str, Any], given: int | None) -> int:
+def _shape(model: Net) -> dict[str, Any]:
+    """What kind of net it is, in few words."""
+    if isinstance(model, LightCNN):
+        return {"light_cnn": model.config.variant, "blocks": list(model.config.blocks)}
+    blocks = [len(block) for block in model.config.blocks]
+    rivals = {
+        x.name: f"{len(x.owner)} maps compete, {x.winners} win"
+        for x in contests(Units(model.config))
+    }
+    return {"stem": model.config.stem, "layers_per_block": blocks, "mfm": rivals}
+
+
+def _image_size(model: Net, info: Mapping[str, Any], given: int | None) -> int:
     known = (info.get("data") or {}).get("image_size")
     return given or known or default_image_size(model.config)
 
 
-def _on_device(checkpoint: Path) -> DenseNet:
+def _on_device(checkpoint: Path) -> Net:
     return load(checkpoint).to(process_state().device)
 
 
 def _recalibrate(
-    model: DenseNet, sets: Datasets, batches: int, info: Mapping[str, Any], seed: int
+    model: Net, sets: Datasets, batches: int, info: Mapping[str, Any], seed: int
 ) -> None:
     """On images augmented as in training where the checkpoint says how, else on plain ones."""
     augment = info.get("augment", "none")

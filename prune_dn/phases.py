@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import platform
 import shlex
 import sys
@@ -17,41 +18,31 @@ from typing import Any
 import torch
 
 from prune_dn.checkpoint import load, save, save_state_dict
-from prune_dn.data import Datasets, calibration_batches, calibration_loader, load_datasets
+from prune_dn.data import Datasets, DataSpec, calibration_loader, load_datasets
 from prune_dn.errors import DataError
 from prune_dn.export import export_onnx, export_torch
 from prune_dn.latency import compare_latency, machine
-from prune_dn.models import DenseNet
+from prune_dn.models import DenseNet, LightCNN, Net
+from prune_dn.models.state_dicts import fill
 from prune_dn.processes import process_state
 from prune_dn.profiling import count
 from prune_dn.pruning import (
     Plan,
     apply_plan,
     compensate_plan,
-    make_plan,
     recalibrate_batch_norm_,
 )
-from prune_dn.pruning.importance import reads_images
-from prune_dn.pruning.latency_model import requested_model
+from prune_dn.pruning.light_cnn import width_rows
 from prune_dn.pruning.ratios import read_ratios
 from prune_dn.pruning.units import Units
 from prune_dn.recipe import DataSection, ModelSection, PruneSection, Recipe
 from prune_dn.report import write_report
+from prune_dn.rounds import calibration, cut_round, plan_round
 from prune_dn.run_folder import RunFolder
 from prune_dn.training import evaluate, fit
 
 # No times: the same recipe gives the same checkpoint.
 KEPT_HISTORY = ("epoch", "loss", "accuracy", "val_loss", "val_accuracy", "learning_rate")
-NOT_PLANNED = {
-    "pruning_ratio",
-    "rounds",
-    "recalibrate_batches",
-    "seed",
-    "compensate",
-    "calibration",
-    "runtime",
-    "batch_size",
-}
 PACKAGES = ("prune_dn", "torch", "torchvision", "accelerate", "numpy", "onnxruntime")
 
 
@@ -60,68 +51,48 @@ def load_data(section: DataSection, *, seed: int) -> Datasets:
     return load_datasets(**section.model_dump(), seed=seed)
 
 
-def build_model(section: ModelSection, data: Datasets, *, seed: int) -> DenseNet:
+def build_model(section: ModelSection, data: Datasets, *, seed: int) -> Net:
     """A new net for these data, with weights from `seed`, or the one in the checkpoint.
 
-    Raises DataError when a checkpoint's classes or channels are not those of the data.
+    Raises DataError when a checkpoint's classes, channels or image size are not those of the data.
     """
     spec = data.spec
     if section.checkpoint is not None:
         model = load(section.checkpoint).to(process_state().device)
-        check_fit(model, spec.num_classes, spec.in_channels, section.checkpoint, spec.name)
-        model.memory_efficient = bool(section.memory_efficient)
+        check_fit(model, spec, section.checkpoint)
         return model
     with torch.device("meta"):
         shape = section.build(spec.num_classes)
-    config = dataclasses.replace(shape.config, in_channels=spec.in_channels)
     torch.manual_seed(seed)
-    net = DenseNet(config, memory_efficient=shape.memory_efficient)
+    net: Net
+    if isinstance(shape, LightCNN):
+        size, channels = spec.image_size, spec.in_channels
+        net = LightCNN(dataclasses.replace(shape.config, image_size=size, in_channels=channels))
+    else:
+        net = DenseNet(dataclasses.replace(shape.config, in_channels=spec.in_channels))
     return net.to(process_state().device)
 
 
-def check_fit(model: DenseNet, classes: int, channels: int, where: str, data: str) -> None:
+def check_fit(model: Net, spec: DataSpec, where: str) -> None:
     """Raise DataError when the net cannot be used with these data."""
+    size = getattr(model.config, "image_size", spec.image_size)  # a DenseNet takes any
     for name, has, needs in (
-        ("classes", model.config.num_classes, classes),
-        ("input channels", model.config.in_channels, channels),
+        ("classes", model.config.num_classes, spec.num_classes),
+        ("input channels", model.config.in_channels, spec.in_channels),
+        ("pixels a side", size, spec.image_size),
     ):
         if has != needs:
             raise DataError(
-                f"{where} has {has} {name}, the data set {data!r} has {needs}; use the data that "
+                f"{where} has {has} {name}, the data set {spec.name!r} has {needs}; use the data that "
                 "the net was trained on, or train a net for these data"
             )
 
 
-def check_measured(recipe: Recipe, model: DenseNet) -> None:
+def check_measured(recipe: Recipe, model: Net) -> None:
     """Raise PruningError, before any work, where `prune.ratios` are not for this net."""
     if recipe.prune is not None and recipe.prune.ratios is not None:
+        assert isinstance(model, DenseNet)
         read_ratios(recipe.prune.ratios, Units(model.config), recipe.prune.units)
-
-
-def plan_round(
-    recipe: Recipe, model: DenseNet, dense: DenseNet, data: Datasets, number: int
-) -> Plan:
-    """The plan of one round: `number`/`rounds` of the ratio in all, always against `dense`."""
-    section = recipe.prune
-    assert section is not None
-    return make_plan(
-        model,
-        section.pruning_ratio * number / section.rounds,
-        **section.model_dump(exclude=NOT_PLANNED),
-        seed=recipe.seed if section.seed is None else section.seed,
-        input_size=data.spec.image_size,
-        calibration=calibration(recipe, data) if reads_images(section.criterion) else None,
-        baseline=dense.config,
-        latency_model=requested_model(
-            model, section.unit, section.runtime, section.batch_size, data.spec.image_size
-        ),
-    )
-
-
-def calibration(recipe: Recipe, data: Datasets) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The training images that criterion and compensation see."""
-    assert recipe.prune is not None
-    return calibration_batches(data.train, recipe.prune.calibration, seed=recipe.seed)
 
 
 @dataclass
@@ -144,7 +115,7 @@ class Phases:
         self.environment = environment(self.recipe.seed)
         self.folder.write_json("environment.json", self.environment)
 
-    def train(self, model: DenseNet) -> DenseNet:
+    def train(self, model: Net) -> Net:
         """The dense net, trained unless the recipe only reads a checkpoint."""
         file = "dense.safetensors"
         if self.folder.done("train", [file]):
@@ -157,9 +128,19 @@ class Phases:
         return model
 
     def prune(
+        self, model: Net, dense: Net, section: PruneSection, number: int
+    ) -> tuple[dict[str, Any], Net]:
+        """One round, and what the report tells of the cut. The budget is against `dense`."""
+        if isinstance(model, LightCNN) and isinstance(dense, LightCNN):
+            return self._prune_light_cnn(model, dense, section, number)
+        assert isinstance(model, DenseNet) and isinstance(dense, DenseNet)
+        plan, small = self._prune_densenet(model, dense, section, number)
+        return {"layers": plan.layers, **json.loads(plan.to_json())}, small
+
+    def _prune_densenet(
         self, model: DenseNet, dense: DenseNet, section: PruneSection, number: int
-    ) -> tuple[Plan, DenseNet]:
-        """One round: plan, cut, score, recalibrate, score. The budget is against `dense`."""
+    ) -> tuple[Plan, Net]:
+        """Plan, cut, score, recalibrate, score."""
         one = section.rounds == 1
         plan_file = "plan.json" if one else f"plan-{number}.json"
         file = "recalibrated.safetensors" if one else f"recalibrated-{number}.safetensors"
@@ -186,9 +167,43 @@ class Phases:
             self.folder.metrics["rounds"][number - 1 :] = [done]
         return plan, small
 
-    def finetune(
-        self, model: DenseNet, dense: DenseNet, section: PruneSection, number: int
-    ) -> DenseNet:
+    def _prune_light_cnn(
+        self, model: LightCNN, dense: LightCNN, section: PruneSection, number: int
+    ) -> tuple[dict[str, Any], Net]:
+        """Cut, score: there is no plan, and there are no norms to recalibrate."""
+        file = "cut.safetensors" if section.rounds == 1 else f"cut-{number}.safetensors"
+        asked = section.pruning_ratio * number / section.rounds
+        if self.folder.done(f"prune-{number}", [file]):
+            small = self._load(file)
+        else:
+            with self._phase(f"prune-{number}"):
+                small = self._cut(model, dense, number)
+                self._save(small, file)
+                self._score(small, "pruned", file)
+                whole, left = (getattr(count(net), section.unit) for net in (dense, small))
+                done = {"unit": section.unit, "requested": asked, "achieved": 1 - left / whole}
+                self.folder.metrics["rounds"][number - 1 :] = [done]
+        assert isinstance(small, LightCNN)
+        told = ("unit", "criterion", "scope", "protect", "min_channels", "round_to")
+        facts = {
+            "requested": {"pruning_ratio": asked, **{key: getattr(section, key) for key in told}},
+            "achieved": self.folder.metrics["rounds"][number - 1],
+            "protected": {},
+            "layers": width_rows(model.config, small.config),
+        }
+        return facts, small
+
+    def _cut(self, model: LightCNN, dense: LightCNN, number: int) -> LightCNN:
+        """Cut by the main process, so that all have the same net."""
+        made = None
+        if self.folder.is_main:
+            small = cut_round(self.recipe, model, dense, self.data, number)
+            weights = {name: tensor.cpu() for name, tensor in small.state_dict().items()}
+            made = small.config, weights
+        config, weights = self.folder.agree(made)
+        return fill(config, weights).to(process_state().device)
+
+    def finetune(self, model: Net, dense: Net, section: PruneSection, number: int) -> Net:
         """Train the cut net; after the last round it becomes pruned.safetensors."""
         last = number == section.rounds
         file = "pruned.safetensors" if last else f"finetuned-{number}.safetensors"
@@ -202,7 +217,7 @@ class Phases:
             self._score(model, "fine-tuned", file)
         return model
 
-    def measure(self, nets: dict[str, DenseNet]) -> None:
+    def measure(self, nets: dict[str, Net]) -> None:
         """Eager latency of all nets, measured in turns."""
         if self.folder.done("latency", []):
             return
@@ -211,7 +226,7 @@ class Phases:
                 self._latency(nets) if self.folder.is_main else None
             )
 
-    def export(self, model: DenseNet) -> None:
+    def export(self, model: Net) -> None:
         """The files that the recipe asks for, each verified before it gets its name."""
         spec, wish = self.data.spec, self.recipe.export
         files = {
@@ -248,15 +263,13 @@ class Phases:
     def _path(self, name: str) -> Path:
         return self.folder.path / name
 
-    def _load(self, name: str) -> DenseNet:
-        model = load(self._path(name)).to(process_state().device)
-        model.memory_efficient = bool(self.recipe.model.memory_efficient)
-        return model
+    def _load(self, name: str) -> Net:
+        return load(self._path(name)).to(process_state().device)
 
     def _bytes(self, name: str) -> int:
         return int(self.folder.agree(self._path(name).stat().st_size if self.folder.is_main else 0))
 
-    def _fit(self, model: DenseNet, config: Any, name: str, **teacher: Any) -> None:
+    def _fit(self, model: Net, config: Any, name: str, **teacher: Any) -> None:
         result = fit(
             model,
             self.data,
@@ -295,7 +308,7 @@ class Phases:
         loader = calibration_loader(train, size, augment=train.augment, seed=self.recipe.seed)
         recalibrate_batch_norm_(model, loader, max_batches=batches)
 
-    def _save(self, model: DenseNet, file: str) -> None:
+    def _save(self, model: Net, file: str) -> None:
         history = {
             name: [{key: row[key] for key in KEPT_HISTORY} for row in rows]
             for name, rows in self.folder.metrics["history"].items()
@@ -305,7 +318,7 @@ class Phases:
         if self.folder.is_main:
             save(model, self._path(file), info=info)
 
-    def _score(self, model: DenseNet, stage: str, file: str | None = None) -> None:
+    def _score(self, model: Net, stage: str, file: str | None = None) -> None:
         test, val = evaluate(model, self.data.test), evaluate(model, self.data.val)
         self.folder.metrics["stages"][stage] = {
             "test_accuracy": test.accuracy,
@@ -317,7 +330,7 @@ class Phases:
             "file_bytes": None if file is None else self._bytes(file),
         }
 
-    def _latency(self, nets: dict[str, DenseNet]) -> dict[str, list[dict[str, Any]]]:
+    def _latency(self, nets: dict[str, Net]) -> dict[str, list[dict[str, Any]]]:
         spec, wish = self.data.spec, self.recipe.report
         rows: dict[str, list[dict[str, Any]]] = {name: [] for name in nets}
         for batch_size in wish.batch_sizes:

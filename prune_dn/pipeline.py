@@ -1,17 +1,19 @@
-"""The whole job: a recipe goes in; a trained, pruned, fine-tuned, exported DenseNet comes out."""
+"""The whole job: a recipe goes in; a trained, pruned, fine-tuned, exported net comes out."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prune_dn.models import DenseNet
-from prune_dn.phases import Phases, build_model, check_measured, load_data, plan_round
+from prune_dn.data import Datasets
+from prune_dn.errors import RecipeError
+from prune_dn.models import DenseNet, LightCNN, Net
+from prune_dn.phases import Phases, build_model, check_measured, load_data
 from prune_dn.profiling import count
 from prune_dn.recipe import Recipe
+from prune_dn.rounds import cut_round, plan_round
 from prune_dn.run_folder import RunFolder
 
 
@@ -21,7 +23,7 @@ class RunResult:
 
     output_dir: Path
     metrics: dict[str, Any]
-    model: DenseNet
+    model: Net
 
 
 def run(
@@ -36,7 +38,7 @@ def run(
     not fit, and what training, pruning and export raise.
     """
     data = load_data(recipe.data, seed=recipe.seed)
-    model = build_model(recipe.model, data, seed=recipe.seed)
+    model = _model(recipe, data)
     check_measured(recipe, model)
     folder = RunFolder(recipe, overwrite=overwrite)
     try:
@@ -46,7 +48,7 @@ def run(
         if recipe.prune is not None and not only_train:
             for number in range(1, recipe.prune.rounds + 1):
                 plan, model = phases.prune(model, dense, recipe.prune, number)
-                plans.append({"round": number, "layers": plan.layers, **json.loads(plan.to_json())})
+                plans.append({"round": number, **plan})
                 model = phases.finetune(model, dense, recipe.prune, number)
         if not only_train:
             phases.measure(
@@ -59,6 +61,17 @@ def run(
         folder.close()
 
 
+def _model(recipe: Recipe, data: Datasets) -> Net:
+    """The net to begin with. Raises RecipeError where the rest of the recipe is not for it."""
+    model = build_model(recipe.model, data, seed=recipe.seed)
+    if isinstance(model, LightCNN) and (foreign := recipe.foreign_to_light_cnns()):
+        raise RecipeError(
+            f"{recipe.model.name or recipe.model.checkpoint} is a Light CNN, which cannot be "
+            f"trained or cut with {foreign}"
+        )
+    return model
+
+
 def dry_run(recipe: Recipe) -> dict[str, Any]:
     """What `run` would work on: data, net, budget. Nothing is trained or written.
 
@@ -66,7 +79,7 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
     be met and what sizes it gives. Raises what `run` would raise for the same mistakes.
     """
     data = load_data(recipe.data, seed=recipe.seed)
-    model = build_model(recipe.model, data, seed=recipe.seed)
+    model = _model(recipe, data)
     facts: dict[str, Any] = {
         "model": recipe.model.name or recipe.model.checkpoint,
         "data": data.spec.to_dict(),
@@ -78,7 +91,13 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
         },
         "output_dir": recipe.output_dir,
     }
-    if recipe.prune is not None:
+    if recipe.prune is not None and isinstance(model, LightCNN):
+        small = count(cut_round(recipe, model, model, data, recipe.prune.rounds))
+        facts["pruned"] = dataclasses.asdict(small)
+        facts["requested"], unit = recipe.prune.pruning_ratio, recipe.prune.unit
+        facts["achieved"] = 1 - facts["pruned"][unit] / facts["dense"][unit]
+        facts["protected"] = {}
+    elif recipe.prune is not None and isinstance(model, DenseNet):
         plan = plan_round(recipe, model, model, data, recipe.prune.rounds)
         facts["pruned"] = plan.achieved["after"]
         facts["requested"] = recipe.prune.pruning_ratio

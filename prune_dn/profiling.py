@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from prune_dn.errors import ConfigError
-from prune_dn.models import DenseNet, DenseNetConfig
+from prune_dn.models import DenseNet, DenseNetConfig, LightCNN, LightCNNConfig
 
 ImageSize = int | tuple[int, int]
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -25,7 +25,8 @@ class Cost:
     """What a network costs. One multiply-add of a convolution or linear layer is one MAC.
 
     `channels` counts the channels of all norms, as Network Slimming does (arXiv:1708.06519): each
-    reader's inputs and each bottleneck. Cutting a share r everywhere removes a share r of them.
+    reader's inputs and each bottleneck. Cutting a share r everywhere removes a share r of them. In a
+    net without batch norms it counts the filters of all convs, which such norms would follow.
     """
 
     params: int
@@ -54,8 +55,8 @@ class Widths(NamedTuple):
 def count(model: nn.Module | DenseNetConfig, image_size: ImageSize | None = None) -> Cost:
     """Parameters, MACs for one image, and norm channels; `model` stays as it is.
 
-    `image_size` is in pixels, one number or (height, width); None = 32 (cifar) or 224 (imagenet).
-    A net that is not our DenseNet needs it: a copy runs once. Counted are the weights of modules;
+    `image_size` is in pixels, one number or (height, width); None = 32 (cifar), 224 (imagenet),
+    or what a Light CNN takes. Another net needs it: a copy runs once. Counted are the weights of modules;
     what a forward multiplies without one (attention's products) is not.
 
     >>> from prune_dn.models import densenet121
@@ -77,6 +78,8 @@ def count_per_layer(
     """
     if isinstance(model, DenseNet):
         model = model.config
+    if isinstance(model, LightCNN) and image_size is None:
+        image_size = model.config.image_size
     if isinstance(model, nn.Module):
         return list(module_rows(model, weight_uses(model, image_size)))
     return list(cost_rows(model, widths_of(model), image_size))
@@ -141,12 +144,16 @@ def in_channels(model: nn.Module) -> int:
 def module_rows(model: nn.Module, uses: Mapping[str, int]) -> Iterator[LayerCost]:
     """The cost of each module's own parameters, shared ones once; `uses` as of `weight_uses`."""
     seen: set[nn.Parameter] = set()
+    counted: tuple[type[nn.Module], ...] = _CONVS + _TRANSPOSED
+    width = "out_channels"
+    if any(isinstance(module, _BatchNorm) for module in model.modules()):
+        counted, width = (_BatchNorm,), "num_features"
     for name, module in model.named_modules():
         own = set(module.parameters(recurse=False))
         params = sum(p.numel() for p in own - seen)
         weight = getattr(module, "weight", None)
         macs = weight.numel() * uses[name] if name in uses and weight is not None else 0
-        channels = module.num_features if isinstance(module, _BatchNorm) else 0
+        channels = int(getattr(module, width)) if isinstance(module, counted) else 0
         seen |= own
         if own or macs or channels:
             yield LayerCost(name, params, macs, channels)
@@ -216,8 +223,10 @@ def cost_rows(
     yield LayerCost("classifier", read * classes + classes, read * classes, 0)
 
 
-def default_image_size(config: DenseNetConfig) -> int:
-    """32 pixels for a cifar stem, 224 for an imagenet stem."""
+def default_image_size(config: DenseNetConfig | LightCNNConfig) -> int:
+    """32 pixels for a cifar stem, 224 for an imagenet stem; a Light CNN takes one size."""
+    if isinstance(config, LightCNNConfig):
+        return config.image_size
     return 32 if config.stem == "cifar" else 224
 
 

@@ -21,7 +21,7 @@ from pydantic import (
 
 from prune_dn.augment import AUGMENTATIONS
 from prune_dn.errors import ConfigError, PruningError
-from prune_dn.models import BUILDERS, DenseNet
+from prune_dn.models import BUILDERS, LIGHT_CNNS, Net
 from prune_dn.pruning import CRITERIA
 from prune_dn.pruning.importance import reads_images
 from prune_dn.pruning.plan import check_ratios
@@ -30,6 +30,7 @@ from prune_dn.training import FitConfig
 from prune_dn.yaml_lines import dump
 
 Count = Annotated[int, Field(ge=1)]
+FROM_DATA = ("num_classes", "in_channels", "image_size")  # of a builder's arguments
 
 
 def _choice(kind: str, registry: Mapping[str, Any]) -> Any:
@@ -110,21 +111,22 @@ class ModelSection(Section):
     drop_rate: float | None = None
     mfm: Mfm = None
     mfm_skipped: MfmSkipped = None
-    memory_efficient: bool | None = None
+    widths: Annotated[tuple[Count, ...], Field(min_length=1)] | None = None
+    embedding: Count | None = None
 
     @model_validator(mode="after")
     def _check(self) -> ModelSection:
         if (self.name is None) == (self.checkpoint is None):
             raise ValueError("give either name (a builder) or checkpoint (a file)")
         if self.checkpoint is not None:
-            extra = sorted(self.model_fields_set - {"checkpoint", "memory_efficient"})
+            extra = sorted(self.model_fields_set - {"checkpoint"})
             if extra:
                 raise ValueError(f"a checkpoint brings its own shape; remove {', '.join(extra)}")
             return self
         known = inspect.signature(BUILDERS[self.name]).parameters  # type: ignore[index]
         foreign = sorted(set(self._arguments()) - set(known))
         if foreign:
-            takes = ", ".join(k for k in known if k not in ("num_classes", "in_channels"))
+            takes = ", ".join(k for k in known if k not in FROM_DATA)
             raise ValueError(f"{self.name} takes no {', '.join(foreign)}; it takes {takes}")
         try:
             with torch.device("meta"):
@@ -137,7 +139,7 @@ class ModelSection(Section):
         given = self.model_fields_set - {"name", "checkpoint"}
         return {key: getattr(self, key) for key in type(self).model_fields if key in given}
 
-    def build(self, num_classes: int = 10) -> DenseNet:
+    def build(self, num_classes: int = 10) -> Net:
         """The net that `name` and the arguments describe, with new random weights."""
         assert self.name is not None
         return BUILDERS[self.name](num_classes=num_classes, **self._arguments())
@@ -164,6 +166,7 @@ class PruneSection(Section):
     `calibration` is how many training images the criterion and the compensation see (None = 512, see
     `data.calibration_batches`). `runtime` (None = onnxruntime) and `batch_size` (None = 1) are those
     of the unit `latency`. `ratios` is the path of a sensitivity.json of the net before the cut.
+    After a cut `recalibrate_batches` refresh the norms, where there are any.
     """
 
     pruning_ratio: Ratio
@@ -250,9 +253,32 @@ class Recipe(Section):
                 check_ratios(self.prune.ratios, self.prune.scope, self.prune.units)
             except PruningError as error:
                 raise ValueError(f"prune: {error}") from error
+        if self.model.name in LIGHT_CNNS and (foreign := self.foreign_to_light_cnns()):
+            raise ValueError(f"{self.model.name} cannot be trained or cut with {foreign}")
         if self.prune is not None and self.prune.rounds > 1 and self.finetune is None:
             raise ValueError("prune.rounds above 1 fine-tunes between the rounds; add finetune")
         return self
+
+    def foreign_to_light_cnns(self) -> str:
+        """What a Light CNN has no use for, with what to do instead; empty = nothing."""
+        wrong = []
+        for name, fit in (("train", self.train), ("finetune", self.finetune)):
+            if fit is not None and fit.resolutions:
+                wrong.append(f"{name}.resolutions (its linear layer fits one size; leave them out)")
+            if fit is not None and fit.sparsity is not None:
+                wrong.append(f"{name}.sparsity (it has no norms; leave it out)")
+        if (cut := self.prune) is not None:
+            if cut.criterion == "bn_scale":
+                wrong.append("prune.criterion bn_scale (it has no norms; choose l2, or taylor)")
+            if cut.unit == "latency":
+                wrong.append("prune.unit latency (choose macs)")
+            if cut.compensate != "none":
+                wrong.append("prune.compensate (for DenseNets; leave it out)")
+            if cut.ratios is not None:
+                wrong.append("prune.ratios (for DenseNets; leave it out)")
+            if cut.units != type(cut).model_fields["units"].default:
+                wrong.append("prune.units (for DenseNets; leave it out)")
+        return ", ".join(wrong)
 
 
 def to_yaml(recipe: Recipe) -> str:

@@ -46,6 +46,7 @@ _KINDS = {
 _ELSEWHERE: dict[KeyPath, str] = {
     ("model", "num_classes"): "the number of classes comes from the data",
     ("model", "in_channels"): "the number of channels comes from the data",
+    ("model", "image_size"): "the size of images comes from the data: see data.image_size",
 }
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torchvision
 from hypothesis import HealthCheck, given, settings
+from light_cnn_oracle import light_cnn_configs, slow
 from oracle import randomise_
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -23,18 +24,32 @@ from torch import nn
 
 from prune_dn.checkpoint import load, read_info, save, save_state_dict
 from prune_dn.errors import CheckpointError
-from prune_dn.models import DenseNet, DenseNetConfig, LayerConfig, TransitionConfig, densenet
+from prune_dn.models import (
+    DenseNet,
+    DenseNetConfig,
+    LayerConfig,
+    LightCNN,
+    LightCNNConfig,
+    TransitionConfig,
+    densenet,
+    light_cnn_29,
+)
+from prune_dn.pruning import prune
 
 UNEVEN = DenseNetConfig(
     num_init_features=4,
     blocks=(
         (LayerConfig("denselayer2", 4, 6, (0, 3), "3/2"), LayerConfig("denselayer3", 3)),
-        (LayerConfig("denselayer1", 2, mfm="2/1"),),
+        (
+            LayerConfig("denselayer1", 2, mfm="2/1"),
+            LayerConfig("denselayer2", 3, 4, (0, 1, 3), "2/1", (4, 1, 3), (1,)),
+        ),
     ),
-    transitions=(TransitionConfig(3, input_indices=(1, 4, 8)),),
+    transitions=(TransitionConfig(3, (1, 4, 8), "2/1", (2, 4, 10), (0, 2)),),
     num_classes=5,
     stem="cifar",
     classifier_indices=(0, 2, 4),
+    classifier_rivals=(7, 2, 6),
     norm_eps=1e-3,
 )
 
@@ -308,3 +323,51 @@ def test_plain_state_dicts_that_shapes_do_not_explain(tmp_path: Path) -> None:
     fails(tmp_path / "net.pt", "a plain state dict does not say which: load the .safetensors file")
     torch.save(torchvision.models.squeezenet1_0().state_dict(), tmp_path / "net.pt")
     fails(tmp_path / "net.pt", "this is no DenseNet: features.conv0.weight is missing")
+
+
+def test_a_pruned_light_cnn_in_a_fresh_process(tmp_path: Path) -> None:
+    net = randomise_(light_cnn_29(5, image_size=32, widths=(4, 6, 6, 6, 6), embedding=8), 0)
+    small = prune(net, 0.5).double().eval()
+    files = [str(tmp_path / name) for name in ("net.safetensors", "x.pt", "y.pt")]
+    save(small, files[0], info={"note": "half"})
+    x = torch.randn(2, 1, 32, 32).double()
+    torch.save(x, files[1])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", FRESH, *files], check=True, env=environment)
+    found = torch.load(files[2], weights_only=True)
+    assert torch.equal(found, small(x).detach())
+    assert read_info(files[0]) == {"note": "half"}
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=15)
+@given(light_cnn_configs())
+def test_round_trip_of_any_light_cnn(tmp_path: Path, config: LightCNNConfig) -> None:
+    net = randomise_(LightCNN(config), 1).double()
+    save(net, tmp_path / "net")
+    again = load(tmp_path / "net")
+    assert again.config == config and not again.training
+    x = torch.randn(1, config.in_channels, config.image_size, config.image_size).double()
+    torch.testing.assert_close(again(x), slow(net, x), rtol=0, atol=1e-9)
+
+
+def test_files_say_what_net_they_hold(tmp_path: Path) -> None:
+    """A file from before there were Light CNNs is a DenseNet's."""
+    save(uneven(), tmp_path / "net")
+    rewritten(tmp_path / "net", lambda header: header["__metadata__"].pop("architecture"))
+    assert load(tmp_path / "net").config == UNEVEN
+    rewritten(tmp_path / "net", lambda h: h["__metadata__"].update(architecture="LightCNN"))
+    with pytest.raises(CheckpointError, match="is damaged: not a LightCNNConfig in JSON"):
+        load(tmp_path / "net")
+    rewritten(tmp_path / "net", lambda h: h["__metadata__"].update(architecture="Other"))
+    with pytest.raises(CheckpointError, match="is damaged: 'Other'"):
+        load(tmp_path / "net")
+
+
+def test_a_published_light_cnn_checkpoint(tmp_path: Path) -> None:
+    """As the published training code writes it: wrapped, with other values beside the weights."""
+    net = light_cnn_29(5, image_size=32, widths=(4, 6, 6, 6, 6), embedding=8).eval()
+    state = {f"module.{name}": tensor for name, tensor in net.state_dict().items()}
+    torch.save({"epoch": 3, "arch": "LightCNN", "state_dict": state, "prec1": 0.5}, tmp_path / "a")
+    again = load(tmp_path / "a")
+    x = torch.randn(2, 1, 32, 32)
+    assert again.config == net.config and torch.equal(again(x), net(x))

@@ -16,7 +16,7 @@ from prune_dn import cli, jobs
 from prune_dn.checkpoint import load, read_info, save, save_state_dict
 from prune_dn.cli_options import app
 from prune_dn.data import calibration_loader, load_datasets
-from prune_dn.models import densenet
+from prune_dn.models import densenet, light_cnn_9
 from prune_dn.profiling import count
 from prune_dn.pruning import Plan, apply_plan, prune, recalibrate_batch_norm_
 
@@ -343,6 +343,24 @@ def test_show_and_criteria_for_people(run: Run, net: Path) -> None:
     bad(run("show", "no.json"), "not a plan of prune_dn")
 
 
+def test_siblings_go_and_show_says_who_still_competes(run: Run, tmp_path: Path) -> None:
+    made = densenet((2, 2), 4, stem="cifar", num_classes=10, in_channels=1, mfm={"*1": "2/1"},
+                    mfm_skipped={"classifier": "2/1"})  # fmt: skip
+    save(made, tmp_path / "mfm.safetensors")
+    arguments = ["--units", "sibling", "--criterion", "mfm_win_rate", "--unit", "macs"]
+    arguments += ["--ratio", 0.03, "--data", "digits", "--image-size", 8, "--calibration", 64]
+    plan = ["--plan-out", "plan.json", "-o", "small.safetensors", "--json"]
+    document(run("prune", "mfm.safetensors", *arguments, *plan))
+    before, after = (
+        document(run("show", f"{name}.safetensors", "--json"))["mfm"] for name in ("mfm", "small")
+    )
+    first = "features.denseblock1.denselayer1.mfm"
+    assert before[first] == "4 maps compete, 2 win" and before["read"] == "9 maps compete, 5 win"
+    assert before != after and after["read"] == before["read"]
+    code, out, _ = run("show", "plan.json")
+    assert code == 0 and re.search(r"mfm +sibling +4 +3", out)
+
+
 def test_what_nobody_expects(run: Run, net: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise ZeroDivisionError("by chance")
@@ -368,3 +386,60 @@ def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
 
     show({"a": [float("nan"), (1.0, float("inf"))]}, True)
     assert json.loads(capsys.readouterr().out) == {"a": [None, [1.0, None]]}
+
+
+@pytest.fixture
+def light(tmp_path: Path) -> Path:
+    """A Light CNN's checkpoint that knows its data."""
+    torch.manual_seed(1)
+    model = light_cnn_9(10, image_size=16, widths=(4, 4, 6, 6, 6), embedding=8)
+    spec = load_datasets("digits", image_size=16).spec
+    save(model, tmp_path / "light.safetensors", info={"data": spec.to_dict()})
+    return tmp_path / "light.safetensors"
+
+
+def test_every_command_takes_a_light_cnn(run: Run, light: Path) -> None:
+    before = count(load(light))
+    code, out, err = run("prune", light, "--ratio", 0.5, "--unit", "macs", "--criterion", "l2",
+                         "-o", "small.safetensors", "--json")  # fmt: skip
+    assert code == 0, err
+    small, figures = load("small.safetensors"), json.loads(out)
+    assert figures["macs_before"] == before.macs and figures["macs_after"] == count(small).macs
+    assert figures["achieved"] == pytest.approx(1 - count(small).macs / before.macs, abs=1e-6)
+    code, out, err = run("finetune", "small.safetensors", "--epochs", 1, "--learning-rate", 0.01,
+                         "--limit", 64, "-o", "tuned.safetensors", "--json")  # fmt: skip
+    assert code == 0, err
+    code, out, err = run("evaluate", "tuned.safetensors", "--json")
+    assert code == 0 and json.loads(out)["macs"] == count(small).macs, err
+    code, out, err = run("show", "tuned.safetensors", "--json")
+    facts = json.loads(out)
+    assert code == 0 and facts["light_cnn"] == "9" and facts["image_size"] == 16, err
+    assert facts["config"] == json.loads(load("tuned.safetensors").config.to_json())
+    code, out, err = run("profile", "tuned.safetensors", "--repeats", 1, "--json")
+    assert code == 0 and json.loads(out)["params"] == count(small).params, err
+    code, out, err = run("export", "tuned.safetensors", "-o", "tuned.onnx")
+    assert code == 0 and Path("tuned.onnx").exists(), err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prune", "--ratio", 0.5, "-o", "a.safetensors"], "no norm with a scale .* such as l2"),
+        (["prune", "--ratio", 0.5, "--criterion", "l2", "--plan-out", "p.json", "-o", "a.safetensors"],
+         "--plan-out has no effect: a Light CNN has no plan"),
+        (["prune", "--ratio", 0.5, "--criterion", "l2", "--recalibrate", 2, "-o", "a.safetensors"],
+         "--recalibrate has no effect: a Light CNN has no batch norms"),
+        (["prune", "--ratio", 0.5, "--criterion", "l2", "--unit", "latency", "-o", "a.safetensors"],
+         "latency budget is for DenseNets"),
+        (["prune", "--ratio", 0.5, "--criterion", "l2", "--runtime", "eager", "-o", "a.safetensors"],
+         "runtime has no effect with unit 'channels'"),
+        (["evaluate", "--recalibrate", 2], "no batch norm with running statistics"),
+        (["evaluate", "--image-size", 32], "has 16 pixels a side, the data set 'digits' has 32"),
+        (["sensitivity", "--out", "s"], "LightCNN is no DenseNet"),
+    ],
+)  # fmt: skip
+def test_what_a_light_cnn_cannot(run: Run, light: Path, arguments: list[Any], message: str) -> None:
+    code, out, err = run(arguments[0], light, *arguments[1:])
+    assert (code, out) == (2, ""), err
+    assert re.search(message, " ".join(err.split()))
+    assert not list(Path().glob("a.*"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections import Counter
 from pathlib import Path
@@ -12,23 +13,38 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from light_cnn_oracle import slow
 from oracle import randomise_
 
 from prune_dn.errors import ConversionError, ExportError
 from prune_dn.export import OnnxReport, export_onnx, export_torch
-from prune_dn.models import DenseNet, DenseNetConfig, LayerConfig, TransitionConfig, densenet
+from prune_dn.models import (
+    LIGHT_CNNS,
+    DenseNet,
+    DenseNetConfig,
+    LayerConfig,
+    LightCNN,
+    MFMConfig,
+    TransitionConfig,
+    densenet,
+)
+from prune_dn.pruning import prune
 
 UNEVEN = DenseNetConfig(
     num_init_features=4,
     blocks=(
         (LayerConfig("denselayer2", 4, 6, (0, 3), "3/2"), LayerConfig("denselayer3", 3)),
-        (LayerConfig("denselayer1", 2, mfm="2/1"),),
+        (
+            LayerConfig("denselayer1", 2, mfm="2/1"),
+            LayerConfig("denselayer2", 3, 4, (0, 1, 3), "2/1", (4, 1, 3), (1,)),
+        ),
     ),
-    transitions=(TransitionConfig(3, input_indices=(1, 4, 8)),),
+    transitions=(TransitionConfig(3, (1, 4, 8), "2/1", (2, 4, 10), (0, 2)),),
     num_classes=5,
     in_channels=1,
     stem="cifar",
     classifier_indices=(0, 2, 4),
+    classifier_rivals=(7, 2, 6),
 )
 
 
@@ -194,3 +210,26 @@ def test_errors_before_any_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ExportError, match=r"torch.export could not export .* no such operator"):
         export_torch(uneven(), tmp_path / "net.pt2", image_size=8)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", LIGHT_CNNS)
+def test_a_pruned_light_cnn_as_onnx_and_torch_export(tmp_path: Path, name: str) -> None:
+    """One layer has lost single filters, so that the index of its rivals is in the files too."""
+    whole = LIGHT_CNNS[name](5, image_size=20 if name != "light_cnn_29_v2" else 32, embedding=8)
+    layers = list(prune(whole, 0.8).config.layers)
+    layers[0] = MFMConfig(layers[0].units, (0, 2))
+    net = LightCNN(dataclasses.replace(whole.config, layers=tuple(layers)))
+    net = randomise_(net, 0).train()
+    size = net.config.image_size
+    assert export_onnx(net, tmp_path / "a.onnx", image_size=size).batches == (1, 7)
+    export_torch(net, tmp_path / "a.pt2", image_size=size)
+    assert net.training
+    x = torch.randn(3, 1, size, size)
+    expected = slow(net, x)
+    atol = 1e-4 * expected.abs().max().item()
+    torch.testing.assert_close(run(tmp_path / "a.onnx", x), expected, rtol=0, atol=atol)
+    found = torch.export.load(tmp_path / "a.pt2").module()(x)
+    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+    with pytest.raises(ExportError, match=f"takes images of {size}x{size} pixels, not 8x8"):
+        export_onnx(net, tmp_path / "b.onnx", image_size=8)
+    assert not (tmp_path / "b.onnx").exists()

@@ -28,6 +28,7 @@ FLOORS = [
     {"report"},
     {"sensitivity_report"},
     {"run_folder"},
+    {"rounds"},
     {"phases"},
     {"pipeline", "jobs"},
     {"cli_options"},

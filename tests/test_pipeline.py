@@ -18,7 +18,7 @@ from prune_dn import phases, pipeline
 from prune_dn.checkpoint import load, read_info, save
 from prune_dn.data import make_loader
 from prune_dn.errors import DataError, PruneDNError, PruningError, RecipeError
-from prune_dn.models import densenet
+from prune_dn.models import densenet, light_cnn_9
 from prune_dn.profiling import count
 from prune_dn.pruning import Plan, apply_plan, make_plan
 from prune_dn.pruning.ratios import FORMAT
@@ -362,3 +362,77 @@ def test_time_is_recorded(finished: pipeline.RunResult) -> None:
     done = finished.metrics["phases"]
     assert list(done) == ["train", "prune-1", "finetune-1", "latency", "export"]
     assert all(0 <= phase["seconds"] < time.monotonic() for phase in done.values())
+
+
+LIGHT = """\
+model: {name: light_cnn_29, block_config: [1, 1, 1, 1], widths: [4, 4, 6, 6, 6], embedding: 8}
+data: {name: digits, image_size: 16, limit: 64}
+train: {epochs: 1, batch_size: 16, learning_rate: 0.01}
+prune: {pruning_ratio: 0.5, unit: macs, criterion: taylor, calibration: 32, rounds: 2}
+finetune: {epochs: 1, batch_size: 16, learning_rate: 0.01}
+report: {batch_sizes: [2], repeats: 2}
+"""
+
+
+def test_a_light_cnn_from_recipe_to_export(tmp_path: Path) -> None:
+    """Two rounds, both against the dense net; there is no plan, and what was cut is in the report."""
+    recipe = parse_recipe(LIGHT, overrides=[f"output_dir={json.dumps(str(tmp_path / 'run'))}"])
+    facts = pipeline.dry_run(recipe)
+    assert facts["pruned"]["macs"] <= 0.5 * facts["dense"]["macs"] and facts["achieved"] >= 0.5
+    result, folder = go(recipe), tmp_path / "run"
+    files = ("dense", "cut-1", "finetuned-1", "cut-2", "pruned")
+    dense, first, _, second, last = (load(folder / f"{name}.safetensors") for name in files)
+    assert dense.config.image_size == 16 and dense.config.in_channels == 1
+    assert count(first).macs <= 0.75 * count(dense).macs
+    assert count(second).macs <= 0.5 * count(dense).macs and second.config == last.config
+    stages = result.metrics["stages"]
+    assert set(stages) == {"dense", "pruned", "fine-tuned"}
+    assert stages["fine-tuned"]["macs"] == count(last).macs
+    assert [r["requested"] for r in result.metrics["rounds"]] == [0.25, 0.5]
+    assert 0.5 <= result.metrics["rounds"][1]["achieved"] < 0.58  # not 0.5 of what round 1 left
+    achieved = 1 - count(second).macs / count(dense).macs
+    assert result.metrics["rounds"][1]["achieved"] == pytest.approx(achieved)
+    report = (folder / "report.md").read_text()
+    name, before, after = "group4.conv.filter", dense.config.named(), first.config.named()
+    row = f"| {name} | filter | {before[name].filters} | {after[name].filters} |"
+    assert row in report and "criterion taylor" in report
+    assert not (folder / "plan-1.json").exists()
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(folder / "model.onnx")
+    x = torch.randn(3, 1, 16, 16)
+    found = torch.from_numpy(session.run(None, {"input": x.numpy()})[0])
+    torch.testing.assert_close(found, last(x).detach(), rtol=1e-4, atol=1e-4)
+    (folder / "cut-2.safetensors").unlink()  # as if stopped in the second round
+    (folder / "pruned.safetensors").rename(tmp_path / "before")
+    again = go(recipe)
+    assert same_nets(folder / "pruned.safetensors", tmp_path / "before")
+    assert again.metrics["stages"]["fine-tuned"] == stages["fine-tuned"]
+    assert again.metrics["stages"]["pruned"]["test_loss"] == stages["pruned"]["test_loss"]
+    assert (folder / "report.md").read_text().count(row) == 1
+
+
+def test_a_light_cnns_checkpoint_is_refused_before_it_trains(tmp_path: Path) -> None:
+    save(light_cnn_9(10, image_size=16, widths=(2,) * 5, embedding=4), tmp_path / "net.safetensors")
+    overrides = [
+        f"model={{checkpoint: {json.dumps(str(tmp_path / 'net.safetensors'))}}}",
+        f"output_dir={json.dumps(str(tmp_path / 'run'))}",
+        "prune={pruning_ratio: 0.5}",
+        "train.memory_efficient=true",
+    ]
+    message = r"is a Light CNN, .* with train.memory_efficient .*criterion bn_scale .*choose l2"
+    for job in (pipeline.dry_run, go):
+        with pytest.raises(RecipeError, match=message):
+            job(parse_recipe(LIGHT, overrides=overrides))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_light_cnn_is_for_one_image_size(tmp_path: Path) -> None:
+    net = light_cnn_9(10, image_size=32, widths=(2,) * 5, embedding=4)
+    save(net, tmp_path / "net.safetensors")
+    overrides = [
+        f"model={{checkpoint: {json.dumps(str(tmp_path / 'net.safetensors'))}}}",
+        f"output_dir={json.dumps(str(tmp_path / 'run'))}",
+    ]
+    with pytest.raises(DataError, match="has 32 pixels a side, the data set 'digits' has 16"):
+        go(parse_recipe(LIGHT, overrides=overrides))

@@ -12,7 +12,14 @@ from oracle import randomise_
 from torch.utils.flop_counter import FlopCounterMode
 
 from prune_dn.errors import ConfigError
-from prune_dn.models import DenseNet, densenet, densenet40, densenet121, densenet_bc100
+from prune_dn.models import (
+    DenseNet,
+    densenet,
+    densenet40,
+    densenet121,
+    densenet_bc100,
+    light_cnn_29,
+)
 from prune_dn.profiling import count, count_per_layer
 from prune_dn.pruning import prune
 
@@ -150,3 +157,28 @@ def test_other_nets_against_pytorchs_counter(make, size) -> None:
 def test_other_nets_that_cannot_be_counted(net, size, message) -> None:
     with pytest.raises(ConfigError, match=message):
         count(net, size)
+
+
+def test_a_light_cnn_knows_its_image_size() -> None:
+    """Multiply-adds that PyTorch counts; without norms the filters of convs are the channels."""
+    net = light_cnn_29(10, image_size=32, widths=(4, 6, 8, 6, 6), embedding=8)
+    image = torch.zeros(1, 1, 32, 32)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net.eval()(image)
+    cost = count(net)
+    assert cost == count(net, 32) and cost.macs == counter.get_total_flops() // 2
+    trunks, blocks = (4, 6, 8, 6), (1, 2, 3, 4)
+    units = 4 + sum(t * (2 * n + 1) for t, n in zip(trunks, blocks, strict=True)) + 6 + 8 + 6 + 6
+    assert cost.channels == 2 * units
+    assert cost.params == sum(p.numel() for p in net.parameters())
+    with pytest.raises(ConfigError, match="takes images of 32x32 pixels, not 48x48"):
+        count(net, 48)
+
+
+def test_channels_are_those_of_norms_where_there_are_norms() -> None:
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.Conv2d(8, 5, 3)
+    )
+    assert count(net, 8).channels == 8
+    del net[1]
+    assert count(net, 8).channels == 8 + 5

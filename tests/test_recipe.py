@@ -250,3 +250,45 @@ def test_schema_covers_every_key_and_choice() -> None:
     text = json.dumps(schema)
     for word in ("densenet_bc100", "bn_scale", "digits", "middle_and_last", "learning_rate"):
         assert f'"{word}"' in text
+
+
+LIGHT = """\
+model: {name: light_cnn_9, widths: [4, 4, 4, 4, 4], embedding: 8}
+data: {name: digits}
+train: {epochs: 1}
+prune: {pruning_ratio: 0.5, criterion: l2}
+"""
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "model.memory_efficient=true",
+            "light_cnn_9 takes no memory_efficient; it takes widths, emb",
+        ),
+        (
+            "model.block_config=[1, 1, 1, 1]",
+            "light_cnn_9 takes no block_config; it takes widths, emb",
+        ),
+        ("model.image_size=32", "unknown key; the size of images comes from the data"),
+        ("model.widths=[4, 4]", "widths is (4, 4); give 5"),
+        ("prune.criterion=bn_scale", "prune.criterion bn_scale (it has no norms; choose l2"),
+        ("prune.unit=latency", "prune.unit latency (choose macs)"),
+        ("prune.units=[edge]", "prune.units (for DenseNets; leave it out)"),
+        ("prune.compensate=mean", "prune.compensate (for DenseNets; leave it out)"),
+        ("train.resolutions=[[0, 16]]", "train.resolutions (its linear layer fits one size"),
+        ("train.sparsity={kind: l1, strength: 0.001}", "train.sparsity (it has no norms; leave it"),
+    ],
+)
+def test_what_is_wrong_for_a_light_cnn(override: str, message: str) -> None:
+    recipe = parse_recipe(LIGHT)
+    assert parse_recipe(to_yaml(recipe)) == recipe
+    assert recipe.model.build(7).config.layers[-1].units == 8
+    (found,) = problems(LIGHT, override)
+    assert message in found
+
+
+def test_a_densenet_takes_no_widths() -> None:
+    (found,) = problems(GOOD, "model.widths=[4, 4, 4, 4, 4]")
+    assert "takes no widths" in found

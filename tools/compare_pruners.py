@@ -51,7 +51,7 @@ class Comparison:
 
     def __init__(self, given: argparse.Namespace) -> None:
         self.given = given
-        self.net = prune_dn.load(given.checkpoint).eval()
+        self.net = prune_dn.convert(prune_dn.load(given.checkpoint)).eval()
         self.methods = methods()
         self.whole = macs_of(self.net, given.image_size)
         mean, std = NORMALISATIONS[given.normalize]

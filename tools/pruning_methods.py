@@ -80,7 +80,7 @@ def slimming(net: DenseNet, ratio: float, batches: Batches, size: int, seed: int
     scores = importance(net, units, "bn_scale")
     may_go = np.ones(units.size, dtype=bool)
     for group in units.groups:
-        if group.kind == "stream":
+        if group.kind in ("stream", "sibling"):
             may_go[group.units] = False
         else:  # a layer keeps its largest
             may_go[group.start + int(scores[group.units].argmax())] = False

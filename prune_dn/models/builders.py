@@ -1,9 +1,9 @@
-"""The named DenseNets: papers' and torchvision's, with or without MFM."""
+"""The named nets: the papers' and torchvision's DenseNets, with or without MFM, and Light CNNs."""
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from prune_dn.errors import ConfigError
 from prune_dn.models.config import (
@@ -15,6 +15,7 @@ from prune_dn.models.config import (
     pair_up,
 )
 from prune_dn.models.densenet import DenseNet
+from prune_dn.models.light_cnn import LightCNN, light_cnn_9, light_cnn_29, light_cnn_29_v2
 from prune_dn.models.mfm import MFM_KINDS
 
 MFM = str | Mapping[str, str] | None
@@ -33,7 +34,7 @@ def densenet(
     drop_rate: float = 0.0,
     mfm: MFM = None,
     mfm_skipped: MFM = None,
-    memory_efficient: bool = False,
+    memory_efficient: bool | int = False,
 ) -> DenseNet:
     """Any DenseNet (arXiv:1608.06993).
 
@@ -179,7 +180,7 @@ def _cifar(
     drop_rate: float,
     mfm: MFM,
     mfm_skipped: MFM,
-    memory_efficient: bool,
+    memory_efficient: bool | int,
 ) -> DenseNet:
     return densenet(
         block_config,
@@ -202,7 +203,7 @@ def densenet40(
     drop_rate: float = 0.0,
     mfm: MFM = None,
     mfm_skipped: MFM = None,
-    memory_efficient: bool = False,
+    memory_efficient: bool | int = False,
 ) -> DenseNet:
     """DenseNet-40 for 32x32 images: basic layers, no compression, 24 initial maps (as in the
     Network Slimming port), 1.06 M parameters and 288 MMACs at growth rate 12."""
@@ -226,7 +227,7 @@ def densenet_bc100(
     drop_rate: float = 0.0,
     mfm: MFM = None,
     mfm_skipped: MFM = None,
-    memory_efficient: bool = False,
+    memory_efficient: bool | int = False,
 ) -> DenseNet:
     """DenseNet-BC-100 for 32x32 images: bottlenecks, compression 0.5, 0.8 M parameters at k=12."""
     return _cifar(
@@ -249,7 +250,7 @@ def densenet_bc190(
     drop_rate: float = 0.0,
     mfm: MFM = None,
     mfm_skipped: MFM = None,
-    memory_efficient: bool = False,
+    memory_efficient: bool | int = False,
 ) -> DenseNet:
     """DenseNet-BC-190 for 32x32 images: bottlenecks, compression 0.5, 25.6 M parameters at k=40."""
     return _cifar(
@@ -273,7 +274,7 @@ def _imagenet(
     drop_rate: float,
     mfm: MFM,
     mfm_skipped: MFM,
-    memory_efficient: bool,
+    memory_efficient: bool | int,
 ) -> DenseNet:
     return densenet(
         block_config,
@@ -294,7 +295,7 @@ def densenet121(
     drop_rate: float = 0.0,
     mfm: MFM = None,
     mfm_skipped: MFM = None,
-    memory_efficient: bool = False,
+    memory_efficient: bool | int = False,
 ) -> DenseNet:
     """DenseNet-121 for 224x224 images, as torchvision's."""
     return _imagenet(
@@ -309,7 +310,7 @@ def densenet161(
     drop_rate: float = 0.0,
     mfm: MFM = None,
     mfm_skipped: MFM = None,
-    memory_efficient: bool = False,
+    memory_efficient: bool | int = False,
 ) -> DenseNet:
     """DenseNet-161 for 224x224 images, as torchvision's."""
     return _imagenet(
@@ -324,7 +325,7 @@ def densenet169(
     drop_rate: float = 0.0,
     mfm: MFM = None,
     mfm_skipped: MFM = None,
-    memory_efficient: bool = False,
+    memory_efficient: bool | int = False,
 ) -> DenseNet:
     """DenseNet-169 for 224x224 images, as torchvision's."""
     return _imagenet(
@@ -339,7 +340,7 @@ def densenet201(
     drop_rate: float = 0.0,
     mfm: MFM = None,
     mfm_skipped: MFM = None,
-    memory_efficient: bool = False,
+    memory_efficient: bool | int = False,
 ) -> DenseNet:
     """DenseNet-201 for 224x224 images, as torchvision's."""
     return _imagenet(
@@ -354,7 +355,7 @@ def densenet264(
     drop_rate: float = 0.0,
     mfm: MFM = None,
     mfm_skipped: MFM = None,
-    memory_efficient: bool = False,
+    memory_efficient: bool | int = False,
 ) -> DenseNet:
     """DenseNet-264 for 224x224 images (paper, table 1)."""
     return _imagenet(
@@ -362,7 +363,10 @@ def densenet264(
     )
 
 
-BUILDERS = {
+LIGHT_CNNS: dict[str, Callable[..., LightCNN]] = {
+    f.__name__: f for f in (light_cnn_9, light_cnn_29, light_cnn_29_v2)
+}
+BUILDERS: dict[str, Callable[..., DenseNet | LightCNN]] = LIGHT_CNNS | {
     f.__name__: f
     for f in (
         densenet,

@@ -76,6 +76,11 @@ class MaxFeatureMap(nn.Module):
             rivals[paired] = units + torch.arange(units - len(alone), device=device)
         self.register_buffer("rivals", rivals, persistent=False)
 
+    def survivors(self, channels: int) -> int:
+        """How many channels leave where `channels` compete."""
+        siblings, survivors = MFM_KINDS[self.kind]
+        return self.units if self.alone else channels // siblings * survivors
+
     def forward(self, x: Tensor) -> Tensor:
         if self.rivals is None:
             return max_feature_map(x, self.kind)

@@ -1,10 +1,10 @@
-"""From a plain state dict to the `DenseNetConfig` that it fits."""
+"""From a plain state dict to the config that it fits, and to the net."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -12,6 +12,11 @@ from torch import Tensor
 from prune_dn.errors import ConversionError
 from prune_dn.models.config import DenseNetConfig, LayerConfig, Stem, TransitionConfig
 from prune_dn.models.densenet import DenseNet, build_empty
+from prune_dn.models.light_cnn import LightCNN
+from prune_dn.models.light_cnn_config import LightCNNConfig
+from prune_dn.models.light_cnn_keys import infer_light_cnn, is_light_cnn
+
+Net = DenseNet | LightCNN
 
 WRAPPERS = ("state_dict", "model")
 EXPECTED = (
@@ -24,21 +29,25 @@ _LAYER_KEY = re.compile(r"features\.denseblock(\d+)\.(denselayer(\d+))\.")
 _TRANSITION_KEY = re.compile(r"features\.transition(\d+)\.")
 
 
-def from_state_dict(state_dict: Mapping[str, Any]) -> DenseNet:
-    """Build the DenseNet whose weights these are; its widths are read from the tensors' shapes.
+def from_state_dict(state_dict: Mapping[str, Any]) -> Net:
+    """Build the net whose weights these are; its widths are read from the tensors' shapes.
 
-    Keys are torchvision's, or its old ones (`norm.1`); `module.` and `_orig_mod.` are taken off,
-    and `{"state_dict": ...}` or `{"model": ...}` is opened. The tensors are copied, with their
-    dtype. What no tensor tells is taken as usual: dropout 0, eps 1e-5.
+    A DenseNet's keys are torchvision's, or its old ones (`norm.1`), a Light CNN's those of the
+    published code; `module.` and `_orig_mod.` are taken off, and `{"state_dict": ...}` or
+    `{"model": ...}` is opened. The tensors are copied, with their dtype. What no tensor tells is
+    taken as usual: dropout 0 and eps 1e-5; a Light CNN's dropout 0.5 and images of 16 pixels for
+    each one of its last maps.
 
-    Raises ConversionError if this is no DenseNet, or one whose structure shapes do not show: MFM,
-    or readers that read only a part of the stream.
+    Raises ConversionError if this is neither, or one whose structure shapes do not show: a DenseNet
+    with MFM, readers that read only a part of the stream, an MFM layer that lost single filters.
 
     >>> from prune_dn.models import densenet40
     >>> from_state_dict(densenet40().state_dict()).config == densenet40().config
     True
     """
     tensors = clean_state_dict(state_dict)
+    if is_light_cnn(tensors):
+        return fill(infer_light_cnn(tensors), tensors)
     return fill(infer_config(tensors), tensors)
 
 
@@ -100,15 +109,35 @@ def infer_config(tensors: Mapping[str, Tensor]) -> DenseNetConfig:
     )
 
 
-def fill(config: DenseNetConfig, tensors: Mapping[str, Tensor], *, share: bool = False) -> DenseNet:
-    """A DenseNet of this config that holds copies of `tensors`, with their dtype and device.
+def empty_net(config: DenseNetConfig | LightCNNConfig) -> Net:
+    """A net without weights, on the meta device (see `build_empty`)."""
+    if isinstance(config, DenseNetConfig):
+        return build_empty(config)
+    with torch.device("meta"):
+        return LightCNN(config)
+
+
+@overload
+def fill(
+    config: DenseNetConfig, tensors: Mapping[str, Tensor], *, share: bool = False
+) -> DenseNet: ...
+@overload
+def fill(
+    config: LightCNNConfig, tensors: Mapping[str, Tensor], *, share: bool = False
+) -> LightCNN: ...
+
+
+def fill(
+    config: DenseNetConfig | LightCNNConfig, tensors: Mapping[str, Tensor], *, share: bool = False
+) -> Net:
+    """A net of this config that holds copies of `tensors`, with their dtype and device.
 
     With `share` it holds the tensors themselves.
 
     Missing counters (`num_batches_tracked`) become 0. Raises ConversionError with the list of
     tensors that are missing, unexpected or of another shape.
     """
-    model = build_empty(config)
+    model = empty_net(config)
     filled = {
         name: tensor.detach() if share else tensor.detach().clone()
         for name, tensor in tensors.items()
@@ -119,7 +148,8 @@ def fill(config: DenseNetConfig, tensors: Mapping[str, Tensor], *, share: bool =
             filled[name] = torch.zeros((), dtype=torch.long)
     problems = list(misfits(expected, filled))
     if problems:
-        raise ConversionError("the tensors do not fit a DenseNet: " + shorten(problems))
+        kind = type(model).__name__
+        raise ConversionError(f"the tensors do not fit a {kind}: {shorten(problems)}")
     model.load_state_dict(filled, assign=True)
     return model
 

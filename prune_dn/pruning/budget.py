@@ -76,7 +76,11 @@ def choose(units: Units, scores: Scores, may_go: Mask, budget: Budget) -> Mask:
     order = ranking.order(keep, ranking.costs(keep))
     count = ranking.enough(keep, order)
     # A whole layer can be more than what is missing: then others go instead, if they can.
-    if spare[order[count - 1]] and ranking.meets(ranking.cut(keep, order[~spare[order]])):
+    if (
+        len(order)
+        and spare[order[count - 1]]
+        and ranking.meets(ranking.cut(keep, order[~spare[order]]))
+    ):
         order = order[~spare[order]]
         count = ranking.enough(keep, order)
     return ranking.cut(keep, order[:count])

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from prune_dn.errors import PruningError
+from prune_dn.models import LightCNN
 
 Conv = nn.Conv2d | nn.ConvTranspose2d
 Norm = _BatchNorm | nn.InstanceNorm2d
@@ -126,7 +127,8 @@ def cut(model: nn.Module, groups: list[Group], keep: Keep) -> nn.Module:
     """A copy of `model` with only the channels that stay; nothing is shared, no gradients."""
     net = copy.deepcopy(model)
     net.zero_grad(set_to_none=True)
-    for name, (outs, ins) in _masks(model, groups, keep).items():
+    masks = _masks(model, groups, keep)
+    for name, (outs, ins) in masks.items():
         layer: Any = net.get_submodule(name)
         for key, old in layer._parameters.items():
             if old is not None:
@@ -140,6 +142,8 @@ def cut(model: nn.Module, groups: list[Group], keep: Keep) -> nn.Module:
         for key, side in _WIDTHS.items():
             if hasattr(layer, key):
                 setattr(layer, key, int((outs, ins)[side].sum()))
+    if isinstance(net, LightCNN):
+        net.refit_({name: outs for name, (outs, _) in masks.items()})
     return net
 
 

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from prune_dn.errors import PruningError
+from prune_dn.models import LightCNN
 from prune_dn.profiling import ImageSize, example_image, module_rows, total, weight_uses
 from prune_dn.pruning.budget import unreachable
 from prune_dn.pruning.calibration import Batches, Statistics
@@ -27,12 +27,14 @@ from prune_dn.pruning.coupled import (
     Keep,
     Layer,
     Member,
+    Norm,
     cut,
     find_groups,
     is_exact,
     reading_weight,
 )
 from prune_dn.pruning.importance import CRITERIA, Reading, check_losses, judge, observe
+from prune_dn.pruning.light_cnn import light_cnn_groups
 from prune_dn.pruning.plan import calibration_for, check_request, names_in
 from prune_dn.pruning.protect import matching
 
@@ -42,7 +44,7 @@ def prune_cnn(
     pruning_ratio: float,
     *,
     unit: str = "channels",
-    criterion: str = "bn_scale",
+    criterion: str | None = None,
     scope: str = "global",
     calibration: Iterable[object] | None = None,
     protect: Iterable[str] = (),
@@ -56,10 +58,12 @@ def prune_cnn(
     The arguments are those of `make_plan`. Outputs of convs that a sum or a depthwise conv ties
     together are one unit. Its importance is the sum over the convs and linear layers that read it;
     that of `bn_scale` the sum of |gamma| over the norms on it (arXiv:1708.06519). Scope `global`
-    compares shares of the mean of each group of coupled channels. `input_size` is that of
-    `calibration` where it is not given.
+    compares shares of the mean of each group of coupled channels. `criterion` None is `bn_scale`
+    where norms have scales, else `l2`. `input_size` is that of `calibration` where it is not given,
+    or what a Light CNN takes. There a channel is an MFM unit, all of its filters, also in the
+    embedding (protect `fc2` to keep it), and one map after MFM is what is judged, where it is read.
 
-    Outputs of the net and of linear layers stay, and channels that pass a split, a norm over
+    Outputs of the net and of other linear layers stay, and channels that pass a split, a norm over
     channels (layer or group norm), a shared weight or a bare parameter; for `bn_scale`, also those
     without a norm of their own.
 
@@ -71,14 +75,19 @@ def prune_cnn(
     Conv2d(48, 48, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), bias=False)
     """
     patterns = names_in(protect, "protect")
+    criterion = usual_criterion(model) if criterion is None else criterion
     check_request(pruning_ratio, unit, criterion, scope, ("stream",), min_channels, round_to)
     batches = calibration_for(calibration, criterion)
     if input_size is None and batches is not None:
         input_size = (batches.images[0].shape[2], batches.images[0].shape[3])
+    if input_size is None and isinstance(model, LightCNN):
+        input_size = model.config.image_size
     _check_model(model)
-    _check_options(model, criterion, unit, input_size)
+    _check_options(model, criterion, input_size)
     image, uses = example_image(model, input_size), weight_uses(model, input_size)
-    groups = find_groups(model, image)
+    groups = (
+        light_cnn_groups(model.config) if isinstance(model, LightCNN) else find_groups(model, image)
+    )
     free = _unprotected(model, groups, patterns)
     if criterion == "bn_scale":
         free = _scaled(model, free)
@@ -98,6 +107,12 @@ def prune_cnn(
     keep = ladder(bisect_left(range(most), True, key=lambda count: remains(count) <= target))
     _check_exact(model, groups, keep, image)
     return cut(model, groups, keep)
+
+
+def usual_criterion(model: nn.Module) -> str:
+    """`bn_scale` where norms have scales, else `l2`."""
+    scaled = any(getattr(m, "affine", False) for m in model.modules() if isinstance(m, Norm))
+    return "bn_scale" if scaled else "l2"
 
 
 def importance(
@@ -189,7 +204,7 @@ def _scaled(model: nn.Module, groups: list[Group]) -> list[Group]:
         return found
     raise PruningError(
         f"criterion 'bn_scale': no norm with a scale is on channels of this {type(model).__name__} "
-        "that can go; choose a criterion that reads weights, such as l2"
+        "that can go; choose a criterion that reads weights, such as l2, or images, such as taylor"
     )
 
 
@@ -237,9 +252,7 @@ def _check_model(model: nn.Module) -> None:
             )
 
 
-def _check_options(
-    model: nn.Module, criterion: str, unit: str, input_size: ImageSize | None
-) -> None:
+def _check_options(model: nn.Module, criterion: str, input_size: ImageSize | None) -> None:
     """Raise PruningError for what makes no sense for this net."""
     kind = type(model).__name__
     ours = ("gram", "wins")
@@ -247,11 +260,6 @@ def _check_options(
         raise PruningError(
             f"criterion {criterion!r} is for DenseNets; for a {kind} choose one of "
             f"{', '.join(n for n, c in sorted(CRITERIA.items()) if c.need not in ours)}"
-        )
-    if unit == "channels" and not any(isinstance(m, _BatchNorm) for m in model.modules()):
-        raise PruningError(
-            f"this {kind} has no batch norms, whose channels are counted: choose unit='params' or "
-            "unit='macs'"
         )
     if input_size is None:
         raise PruningError(

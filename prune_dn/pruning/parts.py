@@ -6,6 +6,7 @@ All units lie in one flat array (see `units`); a group is a slice of it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -99,7 +100,7 @@ class Part:
     siblings: Pairs | None = None
     sides: Pairs | None = None
 
-    @property
+    @cached_property
     def groups(self) -> tuple[Group, ...]:
         """In the order in which they lie in the flat array."""
         pairs = [None if p is None else p.group for p in (self.sides, self.siblings)]
@@ -113,7 +114,7 @@ class Part:
             return f"{self.name}.conv1"
         return self.name if self.stream is None else f"{self.name}.conv"
 
-    @property
+    @cached_property
     def readings(self) -> tuple[Group, Positions]:
         """What reads one stream channel each: edges, or their sides where they compete."""
         assert self.edges is not None

@@ -39,6 +39,11 @@ class Contest(NamedTuple):
     conv: str
     is_made: bool
 
+    @property
+    def winners(self) -> int:
+        """How many maps come out."""
+        return self.whole.size * self.whole.survivors
+
 
 def contests(units: Units) -> Iterator[Contest]:
     """Every MFM of the net, in the order in which they run."""

@@ -27,7 +27,7 @@ def prune(
     pruning_ratio: float,
     *,
     unit: str = "channels",
-    criterion: str = "bn_scale",
+    criterion: str | None = None,
     scope: str = "global",
     ratios: Ratios | None = None,
     units: Iterable[str] = _UNITS,
@@ -48,9 +48,10 @@ def prune(
     `calibration`: a few hundred training images, without augmentation. Without it fine-tune the
     result, or at least `recalibrate_batch_norm_` it.
 
-    Any other CNN becomes a smaller one of its own class (see `generic.prune_cnn`). It needs
-    `input_size`, or `calibration` images to take it from; `units`, `ratios`, `compensate` and latency
-    are for DenseNets.
+    Any other CNN becomes a smaller one of its own class (see `generic.prune_cnn`), a `LightCNN` one
+    that can be saved. Others need `input_size`, or `calibration` images to take it from; `units`,
+    `ratios`, `compensate` and latency are for DenseNets. `criterion` None is `bn_scale`, or `l2` in a
+    net without norms, where `channels` counts the filters of convs.
 
     >>> import torchvision
     >>> small = prune(torchvision.models.densenet121(), 0.5)
@@ -74,7 +75,7 @@ def prune(
             seed=seed,
         )
     check_compensation(compensate, calibration is not None)
-    net = convert(model, share=True)
+    net, criterion = convert(model, share=True), "bn_scale" if criterion is None else criterion
     batches = None if calibration is None else list(calibration)
     plan = make_plan(
         net,

@@ -54,7 +54,7 @@ class FitConfig(Strict):
     precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_accumulation: Count = 1
     channels_last: bool = True
-    memory_efficient: bool | None = None
+    memory_efficient: bool | Literal[1, 2] = True
     sparsity: Sparsity | None = None
     distillation: Distillation | None = None
     resolutions: tuple[tuple[Share, Count], ...] = ()

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from prune_dn.data import Datasets, ImageSet, make_loader
 from prune_dn.errors import TrainingError
-from prune_dn.models import DenseNet
+from prune_dn.models import DenseNet, Net
 from prune_dn.processes import process_state
 from prune_dn.training.config import FitConfig
 from prune_dn.training.distillation import distillation_loss
@@ -73,14 +73,12 @@ class Run:
             "batch": per_step,
             "data": datasets.spec.to_dict(),
             "images": len(datasets.train),
-            "model": model.config.to_json()
-            if isinstance(model, DenseNet)
-            else type(model).__name__,
+            "model": model.config.to_json() if isinstance(model, Net) else type(model).__name__,
         }
 
     def __enter__(self) -> None:
         config, device = self.config, self.accelerator.device
-        if config.memory_efficient is not None and isinstance(self.model, DenseNet):
+        if isinstance(self.model, DenseNet):
             self.model.memory_efficient = config.memory_efficient
         self.model.to(device)
         layout = torch.channels_last if config.channels_last else torch.contiguous_format

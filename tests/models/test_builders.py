@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from prune_dn.errors import ConfigError
-from prune_dn.models import BUILDERS, DenseNet, densenet, densenet40, densenet_bc100
+from prune_dn.models import BUILDERS, LIGHT_CNNS, DenseNet, densenet, densenet40, densenet_bc100
 
 
 def numel(net: DenseNet) -> int:
@@ -81,8 +81,11 @@ def test_options_reach_the_config() -> None:
 
 def test_every_builder_but_the_general_one_takes_the_same_options() -> None:
     common = {"num_classes", "drop_rate", "mfm", "mfm_skipped", "memory_efficient"}
+    light = {"num_classes", "in_channels", "image_size", "widths", "embedding", "drop_rate"}
     for name, builder in BUILDERS.items():
-        assert common <= set(inspect.signature(builder).parameters), name
+        known = light if name in LIGHT_CNNS else common
+        assert known <= set(inspect.signature(builder).parameters), name
+    assert set(LIGHT_CNNS) == {"light_cnn_9", "light_cnn_29", "light_cnn_29_v2"}
 
 
 def test_mfm_middle_and_last() -> None:

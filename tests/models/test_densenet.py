@@ -1,10 +1,6 @@
-"""The net against a slow forward, torchvision, and itself without recomputation."""
+"""The net against a slow forward and torchvision."""
 
 from __future__ import annotations
-
-import copy
-import dataclasses
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import randomise_
 from strategies import pruned_configs
-from torch import Tensor, nn
+from torch import Tensor
 
 from prune_dn.models import DenseNet, DenseNetConfig, LayerConfig, TransitionConfig, densenet
 from prune_dn.models.densenet import ReadStream, build_empty
@@ -159,130 +155,3 @@ def test_build_empty_takes_any_weights(config: DenseNetConfig) -> None:
     x = images(config).float()
     with torch.no_grad():
         assert torch.equal(empty.eval()(x), full(x))
-
-
-# -- memory_efficient ----------------------------------------------------------------------------
-
-UNEVEN = DenseNetConfig(
-    num_init_features=4,
-    blocks=(
-        (
-            LayerConfig("denselayer1", 3),
-            LayerConfig("denselayer2", 2, bottleneck=5, input_indices=(0, 2, 6)),
-            LayerConfig("denselayer4", 4, bottleneck=6, mfm="3/2"),
-        ),
-        (LayerConfig("denselayer1", 2, input_indices=(1, 2), mfm="2/1"),),
-    ),
-    transitions=(TransitionConfig(3, input_indices=(0, 1, 5, 9), mfm="2/1"),),
-    num_classes=3,
-    stem="cifar",
-    classifier_indices=(0, 2, 3),
-)
-
-
-def no_change(net: DenseNet) -> None:
-    pass
-
-
-def cumulative(net: DenseNet) -> None:
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None
-
-
-def freeze_norms(net: DenseNet) -> None:
-    for block in (net.features.denseblock1, net.features.denseblock2):
-        block.denselayer1.norm1.eval()
-        block.denselayer1.norm1.requires_grad_(False)
-
-
-def freeze_start(net: DenseNet) -> None:
-    net.features.conv0.requires_grad_(False)
-
-
-NETS: dict[str, tuple[DenseNetConfig, Callable[[DenseNet], None]]] = {
-    "uneven": (UNEVEN, no_change),
-    "dropout": (dataclasses.replace(UNEVEN, drop_rate=0.3), no_change),
-    "basic": (densenet([2, 2], 4, bn_size=None, stem="cifar", num_classes=3).config, no_change),
-    "bottleneck": (densenet([2, 2], 4, num_classes=3).config, no_change),
-    "momentum=None": (UNEVEN, cumulative),
-    "frozen norm": (UNEVEN, freeze_norms),
-    "frozen stem": (UNEVEN, freeze_start),
-}
-
-
-@pytest.mark.parametrize("name", list(NETS))
-def test_memory_efficient_is_the_same_training(name: str) -> None:
-    config, change = NETS[name]
-    plain = randomise_(DenseNet(config).double(), 5).train()
-    change(plain)
-    lean = copy.deepcopy(plain)
-    lean.memory_efficient = True
-    nets = (plain, lean)
-    optimizers = [torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9) for net in nets]
-    batches_tracked = plain.features.denseblock1.denselayer2.norm1.num_batches_tracked
-    for step in range(3):
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        for part in range(2):  # two batches per step
-            losses = []
-            for net in nets:
-                torch.manual_seed(10 * step + part)  # dropout
-                losses.append(F.cross_entropy(net(images(config, 4, step + part)),
-                                              torch.tensor([0, 1, 2, 0])))  # fmt: skip
-                losses[-1].backward()
-            assert torch.equal(*losses)
-        for (key, a), b in zip(plain.named_parameters(), lean.parameters(), strict=True):
-            if a.grad is None:
-                assert b.grad is None and not a.requires_grad, key
-            else:
-                torch.testing.assert_close(a.grad, b.grad, rtol=1e-12, atol=1e-14, msg=key)
-        for (key, a), b in zip(plain.named_buffers(), lean.buffers(), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14, msg=key)
-        assert batches_tracked == 2 * (step + 1)
-        for optimizer in optimizers:
-            optimizer.step()
-
-
-def test_memory_efficient_statistics_move_once_whatever_follows() -> None:
-    net = DenseNet(UNEVEN, memory_efficient=True).double()
-    tracked = net.features.denseblock1.denselayer2.norm1
-    with torch.no_grad():
-        net(images(UNEVEN))
-    assert tracked.num_batches_tracked == 1
-    loss = net(images(UNEVEN)).sum()
-    assert tracked.num_batches_tracked == 2
-    mean = tracked.running_mean.clone()
-    loss.backward(retain_graph=True)
-    loss.backward()
-    assert tracked.num_batches_tracked == 2 and torch.equal(tracked.running_mean, mean)
-    net.eval()(images(UNEVEN)).sum().backward()
-    assert tracked.num_batches_tracked == 2 and torch.equal(tracked.running_mean, mean)
-
-
-def kept_bytes(net: DenseNet, x: Tensor) -> int:
-    """Bytes of the activations that the backward pass keeps, each storage once."""
-    own = {p.untyped_storage().data_ptr() for p in (*net.parameters(), *net.buffers())}
-    kept: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss = net(x).sum()
-    loss.backward()
-    return sum(kept.values())
-
-
-def test_memory_efficient_keeps_less_and_grows_linearly() -> None:
-    x = torch.randn(2, 3, 8, 8)
-
-    def build(depth: int, lean: bool) -> DenseNet:
-        return densenet([depth], 4, stem="cifar", num_classes=2, memory_efficient=lean)
-
-    shallow, deep = (kept_bytes(build(d, lean=True), x) for d in (8, 16))
-    assert deep < 2.2 * shallow
-    assert kept_bytes(build(16, lean=False), x) > 2.5 * deep

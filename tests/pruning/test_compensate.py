@@ -9,12 +9,13 @@ from oracle import randomise_
 
 from prune_dn.errors import PruningError
 from prune_dn.models import densenet
-from prune_dn.pruning import Plan, apply_plan, compensate_plan, make_plan, prune
+from prune_dn.pruning import Plan, apply_plan, compensate_plan, make_plan, prune, settling_plan
 
 KINDS = {
     "basic": {"bn_size": None},
     "bottleneck": {"bn_size": 2},
     "mfm": {"bn_size": 2, "mfm": {"denseblock1.*": "3/2", "transition1": "2/1"}},
+    "competing": {"bn_size": 2, "mfm_skipped": {"*": "2/1"}},
     "imagenet": {"bn_size": 2, "stem": "imagenet"},
 }
 
@@ -58,6 +59,42 @@ def test_each_step_comes_closer_to_the_dense_net(kind) -> None:
         assert errors[1] < errors[2] or kind == "mfm"
     assert all(torch.equal(v, before[k]) for k, v in cut.state_dict().items())
     assert refitted.config == cut.config
+
+
+@pytest.mark.parametrize("units", [("sibling",), ("sibling", "stream", "edge")])
+def test_who_stands_alone_follows_its_whole_unit(units) -> None:
+    """All filters of layer 1 stand alone: each is the least-squares fit of the pair's maximum."""
+    net, _, batches = case("bottleneck")
+    net = densenet([3, 2], 6, bn_size=2, stem="cifar", num_classes=5, mfm={"denseblock1.*": "2/1"})
+    randomise_(net, 2).eval()
+    plan = settling_plan(net, batches)
+    if units != ("sibling",):
+        plan = make_plan(net, 0.2, unit="macs", units=units, criterion="l2", input_size=8)
+    cut = apply_plan(net, plan)
+    refitted = compensate_plan(cut, net, plan, batches)
+    fresh = [torch.randn_like(x) for x in batches]
+    for images in (batches, fresh):
+        assert error(refitted, net, images) < 0.7 * error(cut, net, images)
+    if units == ("sibling",):
+        name = "features.denseblock1.denselayer1"
+        inputs, units_of = [], []
+        net.get_submodule(f"{name}.conv2").register_forward_pre_hook(
+            lambda _, args: inputs.append(args[0])
+        )
+        net.get_submodule(f"{name}.mfm").register_forward_hook(
+            lambda _, __, out: units_of.append(out)
+        )
+        with torch.no_grad():
+            for x in batches:
+                net(x)
+        rows = F.unfold(torch.cat(inputs), 3, padding=1).transpose(1, 2).flatten(0, 1).double()
+        target = torch.cat(units_of).permute(0, 2, 3, 1).flatten(0, 2).double()
+        design = torch.cat([rows, torch.ones(len(rows), 1)], 1)
+        best = design @ torch.linalg.lstsq(design, target).solution
+        weight = refitted.get_submodule(f"{name}.conv2").weight.detach().flatten(1).double()
+        found = rows @ weight.T
+        found = found + (target - found).mean(0)  # the norms behind take the mean
+        assert float(F.mse_loss(found, target)) < 1.02 * float(F.mse_loss(best, target))
 
 
 def test_the_classifier_is_the_least_squares_solution() -> None:

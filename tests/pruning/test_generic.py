@@ -392,10 +392,9 @@ PLAIN = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3))
             PruningError,
             "no channels .* reaches an output of the net",
         ),
-        (lambda: PLAIN, {}, PruningError, "no batch norms, .* choose unit='params' or unit='macs'"),
         (
             lambda: PLAIN,
-            {"unit": "macs"},
+            {"criterion": "bn_scale"},
             PruningError,
             "no norm with a scale is on channels of this Sequential that can go; choose",
         ),
@@ -413,6 +412,22 @@ PLAIN = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3))
 def test_models_that_are_refused(make, options, error, message) -> None:
     with pytest.raises(error, match=message):
         prune(make(), 0.3, **{"input_size": 64, **options})
+
+
+def test_a_net_without_norms_is_cut_by_l2_and_its_filters_count() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.Conv2d(6, 2, 3))
+    with torch.no_grad():  # the last conv reads its first channels most, whoever makes them
+        net[2].weight.copy_(torch.arange(8, 0, -1).reshape(1, 8, 1, 1).expand(6, 8, 3, 3))
+        net[3].weight.copy_(torch.arange(6, 0, -1).reshape(1, 6, 1, 1).expand(2, 6, 3, 3))
+    assert prune_dn.count(net, 16).channels == 8 + 6 + 2
+    small = prune(net, 0.5, input_size=16)
+    assert prune_dn.count(small, 16).channels == 8
+    assert torch.equal(small[0].weight, net[0].weight[: small[0].out_channels])
+    assert torch.equal(small[2].bias, net[2].bias[: small[2].out_channels])
+    by_name = prune(net, 0.5, criterion="l2", input_size=16)
+    assert all(
+        torch.equal(a, b) for a, b in zip(small.parameters(), by_name.parameters(), strict=True)
+    )
 
 
 def test_an_image_that_the_net_cannot_take() -> None:

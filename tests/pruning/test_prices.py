@@ -19,6 +19,11 @@ from prune_dn.pruning.units import Units
 MFM = {"denseblock1.denselayer2": "2/1", "transition1": "3/2"}
 BOTTLENECKS = densenet([2, 3, 1], 6, bn_size=2, stem="imagenet", num_classes=5).config
 BASIC = densenet([2, 2], 6, bn_size=None, stem="cifar", num_classes=5, mfm=MFM).config
+_SKIPPED = {"denseblock2.denselayer1": "2/1", "transition1": "2/1", "classifier": "2/1"}
+COMPETING = densenet(
+    [2, 2], 6, bn_size=2, stem="cifar", num_classes=5, mfm={"*": "2/1"}, mfm_skipped=_SKIPPED
+).config
+NETS = st.sampled_from([BOTTLENECKS, BASIC, COMPETING])
 TIMES = Rates(0, 0, 2e-3, 3e-3, 0.5, 0.25, 0.125, 100.0, 1000.0)
 
 
@@ -29,7 +34,7 @@ def random_cut(units: Units, seed: int) -> Mask:
     return units.close(keep)
 
 
-@given(st.sampled_from([BOTTLENECKS, BASIC]), st.integers(0, 10_000))
+@given(NETS, st.integers(0, 10_000))
 def test_the_sum_over_parts_is_what_the_counter_counts(config, seed) -> None:
     units = Units(config)
     keep = random_cut(units, seed)
@@ -38,7 +43,7 @@ def test_the_sum_over_parts_is_what_the_counter_counts(config, seed) -> None:
         assert total_cost(units, keep, rates, 40) == getattr(counted, unit)
 
 
-@given(st.sampled_from([BOTTLENECKS, BASIC]), st.integers(0, 10_000), st.data())
+@given(NETS, st.integers(0, 10_000), st.data())
 def test_a_unit_saves_what_it_costs(config, seed, data) -> None:
     """A single cut, nothing falling out with it: the difference of two totals."""
     units = Units(config)
@@ -49,16 +54,39 @@ def test_a_unit_saves_what_it_costs(config, seed, data) -> None:
     without = keep.copy()
     without[unit] = False
     closed = units.close(without)
-    with_it = keep & market.is_edge & (market.filters[market.source] == unit)
+    with_it = keep & market.reads & (market.filters[market.source] == unit)
     if (closed != (without & ~(with_it if group.kind == "stream" else False))).any():
         return  # a layer or a channel fell out too
     for rates in (*COUNTED.values(), dataclasses.replace(TIMES, gather=0, gathered=0)):
         costs = unit_costs(units, keep, rates, 40)
         difference = total_cost(units, keep, rates, 40) - total_cost(units, closed, rates, 40)
         found = market.saved(keep, costs)[unit]
-        if group.kind == "stream" and group.siblings != group.survivors:
+        if group.kind == "stream" and group.siblings == 3:
             continue  # MFM 3/2: other channels of the unit's readers depend on it
         assert found == pytest.approx(difference)
+
+
+def test_who_competes_is_gathered_twice() -> None:
+    units, everything = Units(COMPETING), np.ones(Units(COMPETING).size, dtype=bool)
+    block, (last, plain) = 12 + 3 + 3, COMPETING.blocks[1]
+    pixels = [40 * 40, 20 * 20]
+    assert last.rival_indices and not plain.rival_indices and COMPETING.classifier_rivals
+    channels = len(COMPETING.transitions[0].input_indices)
+    assert channels == block / 2
+    found = pixels[0] * 2 * channels
+    found += pixels[1] * 2 * (len(last.input_indices) + len(COMPETING.classifier_indices))
+    assert total_cost(units, everything, Rates(gathered=1), 40) == found
+    assert total_cost(units, everything, Rates(gather=1), 40) == 3
+    for part in units.parts():
+        if part.sides is not None:  # and once, or not at all, when it is settled
+            everything[part.sides.group.start + part.edges.size : part.sides.group.units.stop] = (
+                False
+            )
+    settled = units.close(everything)
+    config = units.after(settled)
+    assert config.transitions[0].rival_indices is None
+    once = total_cost(Units(config), np.ones(Units(config).size, dtype=bool), Rates(gathered=1), 40)
+    assert total_cost(units, settled, Rates(gathered=1), 40) == once < found
 
 
 def test_a_layer_goes_where_its_channels_no_longer_pay_for_it() -> None:

@@ -1,0 +1,78 @@
+"""What one round of a recipe cuts: a plan for a DenseNet, or a smaller Light CNN."""
+
+from __future__ import annotations
+
+import torch
+
+from prune_dn.data import Datasets, calibration_batches
+from prune_dn.errors import PruningError
+from prune_dn.models import DenseNet, LightCNN
+from prune_dn.profiling import count
+from prune_dn.pruning import Plan, make_plan, prune
+from prune_dn.pruning.importance import reads_images
+from prune_dn.pruning.latency_model import LATENCY, requested_model
+from prune_dn.recipe import Recipe
+
+NOT_PLANNED = {
+    "pruning_ratio",
+    "rounds",
+    "recalibrate_batches",
+    "seed",
+    "compensate",
+    "calibration",
+    "runtime",
+    "batch_size",
+}
+
+
+def plan_round(
+    recipe: Recipe, model: DenseNet, dense: DenseNet, data: Datasets, number: int
+) -> Plan:
+    """The plan of one round: `number`/`rounds` of the ratio in all, always against `dense`."""
+    section = recipe.prune
+    assert section is not None
+    return make_plan(
+        model,
+        section.pruning_ratio * number / section.rounds,
+        **section.model_dump(exclude=NOT_PLANNED),
+        seed=recipe.seed if section.seed is None else section.seed,
+        input_size=data.spec.image_size,
+        calibration=calibration(recipe, data) if reads_images(section.criterion) else None,
+        baseline=dense.config,
+        latency_model=requested_model(
+            model, section.unit, section.runtime, section.batch_size, data.spec.image_size
+        ),
+    )
+
+
+def cut_round(
+    recipe: Recipe, model: LightCNN, dense: LightCNN, data: Datasets, number: int
+) -> LightCNN:
+    """What `plan_round` and surgery are for DenseNets: a smaller Light CNN."""
+    section = recipe.prune
+    assert section is not None
+    ratio = section.pruning_ratio * number / section.rounds
+    if model is not dense and section.unit != LATENCY:
+        whole, now = (getattr(count(net), section.unit) for net in (dense, model))
+        ratio = 1 - (1 - ratio) * whole / now
+        if ratio <= 0:
+            raise PruningError(
+                f"round {number} has nothing to cut: the round before it went further than asked; "
+                "choose fewer rounds, or a smaller round_to"
+            )
+    small = prune(
+        model,
+        ratio,
+        **section.model_dump(exclude=NOT_PLANNED),
+        compensate=section.compensate,
+        seed=recipe.seed if section.seed is None else section.seed,
+        calibration=calibration(recipe, data) if reads_images(section.criterion) else None,
+    )
+    assert isinstance(small, LightCNN)
+    return small
+
+
+def calibration(recipe: Recipe, data: Datasets) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The training images that criterion and compensation see."""
+    assert recipe.prune is not None
+    return calibration_batches(data.train, recipe.prune.calibration, seed=recipe.seed)
