@@ -139,7 +139,8 @@ def measure(
 
     def evaluate(net: DenseNet) -> float:
         if recalibrate:
-            loader = calibration_loader(sets.train, 64, seed=data.seed)
+            augment = info.get("augment", "none")
+            loader = calibration_loader(sets.train, 64, augment=augment, seed=data.seed)
             recalibrate_batch_norm_(net, loader, max_batches=recalibrate)
         result = score(net, images)
         return 100 * result.accuracy if metric == "accuracy" else result.loss

@@ -201,12 +201,17 @@ def make_loader(
 
 
 def calibration_loader(
-    dataset: ImageSet, batch_size: int, *, seed: int = 0
+    dataset: ImageSet, batch_size: int, *, augment: str = "none", seed: int = 0
 ) -> DataLoader[tuple[Tensor, Tensor]]:
-    """Shuffled batches of training images as they will be met in use: not augmented."""
-    plain = ImageSet(dataset.images, dataset.indices, dataset.spec)
+    """Shuffled batches of training images: as they will be met in use, or augmented.
+
+    Running statistics are recalibrated on images that are augmented as in training.
+    """
+    images = ImageSet(
+        dataset.images, dataset.indices, dataset.spec, augment=augment, seed=dataset.seed
+    )
     return make_loader(
-        plain, batch_size, shuffle=True, seed=seed, drop_last=len(plain) > batch_size
+        images, batch_size, shuffle=True, seed=seed, drop_last=len(images) > batch_size
     )
 
 

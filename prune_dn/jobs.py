@@ -30,7 +30,7 @@ from prune_dn.pruning import (
 )
 from prune_dn.pruning.compensate import check_compensation
 from prune_dn.pruning.importance import reads_images
-from prune_dn.pruning.latency_model import LATENCY, requested_model
+from prune_dn.pruning.latency_model import requested_model
 from prune_dn.pruning.plan import check_request
 from prune_dn.pruning.siblings import contests
 from prune_dn.pruning.units import Units
@@ -140,8 +140,6 @@ def prune_checkpoint(
         if plan_out is not None or recalibrate:
             option, what = ("--plan-out", "plan") if plan_out else ("--recalibrate", "batch norms")
             raise PruningError(f"{option} has no effect: a Light CNN has no {what}; leave it out")
-        if arguments["unit"] != LATENCY:  # which `prune` refuses
-            requested_model(model, arguments["unit"], runtime, batch_size, size)  # type: ignore[arg-type]
         small = prune(
             model, ratio, **arguments, compensate=compensate, calibration=images if reads else None
         )
@@ -162,7 +160,7 @@ def prune_checkpoint(
         assert isinstance(model, DenseNet)
         small = compensate_plan(small, model, plan, images, compensate, seed=data.seed)
     if recalibrate:
-        _recalibrate(small, sets, recalibrate, data.seed)
+        _recalibrate(small, sets, recalibrate, info, data.seed)
     if plan_out is not None:
         plan.save(plan_out)
     save(small, output, info={**info, "pruned_from": checkpoint.name, "plan": plan.requested})
@@ -246,7 +244,8 @@ def finetune_checkpoint(
     after = score(model, sets.test)
     history = {**(info.get("history") or {}), "finetune": result.history}
     if process_state().is_main_process:
-        save(model, output, info={**info, "data": sets.spec.to_dict(), "history": history})
+        told = {"data": sets.spec.to_dict(), "augment": sets.train.augment, "history": history}
+        save(model, output, info={**info, **told})
     return {
         "output": str(output),
         "test_accuracy_before": before.accuracy,
@@ -274,7 +273,7 @@ def evaluate_checkpoint(
     model, info = _on_device(checkpoint), read_info(checkpoint)
     sets = data.load(info, model, checkpoint)
     if recalibrate:
-        _recalibrate(model, sets, recalibrate, data.seed)
+        _recalibrate(model, sets, recalibrate, info, data.seed)
     result = score(model, getattr(sets, split), batch_size=batch_size, precision=precision)
     cost = count(model, sets.spec.image_size)
     return {
@@ -377,10 +376,13 @@ def _on_device(checkpoint: Path) -> Net:
     return load(checkpoint).to(process_state().device)
 
 
-def _recalibrate(model: Net, sets: Datasets, batches: int, seed: int) -> None:
-    recalibrate_batch_norm_(
-        model, calibration_loader(sets.train, 64, seed=seed), max_batches=batches
-    )
+def _recalibrate(
+    model: Net, sets: Datasets, batches: int, info: Mapping[str, Any], seed: int
+) -> None:
+    """On images augmented as in training where the checkpoint says how, else on plain ones."""
+    augment = info.get("augment", "none")
+    loader = calibration_loader(sets.train, 64, augment=augment, seed=seed)
+    recalibrate_batch_norm_(model, loader, max_batches=batches)
 
 
 def _output(path: Path, ending: str) -> None:

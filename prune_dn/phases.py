@@ -306,7 +306,8 @@ class Phases:
 
     def _recalibrate(self, model: DenseNet, batches: int) -> None:
         size = 64 if self.recipe.finetune is None else self.recipe.finetune.batch_size
-        loader = calibration_loader(self.data.train, size, seed=self.recipe.seed)
+        train = self.data.train
+        loader = calibration_loader(train, size, augment=train.augment, seed=self.recipe.seed)
         recalibrate_batch_norm_(model, loader, max_batches=batches)
 
     def _save(self, model: Net, file: str) -> None:
@@ -314,7 +315,8 @@ class Phases:
             name: [{key: row[key] for key in KEPT_HISTORY} for row in rows]
             for name, rows in self.folder.metrics["history"].items()
         }
-        info = {"data": self.data.spec.to_dict(), "history": history}
+        spec, augment = self.data.spec.to_dict(), self.data.train.augment
+        info = {"data": spec, "augment": augment, "history": history}
         if self.folder.is_main:
             save(model, self._path(file), info=info)
 

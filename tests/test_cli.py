@@ -15,10 +15,10 @@ from commands import bad, document
 from prune_dn import cli, jobs
 from prune_dn.checkpoint import load, read_info, save, save_state_dict
 from prune_dn.cli_options import app
-from prune_dn.data import load_datasets
+from prune_dn.data import calibration_loader, load_datasets
 from prune_dn.models import densenet, light_cnn_9
 from prune_dn.profiling import count
-from prune_dn.pruning import Plan, apply_plan
+from prune_dn.pruning import Plan, apply_plan, prune, recalibrate_batch_norm_
 
 RECIPE = """\
 model: {name: densenet, block_config: [2, 2], growth_rate: 4, bn_size: 2, stem: cifar}
@@ -182,6 +182,24 @@ def test_prune_can_recalibrate(run: Run, net: Path) -> None:
     first, second = load("a.safetensors").state_dict(), load("b.safetensors").state_dict()
     different = {k for k in first if not torch.equal(first[k], second[k])}
     assert different and all("running_" in k for k in different)
+
+
+@pytest.mark.parametrize("augment", [None, "shift"])
+def test_recalibration_follows_what_the_checkpoint_was_trained_on(
+    run: Run, net: Path, augment: str | None
+) -> None:
+    told = {} if augment is None else {"augment": augment}
+    save(load(net), net, info={**read_info(net), **told})
+    command = ["prune", net, "--ratio", 0.3, "--recalibrate", 2, "-o", "a.safetensors"]
+    document(run(*command, "--json"))
+    expected = prune(load(net), 0.3, input_size=8)
+    train = load_datasets("digits", image_size=8).train
+    loader = calibration_loader(train, 64, augment=augment or "none")
+    recalibrate_batch_norm_(expected, loader, max_batches=2)
+    found = load("a.safetensors").state_dict()
+    assert all(torch.equal(found[k], v) for k, v in expected.state_dict().items())
+    document(run("finetune", "a.safetensors", "--epochs", 1, "-o", "b.safetensors", "--json"))
+    assert read_info("b.safetensors")["augment"] == "shift"  # what is usual for digits
 
 
 @pytest.mark.usefixtures("made_up_times")

@@ -381,3 +381,21 @@ def test_calibration_images_are_plain_training_images() -> None:
     exact = "donot_use_mm_for_euclid_dist"
     distance = torch.cdist(seen.flatten(1), plain.flatten(1), compute_mode=exact).min(dim=1).values
     assert float(distance.max()) < 1e-3
+
+
+def test_calibration_images_can_be_those_of_the_first_epoch_at_any_time() -> None:
+    from prune_dn.data import calibration_loader, make_loader
+
+    train = load_datasets("digits", limit=100, image_size=16).train
+
+    def drawn() -> torch.Tensor:
+        return torch.cat(
+            [x for x, _ in calibration_loader(train, 30, augment=train.augment, seed=1)]
+        )
+
+    expected = [images for images, _ in make_loader(train, 30, shuffle=True, seed=1)]
+    first = drawn()
+    assert torch.equal(first, torch.cat(expected)[:90])  # whole batches only
+    train.set_epoch(5)
+    assert torch.equal(drawn(), first)
+    assert not torch.equal(next(iter(make_loader(train, 30, shuffle=True, seed=1)))[0], first[:30])

@@ -122,6 +122,7 @@ def test_figures_are_those_of_the_files(finished: pipeline.RunResult) -> None:
 def test_the_checkpoint_stands_alone(finished: pipeline.RunResult) -> None:
     info = read_info(finished.output_dir / "pruned.safetensors")
     assert info["data"]["name"] == "digits" and len(info["data"]["classes"]) == 10
+    assert info["augment"] == "shift"
     assert len(info["history"]["train"]) == 2 and len(info["history"]["finetune"]) == 1
 
 

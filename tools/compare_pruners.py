@@ -6,8 +6,8 @@
 
 A row is one method, one share of MACs and one seed: accuracy as the net is after the cut
 (`one-shot`), after its norms' statistics were estimated anew (`recalibrated`) and, with `--epochs`,
-after fine-tuning the recalibrated net, the same for everybody. All get the same plain training
-images. A seed draws the images and orders the fine-tuning. Torch-Pruning's ratio is found by
+after fine-tuning the recalibrated net, the same for everybody. All get the same training images,
+plain ones, for the norms augmented by `--recalibration-augment` (what the net was trained with). A seed draws the images and orders the fine-tuning. Torch-Pruning's ratio is found by
 bisection, so that at least the asked share of MACs goes. A row is kept in OUT/results.jsonl as soon
 as it is there; a run that was stopped goes on. OUT gets table.md and pareto.png; `--docs FILE NAME`
 writes the table, and what it was measured on, between FILE's `<!-- NAME -->` and
@@ -31,6 +31,7 @@ from results import Row, measured, write_between
 from torch import nn
 
 import prune_dn
+from prune_dn.augment import AUGMENTATIONS
 from prune_dn.data import Datasets, calibration_batches, calibration_loader, load_datasets
 from prune_dn.files import atomic_path, write_text
 from prune_dn.jobs import NORMALISATIONS
@@ -92,7 +93,9 @@ class Comparison:
         }
         if self.given.latency:
             row |= self._latency(model)
-        loader = calibration_loader(self.data.train, 64, seed=key["seed"])
+        loader = calibration_loader(
+            self.data.train, 64, augment=self.given.recalibration_augment, seed=key["seed"]
+        )
         recalibrate_batch_norm_(model, loader, max_batches=-(-self.given.recalibration // 64))
         row["recalibrated"] = self._accuracy(model)
         if self.given.epochs and key["asked"]:
@@ -168,7 +171,8 @@ def circumstances(rows: list[Row]) -> str:
     return (
         f"{settings['machine']}; {counted[0]} {settings['split']} images, precision "
         f"{settings['precision']}; {settings['calibration']} images for criteria and refits, "
-        f"{settings['recalibration']} for recalibration; seeds {', '.join(map(str, seeds))}."
+        f"{settings['recalibration']} for recalibration (augmentation: "
+        f"{settings['recalibration_augment']}); seeds {', '.join(map(str, seeds))}."
     )
 
 
@@ -252,6 +256,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--calibration", type=int, default=384)
     parser.add_argument("--recalibration", type=int, default=1024)
+    parser.add_argument(
+        "--recalibration-augment", choices=sorted(AUGMENTATIONS), default="none", metavar="NAME"
+    )
     parser.add_argument("--epochs", type=int, default=0, help="of fine-tuning, for everybody")
     parser.add_argument("--learning-rate", type=float, default=0.05)
     parser.add_argument("--split", choices=["test", "val"], default="test")
