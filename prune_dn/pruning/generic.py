@@ -77,13 +77,14 @@ def prune_cnn(
     patterns = names_in(protect, "protect")
     criterion = usual_criterion(model) if criterion is None else criterion
     check_request(pruning_ratio, unit, criterion, scope, ("stream",), min_channels, round_to)
+    _check_model(model)
+    _check_criterion(model, criterion)
     batches = calibration_for(calibration, criterion)
     if input_size is None and batches is not None:
         input_size = (batches.images[0].shape[2], batches.images[0].shape[3])
     if input_size is None and isinstance(model, LightCNN):
         input_size = model.config.image_size
-    _check_model(model)
-    _check_options(model, criterion, input_size)
+    _check_size(model, input_size)
     image, uses = example_image(model, input_size), weight_uses(model, input_size)
     groups = (
         light_cnn_groups(model.config) if isinstance(model, LightCNN) else find_groups(model, image)
@@ -252,7 +253,7 @@ def _check_model(model: nn.Module) -> None:
             )
 
 
-def _check_options(model: nn.Module, criterion: str, input_size: ImageSize | None) -> None:
+def _check_criterion(model: nn.Module, criterion: str) -> None:
     """Raise PruningError for what makes no sense for this net."""
     kind = type(model).__name__
     ours = ("gram", "wins")
@@ -261,8 +262,12 @@ def _check_options(model: nn.Module, criterion: str, input_size: ImageSize | Non
             f"criterion {criterion!r} is for DenseNets; for a {kind} choose one of "
             f"{', '.join(n for n, c in sorted(CRITERIA.items()) if c.need not in ours)}"
         )
+
+
+def _check_size(model: nn.Module, input_size: ImageSize | None) -> None:
+    """Raise PruningError where the size of images is not known."""
     if input_size is None:
         raise PruningError(
-            f"the size of images is needed for a {kind}: give input_size in pixels, such as 224 "
+            f"the size of images is needed for a {type(model).__name__}: give input_size in pixels, such as 224 "
             "or (height, width)"
         )

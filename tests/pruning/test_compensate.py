@@ -9,7 +9,15 @@ from oracle import randomise_
 
 from prune_dn.errors import PruningError
 from prune_dn.models import densenet
-from prune_dn.pruning import Plan, apply_plan, compensate_plan, make_plan, prune, settling_plan
+from prune_dn.pruning import (
+    Plan,
+    apply_plan,
+    compensate,
+    compensate_plan,
+    make_plan,
+    prune,
+    settling_plan,
+)
 
 KINDS = {
     "basic": {"bn_size": None},
@@ -187,11 +195,17 @@ def test_a_layer_that_went_whole() -> None:
     compensate_plan(apply_plan(net, plan), net, plan, batches)
 
 
-def test_a_refit_that_harms_is_told() -> None:
+@pytest.mark.parametrize("divergences", [(0.1, 0.2), (0.1, float("nan")), (0.2, 0.1)])
+def test_a_refit_that_harms_is_told(monkeypatch: pytest.MonkeyPatch, divergences) -> None:
     net, _, batches = case("bottleneck")
     nothing = Plan(net.config, net.config, {}, {}, {}, {})
-    with pytest.warns(UserWarning, match="compensate='least_squares' did not help"):
-        compensate_plan(net, net, nothing, batches)
+    left = iter(divergences)
+    monkeypatch.setattr(compensate, "_distance", lambda *_: next(left))
+    if divergences == (0.2, 0.1):
+        compensate_plan(net, net, nothing, batches)  # a warning would be an error
+    else:
+        with pytest.warns(UserWarning, match="compensate='least_squares' did not help"):
+            compensate_plan(net, net, nothing, batches)
 
 
 def test_errors() -> None:
