@@ -123,7 +123,7 @@ class Bench:
             for precision in self.given.precisions:
                 row = {**base, "precision": precision}
                 saved += [{"what": "saved", **row, "variant": v} for v in variants]
-                if precision == self.given.precisions[0]:
+                if self.given.steps and precision == self.given.precisions[0]:
                     row = {**row, "steps": self.given.steps}
                     peaks += [{"what": "peak", **row, "variant": v} for v in variants]
             if _matches(name, self.given.timed):
@@ -134,7 +134,11 @@ class Bench:
         yield from ({**row, "settings": self.settings} for row in saved + peaks + times)
 
     def measure(self, key: Row) -> Row:
-        return {"saved": self._saved, "peak": self._peak, "time": self._time}[key["what"]](key)
+        kinds = {"saved": self._saved, "peak": self._peak, "time": self._time}
+        try:
+            return kinds[key["what"]](key)
+        except (RuntimeError, MemoryError) as error:  # the rest can still be measured
+            return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
 
     def _saved(self, key: Row) -> Row:
         training = Training(key, key["variant"], "channels_last", self.given.device)
@@ -240,7 +244,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
     parser.add_argument("--timed", nargs="*", default=list(TIMED), help="patterns of nets")
     parser.add_argument("--batch", type=int, help="of every net")
-    parser.add_argument("--steps", type=int, default=2, help="until the peak is read")
+    parser.add_argument("--steps", type=int, default=2, help="until a peak is read; 0: no peaks")
     parser.add_argument("--repeats", type=int, default=10, help="timed rounds, if there is time")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")

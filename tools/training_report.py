@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from results import Row, write_between
+from training_variants import VARIANTS
 
 from prune_dn.files import atomic_path, write_text
 from prune_dn.report import markdown_table
@@ -88,8 +89,9 @@ def plot(rows: list[Row], path: Path) -> None:
 
     figure = Figure(figsize=(13, 5), layout="constrained")
     memory, times = figure.subplots(1, 2, width_ratios=[1, 1.4])
-    variants = list(dict.fromkeys(row["variant"] for row in rows if "variant" in row))
-    colour = {name: f"C{number}" for number, name in enumerate(variants)}
+    variants = [name for name in VARIANTS if any(name == row.get("variant") for row in rows)]
+    colour = {name: f"C{number}" for number, name in enumerate(VARIANTS)}
+    memory.set(xscale="log", yscale="log", xlabel="depth of DenseNet-BC, k = 12")
     first = rows[0]["precision"]
     for (precision, variant), points in _by_depth(rows).items():
         if precision == first:
@@ -99,7 +101,6 @@ def plot(rows: list[Row], path: Path) -> None:
             style = "-" if variant.startswith("ours") else "--"
             memory.plot(depths, values, style, marker="o", color=colour[variant], label=label)
             memory.set_xticks(depths, depths)
-    memory.set(xscale="log", yscale="log", xlabel="depth of DenseNet-BC, k = 12")
     memory.set(ylabel=f"MB saved per image, {first}")
     memory.minorticks_off()
     groups = [row for row in rows if _times(row)]
@@ -117,11 +118,10 @@ def plot(rows: list[Row], path: Path) -> None:
     times.set(ylabel="time of a step / fastest plain one")
     for axes in (memory, times):
         axes.spines[["top", "right"]].set_visible(False)
-    if memory.lines:
-        memory.legend(fontsize=8, frameon=False)
     for variant in variants:
         times.bar(0, 0, color=colour[variant], label=variant)
-    times.legend(fontsize=8, frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
+    for axes in (memory, times) if memory.lines else (times,):
+        axes.legend(fontsize=8, frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 
