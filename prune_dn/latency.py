@@ -125,7 +125,7 @@ def compare_latency(
                 images = _images(batch_size, channels, image_size)
                 runs[name] = _eager_run(model, images, channels_last)
         with torch.inference_mode():
-            times = _in_turns(runs, repeats, warmup, max_seconds)
+            times = in_turns(runs, repeats, warmup, max_seconds)
         where = machine(device, threads)
     label = runtime if runtime == "eager" else f"onnxruntime {_onnxruntime_version()}"
     results = {}
@@ -145,7 +145,7 @@ def machine(device: torch.device | str = "cpu", threads: int | None = None) -> s
     return ", ".join([*parts, f"torch {torch.__version__}"])
 
 
-def _in_turns(
+def in_turns(
     runs: Mapping[str, Callable[[], None]], repeats: int, warmup: int, max_seconds: float | None
 ) -> dict[str, list[float]]:
     """Seconds of each run; every model runs once per round, and each round begins with another."""
