@@ -9,6 +9,7 @@ from typing import Any
 
 import bench_training as tool
 import pytest
+import torch
 import training_report as report
 import training_variants
 from torch import Tensor, nn
@@ -115,16 +116,32 @@ def test_a_variant_that_cannot_be_built_is_skipped(tmp_path: Path, capsys, monke
 
 def test_the_peak_of_a_fresh_process() -> None:
     given = argparse.Namespace(
-        nets=["bc16"], variants=["ours-1"], precisions=["fp32"], timed=[], batch=32, steps=1,
+        nets=["bc16"], variants=["ours-1"], precisions=["fp32", "bf16"], timed=[], batch=32, steps=1,
         repeats=1, threads=1, device="cpu", max_seconds=1,
     )  # fmt: skip
     bench = tool.Bench(given)
-    found = {(key["what"], key["variant"]): bench.measure(key)["bytes"] for key in bench.keys}
+    keys = [key for key in bench.keys if key["precision"] == "fp32"]
+    found = {(key["what"], key["variant"]): bench.measure(key)["bytes"] for key in keys}
     naive, ours = found["saved", "naive"], found["saved", "ours-1"]
     assert found["peak", "naive"] > naive
     assert found["peak", "naive"] - found["peak", "ours-1"] > (naive - ours) / 2
-    (failed,) = (k for k in bench.keys if (k["what"], k["variant"]) == ("peak", "naive"))
-    assert "net 'bc17' is unknown" in bench.measure({**failed, "net": "bc17"})["error"]
+    assert {key["what"] for key in bench.keys if key["precision"] == "bf16"} == {"saved"}
+    assert keys[-1]["what"] == "peak"
+    assert "net 'bc17' is unknown" in bench.measure({**keys[-1], "net": "bc17"})["error"]
+
+
+def test_a_peak_is_what_was_once_resident(monkeypatch) -> None:
+    before = tool._peak_resident()
+    size = before - tool._resident() + 2**26
+    memory = torch.ones(size, dtype=torch.uint8)
+    resident = tool._resident()
+    del memory
+    assert tool._peak_resident() - before > 2**25
+    assert resident - tool._resident() > size // 2
+    key = {"net": "bc10", "variant": "naive", "precision": "fp32", "batch": 2, "steps": 1}
+    monkeypatch.setattr(tool, "_resident", lambda: 5)
+    monkeypatch.setattr(tool, "_peak_resident", lambda: 12)
+    assert tool.peak_of({**key, "settings": {"threads": 1, "device": "cpu"}}) == 7
 
 
 def test_ratios_are_to_the_fastest_plain_net() -> None:

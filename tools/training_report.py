@@ -102,7 +102,7 @@ def plot(rows: list[Row], path: Path) -> None:
             memory.plot(depths, values, style, marker="o", color=colour[variant], label=label)
             memory.set_xticks(depths, depths)
     memory.set(ylabel=f"MB saved per image, {first}")
-    memory.minorticks_off()
+    memory.set_xticks([], minor=True)
     groups = [row for row in rows if _times(row)]
     for place, row in enumerate(groups):
         ratios: dict[str, float] = {}
