@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prune_dn.errors import ConfigError
 from prune_dn.models.config import DenseNetConfig, Indices, LayerConfig, TransitionConfig
 from prune_dn.models.mfm import MFM_KINDS, MaxFeatureMap
 from prune_dn.models.shared_memory import pooled_features, usable
@@ -126,6 +127,10 @@ class DenseNet(nn.Module):
 
     def __init__(self, config: DenseNetConfig, *, memory_efficient: bool | int = False) -> None:
         super().__init__()
+        if memory_efficient not in (0, 1, 2):
+            raise ConfigError(
+                f"memory_efficient is {memory_efficient!r}; it is False, True (1) or 2"
+            )
         self.config = config
         self.memory_efficient = memory_efficient
         eps, width = config.norm_eps, config.num_init_features

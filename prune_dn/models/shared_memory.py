@@ -14,6 +14,7 @@ channel owe to all of them together is settled once, when its producer is reache
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +80,7 @@ class _BlockFunction(torch.autograd.Function):
         if n * h * w == 1 and block.trains:
             raise ValueError(f"batch norm cannot train on one value per channel: {tuple(x.shape)}")
         stream = x.new_empty(n, h, w, block.whole)
+        used = [weight if weight.ndim == 1 else weight.to(x.dtype) for weight in weights]
         precise = torch.promote_types(x.dtype, torch.float32)
         mean, var = x.new_zeros(2, block.whole, dtype=precise)
         moments = Moments(mean, var, n * h * w)
@@ -95,10 +97,10 @@ class _BlockFunction(torch.autograd.Function):
             if reader.rivals is not None:
                 source, reader = competed(source, reader)
                 of = own[reader.at] = Moments(*moments_of(source), of.pixels)
-            gamma, beta = weights[reader.at : reader.at + 2]
+            gamma, beta = used[reader.at : reader.at + 2]
             norms[reader.at] = norm_for(reader, gamma, beta, of)
             track_(reader, of)
-            return read(source, reader, norms[reader.at], _weight(reader, weights, source))
+            return read(source, reader, norms[reader.at], _weight(reader, used))
 
         write(slice(0, block.width), x.permute(0, 2, 3, 1))
         for number, layer in enumerate(block.layers):
@@ -117,7 +119,8 @@ class _BlockFunction(torch.autograd.Function):
                 maps = maps * noise
             write(layer.made, maps)
         result = use(stream, block.last, moments)
-        ctx.save_for_backward(stream, *weights, *kept.values())
+        ctx.save_for_backward(stream, *used, *kept.values())
+        ctx.dtypes = [weight.dtype for weight in weights]
         ctx.block, ctx.moments, ctx.norms, ctx.own = block, moments, norms, own
         ctx.kept = list(kept)
         return _nchw(result)
@@ -131,7 +134,7 @@ class _BlockFunction(torch.autograd.Function):
             )
         block, norms, count = ctx.block, ctx.norms, len(ctx.needs_input_grad) - 2
         stream, *tensors = ctx.saved_tensors
-        weights, kept = tensors[:count], dict(zip(ctx.kept, tensors[count:], strict=True))
+        used, kept = tensors[:count], dict(zip(ctx.kept, tensors[count:], strict=True))
         found: list[Tensor | None] = [None] * count
         grad_stream, debts = torch.zeros_like(stream), Debts(ctx.moments)
 
@@ -140,11 +143,11 @@ class _BlockFunction(torch.autograd.Function):
                 maps, plain = competed(source, reader)
                 competed_backward_(source, reader, alone(maps, plain, grad), into)
                 return
-            weight, norm = _weight(reader, weights, source), norms[reader.at]
+            weight, norm = _weight(reader, used), norms[reader.at]
             gamma, beta, *rest = read_backward(source, reader, norm, weight, grad, into)
             owed.add(reader, norm, gamma, beta)
             for place, part in enumerate((gamma, beta, *rest), start=reader.at):
-                found[place] = part.to(weights[place].dtype).view_as(weights[place])
+                found[place] = part.to(ctx.dtypes[place])
 
         def alone(source: Tensor, reader: Reader, grad: Tensor) -> Tensor:
             """The whole gradient of a stream that has one reader."""
@@ -164,7 +167,7 @@ class _BlockFunction(torch.autograd.Function):
                 z = kept.get((number, "bottleneck"))
                 if z is None:
                     source, first = competed(stream, layer.first)
-                    z = read(source, first, norms[first.at], _weight(first, weights, source))
+                    z = read(source, first, norms[first.at], _weight(first, used))
                 grad = alone(z, layer.second, grad)
             back(stream, layer.first, grad, grad_stream, debts)
         grad_x = None
@@ -175,9 +178,9 @@ class _BlockFunction(torch.autograd.Function):
         return None, grad_x, *found
 
 
-def _weight(reader: Reader, weights: Any, source: Tensor) -> Tensor | None:
-    """The weight of the reader's conv, as the stream's dtype."""
-    return None if reader.by == "mean" else weights[reader.at + 2].to(source.dtype)
+def _weight(reader: Reader, used: Sequence[Tensor]) -> Tensor | None:
+    """The weight of the reader's conv."""
+    return None if reader.by == "mean" else used[reader.at + 2]
 
 
 def _compete(mfm: nn.Module, maps: Tensor) -> Tensor:
@@ -300,16 +303,33 @@ def why_not(net: nn.Module) -> str | None:
         return "torch.func transforms need the plain net"
     if any(getattr(nn.modules.module, f"_global{hooks}") for hooks in _HOOKS):
         return "hooks on all modules would not run"
-    for name, module in net.get_submodule("features").named_modules(prefix="features"):
-        if name.count(".") < 2 and "norm5" not in name and "transition" not in name:
-            continue  # stem and blocks are called, or nothing
-        kind = type(module)
-        if kind not in (nn.BatchNorm2d, nn.Conv2d) and not kind.__module__.startswith(_OURS):
-            return f"{name} is a {kind.__name__}, not what a DenseNet is built of"
-        if isinstance(module, nn.BatchNorm2d) and None in (module.weight, module.running_mean):
-            return f"{name} has no weights or no running statistics"
-        if any(getattr(module, hooks) for hooks in _HOOKS):
-            return f"hooks on {name} would not run"
+    features = net.get_submodule("features")
+    for part in features.children():
+        if isinstance(part, nn.BatchNorm2d) or next(part.children(), None) is not None:
+            for module in _inside(part):
+                if (reason := _wrong(module)) is not None:
+                    name = next(
+                        n for n, m in features.named_modules(prefix="features") if m is module
+                    )
+                    return reason.format(name)
+    return None
+
+
+def _inside(part: nn.Module) -> Iterator[nn.Module]:
+    yield part
+    for child in part.children():
+        yield from _inside(child)
+
+
+def _wrong(module: nn.Module) -> str | None:
+    """What is wrong with a block, a transition, a norm or what they hold."""
+    kind = type(module)
+    if kind not in (nn.BatchNorm2d, nn.Conv2d) and not kind.__module__.startswith(_OURS):
+        return f"{{}} is a {kind.__name__}, not what a DenseNet is built of"
+    if kind is nn.BatchNorm2d and None in (module.weight, module.running_mean):
+        return "{} has no weights or no running statistics"
+    if any(getattr(module, hooks) for hooks in _HOOKS):
+        return "hooks on {} would not run"
     return None
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from prune_dn.models import fused
 
 By = Literal["1x1", "3x3", "pool", "mean"]
-CHUNK_BYTES = 1 << 20  # of a reader's activated inputs, on a CPU
+CHUNK_BYTES = 1 << 22  # of a reader's activated inputs, on a CPU
 
 
 class Reader(NamedTuple):

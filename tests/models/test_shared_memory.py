@@ -21,7 +21,7 @@ from oracle import randomise_
 from strategies import pruned_configs
 from torch import Tensor, nn
 
-from prune_dn.errors import TrainingError
+from prune_dn.errors import ConfigError, TrainingError
 from prune_dn.models import (
     DenseNet,
     DenseNetConfig,
@@ -348,6 +348,11 @@ def test_torch_func_and_export_get_the_plain_net(monkeypatch: pytest.MonkeyPatch
     with pytest.warns(UserWarning, match="export"):
         program = torch.export.export(lean, (images(UNEVEN),)).module()
     torch.testing.assert_close(program(images(UNEVEN)), plain(images(UNEVEN)))
+
+
+def test_levels() -> None:
+    with pytest.raises(ConfigError, match="is False, True \\(1\\) or 2"):
+        DenseNet(UNEVEN, memory_efficient=3)
 
 
 def test_second_derivatives_are_refused() -> None:
