@@ -148,6 +148,25 @@ def test_the_same_training(name: str, level: int) -> None:
             optimizer.step()
 
 
+def test_rivals_that_are_equal_share_the_gradient() -> None:
+    config = DenseNetConfig(
+        4,
+        ((),),
+        (),
+        num_classes=3,
+        stem="cifar",
+        classifier_indices=(0, 1),
+        classifier_rivals=(2, 3),
+    )
+    plain, lean = twins(config, 1)
+    for net in (plain, lean):
+        with torch.no_grad():
+            net.features.conv0.weight[2] = net.features.conv0.weight[0]
+        net(images(config)).square().sum().backward()
+    assert plain.features.conv0.weight.grad[[0, 2]].abs().amax((1, 2, 3)).all()
+    assert_same(plain, lean, 1e-10, 1e-12)
+
+
 @settings(max_examples=15)
 @given(pruned_configs(), st.integers(0, 99), st.integers(1, 2), st.integers(2, 5))
 def test_any_net(config: DenseNetConfig, seed: int, level: int, batch: int) -> None:
