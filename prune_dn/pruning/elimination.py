@@ -26,8 +26,8 @@ def elimination_losses(gram: Tensor, weight: Tensor, block: int) -> Tensor:
     step brings one panel up to date, and after every eighth of the channels all that is left.
 
     >>> twin = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
-    >>> elimination_losses(twin, torch.tensor([[1.0], [1.0], [1.5]]), 1).round().tolist()
-    [0.0, 4.0, 2.0]
+    >>> elimination_losses(twin, torch.tensor([[1.0], [2.0], [1.5]]), 1).round().tolist()
+    [0.0, 9.0, 2.0]
     """
     channels = gram.shape[0] // block
     regular = gram.clone()
