@@ -379,6 +379,17 @@ def test_torch_func_and_export_get_the_plain_net(monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(program(images(UNEVEN)), plain(images(UNEVEN)))
 
 
+def test_torch_compile_gets_the_plain_net(monkeypatch: pytest.MonkeyPatch) -> None:
+    forget(monkeypatch)
+    plain, lean = twins(UNEVEN, 1)
+    with pytest.warns(UserWarning, match=r"torch\.compile"):
+        found = torch.compile(lean, backend="eager")(images(UNEVEN))
+    torch.testing.assert_close(found, plain(images(UNEVEN)))
+    for loss in (found, plain(images(UNEVEN))):
+        loss.sum().backward()
+    torch.testing.assert_close(lean.classifier.bias.grad, plain.classifier.bias.grad)
+
+
 def test_levels() -> None:
     with pytest.raises(ConfigError, match="is False, True \\(1\\) or 2"):
         DenseNet(UNEVEN, memory_efficient=3)
