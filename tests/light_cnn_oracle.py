@@ -15,8 +15,15 @@ GROUPS = {"9": ["features.2", "features.4", "features.6", "features.7"]}
 LINEAR = {"9": "fc1.filter", "29": "fc.filter", "29_v2": "fc"}
 
 
-def slow(net: LightCNN, x: Tensor, kept: Mapping[str, set[int]] | None = None) -> Tensor:
-    """The logits in eval mode. Whoever reads a layer gets zero for its units that are not `kept`."""
+def slow(
+    net: LightCNN,
+    x: Tensor,
+    kept: Mapping[str, set[int]] | None = None,
+    gone: Mapping[str, set[int]] | None = None,
+) -> Tensor:
+    """The logits in eval mode. Whoever reads a layer gets zero for its units that are not `kept`; its
+    filters that are `gone` are minus infinity in their maximum.
+    """
     config, state = net.config, net.state_dict()
     alone = {name: set(layer.alone) for name, layer in config.named().items()}
     variant = config.variant
@@ -40,6 +47,8 @@ def slow(net: LightCNN, x: Tensor, kept: Mapping[str, set[int]] | None = None) -
         return x * mask.reshape(1, -1, *([1] * (x.ndim - 2)))
 
     def competed(name: str, filters: Tensor, units: int) -> Tensor:
+        filters = filters.clone()
+        filters[:, sorted((gone or {}).get(name, ()))] = -torch.inf
         seconds, out = iter(range(units, filters.shape[1])), []
         for unit in range(units):
             first = filters[:, unit]
