@@ -9,8 +9,16 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from light_cnn_oracle import light_cnn_configs, slow
-from pruning.test_light_cnn import BUILDERS, SHALLOW, SMALL, check_contract, distinct, kept_units
+from light_cnn_oracle import (
+    BUILDERS,
+    SHALLOW,
+    SMALL,
+    check_contract,
+    distinct,
+    kept_units,
+    light_cnn_configs,
+    slow,
+)
 from torch import Tensor
 
 import prune_dn
