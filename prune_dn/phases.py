@@ -186,7 +186,9 @@ class Phases:
                 done = {"unit": section.unit, "requested": asked, "achieved": 1 - left / whole}
                 self.folder.metrics["rounds"][number - 1 :] = [done]
         assert isinstance(small, LightCNN)
-        told = ("unit", "criterion", "scope", "protect", "min_channels", "round_to")
+        told = ["unit", "criterion", "scope", "protect", "min_channels", "round_to"]
+        if "sibling" in section.units:
+            told.append("units")
         facts = {
             "requested": {"pruning_ratio": asked, **{key: getattr(section, key) for key in told}},
             "achieved": self.folder.metrics["rounds"][number - 1],

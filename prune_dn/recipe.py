@@ -295,8 +295,8 @@ class Recipe(Section):
                 wrong.append("prune.settle (for DenseNets; give pruning_ratio)")
             if cut.ratios is not None:
                 wrong.append("prune.ratios (for DenseNets; leave it out)")
-            if cut.units != type(cut).model_fields["units"].default:
-                wrong.append("prune.units (for DenseNets; leave it out)")
+            if cut.units not in (type(cut).model_fields["units"].default, ("sibling",)):
+                wrong.append("prune.units (leave it out, or give [sibling])")
         return ", ".join(wrong)
 
 

@@ -9,14 +9,31 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
-from prune_dn.models import LightCNN, LightCNNConfig, MFMConfig
+from prune_dn.models import (
+    LightCNN,
+    LightCNNConfig,
+    MFMConfig,
+    light_cnn_9,
+    light_cnn_29,
+    light_cnn_29_v2,
+)
 
+BUILDERS = [light_cnn_9, light_cnn_29, light_cnn_29_v2]
+SMALL = {"image_size": 32, "widths": (6, 8, 10, 8, 8), "embedding": 12}
+SHALLOW = {**SMALL, "block_config": (1, 0, 2, 1)}
 GROUPS = {"9": ["features.2", "features.4", "features.6", "features.7"]}
 LINEAR = {"9": "fc1.filter", "29": "fc.filter", "29_v2": "fc"}
 
 
-def slow(net: LightCNN, x: Tensor, kept: Mapping[str, set[int]] | None = None) -> Tensor:
-    """The logits in eval mode. Whoever reads a layer gets zero for its units that are not `kept`."""
+def slow(
+    net: LightCNN,
+    x: Tensor,
+    kept: Mapping[str, set[int]] | None = None,
+    gone: Mapping[str, set[int]] | None = None,
+) -> Tensor:
+    """The logits in eval mode. Whoever reads a layer gets zero for its units that are not `kept`; its
+    filters that are `gone` are minus infinity in their maximum.
+    """
     config, state = net.config, net.state_dict()
     alone = {name: set(layer.alone) for name, layer in config.named().items()}
     variant = config.variant
@@ -40,6 +57,8 @@ def slow(net: LightCNN, x: Tensor, kept: Mapping[str, set[int]] | None = None) -
         return x * mask.reshape(1, -1, *([1] * (x.ndim - 2)))
 
     def competed(name: str, filters: Tensor, units: int) -> Tensor:
+        filters = filters.clone()
+        filters[:, sorted((gone or {}).get(name, ()))] = -torch.inf
         seconds, out = iter(range(units, filters.shape[1])), []
         for unit in range(units):
             first = filters[:, unit]
@@ -103,3 +122,41 @@ def light_cnn_configs(draw: st.DrawFn, *, ragged: bool = True) -> LightCNNConfig
         image_size=draw(st.sampled_from([16, 20, 33])),
         drop_rate=draw(st.sampled_from([0.0, 0.5])),
     )
+
+
+def distinct(net: LightCNN, seed: int = 0) -> LightCNN:
+    """Biases that all differ, by which a filter is known again, and weights that matter."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            spread = 1.0 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
+            parameter.copy_(noise * spread)
+    return net.double().eval()
+
+
+def kept_units(net: LightCNN, small: LightCNN) -> dict[str, set[int]]:
+    """Which units of `net` are in `small`, known by the biases of all their filters."""
+    state, left, found = net.state_dict(), small.state_dict(), {}
+    for name, layer in net.config.named().items():
+        bias = state[f"{name}.bias"].tolist()
+        stays = set(left[f"{name}.bias"].tolist())
+        assert len(set(bias)) == len(bias)
+        paired = [unit for unit in range(layer.units) if unit not in layer.alone]
+        filters = {unit: [bias[unit]] for unit in range(layer.units)}
+        for place, unit in enumerate(paired):
+            filters[unit].append(bias[layer.units + place])
+        found[name] = {unit for unit, values in filters.items() if values[0] in stays}
+        for unit, values in filters.items():
+            assert all((value in stays) == (unit in found[name]) for value in values)
+    return found
+
+
+def check_contract(net: LightCNN, small: LightCNN) -> None:
+    config = net.config
+    x = torch.randn(2, config.in_channels, config.image_size, config.image_size).double()
+    with torch.no_grad():
+        found, wanted = small(x), slow(net, x, kept_units(net, small))
+        plain = slow(small, x)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10 * (1 + wanted.abs().max().item()))
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-10 * (1 + wanted.abs().max().item()))

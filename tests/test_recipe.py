@@ -280,7 +280,7 @@ prune: {pruning_ratio: 0.5, criterion: l2}
         ("model.widths=[4, 4]", "widths is (4, 4); give 5"),
         ("prune.criterion=bn_scale", "prune.criterion bn_scale (it has no norms; choose l2"),
         ("prune.unit=latency", "prune.unit latency (choose macs)"),
-        ("prune.units=[edge]", "prune.units (for DenseNets; leave it out)"),
+        ("prune.units=[edge]", "prune.units (leave it out, or give [sibling])"),
         ("prune.compensate=mean", "prune.compensate (for DenseNets; leave it out)"),
         ("train.resolutions=[[0, 16]]", "train.resolutions (its linear layer fits one size"),
         ("train.sparsity={kind: l1, strength: 0.001}", "train.sparsity (it has no norms; leave it"),
@@ -290,6 +290,7 @@ def test_what_is_wrong_for_a_light_cnn(override: str, message: str) -> None:
     recipe = parse_recipe(LIGHT)
     assert parse_recipe(to_yaml(recipe)) == recipe
     assert recipe.model.build(7).config.layers[-1].units == 8
+    assert parse_recipe(LIGHT, overrides=["prune.units=[sibling]"]).prune.units == ("sibling",)
     (found,) = problems(LIGHT, override)
     assert message in found
 

@@ -149,13 +149,15 @@ class LightCNN(nn.Module):
         """After filters were cut: config and MFM as the layers are now.
 
         `kept` are masks of the filters that stayed, by the name of the layer that lost some. A unit
-        that lost one filter keeps its first.
+        that lost one filter stands alone; where it lost its first, the other takes that place.
         """
         old = self.config
-        layers = [
-            _left(layer, kept[place.name]) if place.name in kept else layer
-            for place, layer in zip(old.places(), old.layers, strict=True)
-        ]
+        layers = []
+        for place, layer in zip(old.places(), old.layers, strict=True):
+            if place.name in kept:
+                layer, order = _left(layer, kept[place.name].cpu())
+                _reorder_(self.get_submodule(place.name), order)
+            layers.append(layer)
         self.config = dataclasses.replace(old, layers=tuple(layers))
         for name, layer in self.config.named().items():
             module = self.get_submodule(name.removesuffix(".filter"))
@@ -181,14 +183,28 @@ def _layers(config: LightCNNConfig) -> list[nn.Module]:
     return made
 
 
-def _left(layer: MFMConfig, kept: Tensor) -> MFMConfig:
-    """What is left of a layer whose filters stay where `kept` (filters,) is true."""
-    first, second = kept[: layer.units].cpu(), torch.zeros(layer.units, dtype=torch.bool)
-    paired = [unit for unit in range(layer.units) if unit not in set(layer.alone)]
-    second[paired] = kept[layer.units :].cpu()
-    assert not (second & ~first).any(), "a second filter cannot stay without the first"
-    alone = (~second[first]).nonzero().flatten().tolist()
-    return MFMConfig(int(first.sum()), tuple(alone))
+def _left(layer: MFMConfig, kept: Tensor) -> tuple[MFMConfig, Tensor]:
+    """What is left of a layer whose filters stay where `kept` (filters,) is true, and their order.
+
+    The order is in numbers of those that stay: one of each unit, then the others of the pairs.
+    """
+    paired = torch.ones(layer.units, dtype=torch.bool)
+    paired[list(layer.alone)] = False
+    number = (kept.cumsum(0) - 1).masked_fill(~kept, -1)
+    first, second = number[: layer.units], torch.full((layer.units,), -1)
+    second[paired] = number[layer.units :]
+    stays = torch.maximum(first, second) >= 0
+    lead = torch.where(first >= 0, first, second)[stays]
+    other = torch.where(first >= 0, second, -1)[stays]
+    alone = (other < 0).nonzero().flatten().tolist()
+    return MFMConfig(len(lead), tuple(alone)), torch.cat([lead, other[other >= 0]])
+
+
+def _reorder_(layer: nn.Module, order: Tensor) -> None:
+    """Put the filters of a conv or linear layer in another order."""
+    if not order.equal(torch.arange(len(order))):
+        for parameter in layer.parameters():
+            parameter.data = parameter.data[order.to(parameter.device)]
 
 
 def light_cnn_config(

@@ -13,8 +13,8 @@ from prune_dn.models.mfm import MaxFeatureMap, siblings_of
 def competition(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """`wins` and `margins` of each sibling in the input `x` of an MFM or a competing reader.
 
-    (N, C, H, W) -> (siblings,) each, means over pixels, summed over images, in the order of the
-    MFM's channels; of a reader the first of each pair, then the others. A sibling's margin is what it
+    (N, C, H, W) or (N, C) -> (siblings,) each, means over pixels, summed over images, in the order of
+    the MFM's channels; of a reader the first of each pair, then the others. A sibling's margin is what it
     has above the least of its unit: what the sum of the survivors loses when it goes. It wins where
     it survives; of t equal ones at the end of the rank each wins 1 - 1/t. Who stands alone always
     wins, with a margin of 0.
@@ -23,7 +23,7 @@ def competition(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
     >>> {key: value.tolist() for key, value in competition(MaxFeatureMap("2/1"), x).items()}
     {'wins': [1.0, 0.0, 0.0, 1.0], 'margins': [1.0, 0.0, 0.0, 4.0]}
     """
-    units, second = _units(module, x)
+    units, second = _units(module, x[:, :, None, None] if x.ndim == 2 else x)
     least = units.amin(1, keepdim=True)
     tied = units == least
     wins = (1 - tied / tied.sum(1, keepdim=True)).mean((3, 4)).sum(0)

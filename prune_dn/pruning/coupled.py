@@ -148,13 +148,18 @@ def cut(model: nn.Module, groups: list[Group], keep: Keep) -> nn.Module:
 
 
 def is_exact(model: nn.Module, groups: list[Group], keep: Keep, image: Tensor) -> bool:
-    """Whether cutting equals masking what convs and linear layers read; on the CPU, in float64."""
+    """Whether cutting equals masking what convs and linear layers read; on the CPU, in float64.
+
+    In a Light CNN, filters that go are minus infinity in their maximum as well.
+    """
     dense = copy.deepcopy(model).cpu().double().eval()
-    for name, (_, ins) in _masks(model, groups, keep).items():
+    for name, masks in _masks(model, groups, keep).items():
         layer = dense.get_submodule(name)
         if isinstance(layer, Conv | nn.Linear) and not channelwise(layer):
-            mask = ins if isinstance(layer, nn.Linear) else ins[:, None, None]
-            layer.register_forward_pre_hook(lambda _, args, mask=mask: args[0] * mask)
+            outs, ins = (~m if isinstance(layer, nn.Linear) else ~m[:, None, None] for m in masks)
+            layer.register_forward_pre_hook(lambda _, x, ins=ins: x[0].masked_fill(ins, 0))
+            if isinstance(model, LightCNN):
+                layer.register_forward_hook(lambda _, x, y, o=outs: y.masked_fill(o, -math.inf))
     small = cut(model, groups, keep).cpu().double().eval()
     with torch.no_grad():
         wanted = tensors(dense(image.double()))

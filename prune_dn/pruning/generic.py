@@ -19,22 +19,19 @@ from prune_dn.errors import PruningError
 from prune_dn.models import LightCNN
 from prune_dn.profiling import ImageSize, example_image, module_rows, total, weight_uses
 from prune_dn.pruning.budget import unreachable
-from prune_dn.pruning.calibration import Batches, Statistics
 from prune_dn.pruning.coupled import (
-    IN,
     Conv,
     Group,
     Keep,
     Layer,
-    Member,
     Norm,
     cut,
     find_groups,
     is_exact,
-    reading_weight,
 )
-from prune_dn.pruning.importance import CRITERIA, Reading, check_losses, judge, observe
-from prune_dn.pruning.light_cnn import light_cnn_groups
+from prune_dn.pruning.coupled_importance import importance, scaled
+from prune_dn.pruning.importance import CRITERIA
+from prune_dn.pruning.light_cnn import light_cnn_groups, light_cnn_scores, losers, sibling_groups
 from prune_dn.pruning.plan import calibration_for, check_request, names_in
 from prune_dn.pruning.protect import matching
 
@@ -46,6 +43,7 @@ def prune_cnn(
     unit: str = "channels",
     criterion: str | None = None,
     scope: str = "global",
+    siblings: bool = False,
     calibration: Iterable[object] | None = None,
     protect: Iterable[str] = (),
     min_channels: int = 1,
@@ -61,7 +59,10 @@ def prune_cnn(
     compares shares of the mean of each group of coupled channels. `criterion` None is `bn_scale`
     where norms have scales, else `l2`. `input_size` is that of `calibration` where it is not given,
     or what a Light CNN takes. There a channel is an MFM unit, all of its filters, also in the
-    embedding (protect `fc2` to keep it), and one map after MFM is what is judged, where it is read.
+    embedding (protect `fc2` to keep it), and one map after MFM is what is judged, where it is read;
+    `mfm_win_rate` judges what competes, where it is made, and the rest stays. With `siblings` only
+    single filters of a Light CNN go, of each pair the less important one; then `round_to` and
+    `min_channels` count filters.
 
     Outputs of the net and of other linear layers stay, and channels that pass a split, a norm over
     channels (layer or group norm), a shared weight or a bare parameter; for `bn_scale`, also those
@@ -86,21 +87,29 @@ def prune_cnn(
         input_size = model.config.image_size
     _check_size(model, input_size)
     image, uses = example_image(model, input_size), weight_uses(model, input_size)
-    groups = (
-        light_cnn_groups(model.config) if isinstance(model, LightCNN) else find_groups(model, image)
-    )
+    groups = _groups(model, image, siblings)
     free = _unprotected(model, groups, patterns)
     if criterion == "bn_scale":
-        free = _scaled(model, free)
-    scores = importance(model, free, criterion, batches, seed)
-    ladder = _ladder(free, scores, scope, min_channels, round_to)
+        free = scaled(model, free)
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(model, LightCNN):
+        scores = light_cnn_scores(model, free, criterion, batches, generator, siblings)
+    else:
+        scores = importance(model, free, criterion, batches, generator)
+    may_go = [losers(score) if siblings else score.isfinite() for score in scores]
+    if not any(mask.any() for mask in may_go):
+        raise PruningError(
+            f"criterion {criterion!r} judges only what competes, and no filters of this "
+            f"{type(model).__name__} that may go do; choose another criterion"
+        )
+    ladder = _ladder(free, scores, may_go, scope, min_channels, round_to)
     shapes = copy.deepcopy(model).to("meta")
 
     def remains(prefix: int) -> int:
         rows = module_rows(cut(shapes, groups, ladder(prefix)), uses)
         return int(getattr(total(list(rows)), unit))
 
-    most = sum(group.size // group.blocks for group in free)
+    most = sum(int(m.sum()) // g.blocks for g, m in zip(free, may_go, strict=True))
     whole, least = remains(0), remains(most)
     if least > (target := (1 - pruning_ratio) * whole):
         amounts = (whole, target, least)
@@ -116,69 +125,40 @@ def usual_criterion(model: nn.Module) -> str:
     return "bn_scale" if scaled else "l2"
 
 
-def importance(
-    model: nn.Module, groups: list[Group], criterion: str, batches: Batches | None, seed: int
-) -> list[Tensor]:
-    """What goes with each unit of each group, (size,) in float64."""
-    if criterion == "bn_scale":
-        return [_scales(model, group) for group in groups]
-    readers = {m.layer: None for group in groups for m in group.members if m.sides == (IN,)}
-    found = observe(model, list(readers), criterion, batches, seed)
-    generator = torch.Generator().manual_seed(seed)
-    scores = []
-    for group in groups:
-        score = torch.zeros(group.size, dtype=torch.float64)
-        for member in group.members:
-            if member.sides == (IN,):
-                layer, statistics = model.get_submodule(member.layer), found.get(member.layer)
-                reading = _reading(layer, member, group.size, generator, statistics)
-                score += torch.from_numpy(judge(reading, criterion))
-        scores.append(score)
-    return scores
-
-
-def _reading(
-    layer: nn.Module,
-    member: Member,
-    size: int,
-    generator: torch.Generator,
-    statistics: Statistics | None,
-) -> Reading:
-    """How a conv or linear layer reads the units of a group, in their order.
-
-    A linear layer behind a flattened map reads it as a conv with a kernel of the map's size would.
-    """
-    channels = member.channels[member.units.argsort(stable=True)].view(size, -1)
-    weight = reading_weight(layer)[:, channels].flatten(2, 3).float()
-    known = {
-        k: v[channels].sum(1) for k, v in vars(statistics or Statistics()).items() if v is not None
-    }
-    return Reading(member.layer, None, weight, generator, Statistics(**known))
-
-
-def _scales(model: nn.Module, group: Group) -> Tensor:
-    """Sum of |gamma| over the norms on each unit."""
-    score = torch.zeros(group.size, dtype=torch.float64)
-    for member in _norms(model, group):
-        gamma = model.get_submodule(member.layer).get_parameter("weight").detach()
-        score.index_add_(0, member.units, gamma.abs().double().cpu()[member.channels])
-    check_losses(score.numpy(), "bn_scale", group.root, group.size)
-    return score
+def _groups(model: nn.Module, image: Tensor, siblings: bool) -> list[Group]:
+    """What may go together; for `siblings` each filter of a Light CNN's pairs."""
+    if not isinstance(model, LightCNN):
+        return find_groups(model, image)
+    if not siblings:
+        return light_cnn_groups(model.config)
+    if found := sibling_groups(model.config):
+        return found
+    raise PruningError(
+        f"units=['sibling']: in this {type(model).__name__} no filters compete any more, each unit has "
+        "one; leave units out, to cut whole units"
+    )
 
 
 def _ladder(
-    groups: list[Group], scores: list[Tensor], scope: str, min_channels: int, round_to: int
+    groups: list[Group],
+    scores: list[Tensor],
+    may_go: list[Tensor],
+    scope: str,
+    min_channels: int,
+    round_to: int,
 ) -> Callable[[int], Keep]:
     """From the number of least important units that go to what stays.
 
     In a group of several blocks, a unit is one channel of each: the least important left there.
     """
     orders, ranking = [], []
-    for number, (group, score) in enumerate(zip(groups, scores, strict=True)):
-        losses, order = score.view(group.blocks, -1).sort(dim=1, stable=True)
+    for number, (group, score, goes) in enumerate(zip(groups, scores, may_go, strict=True)):
+        value = score.masked_fill(~goes, math.inf).view(group.blocks, -1)
+        losses, order = value.sort(dim=1, stable=True)
         orders.append(order)
-        places = [(k + 0.5) / order.shape[1] for k in range(order.shape[1])]
-        shares = (losses.mean(0) / score.mean().clamp_min(1e-30)).tolist()
+        losses = losses[:, : int(goes.sum()) // group.blocks]
+        places = [(k + 0.5) / order.shape[1] for k in range(losses.shape[1])]
+        shares = (losses.mean(0) / score[score.isfinite()].mean().clamp_min(1e-30)).tolist()
         values = shares if scope == "global" else places
         ranking += [(value, place, number) for value, place in zip(values, places, strict=True)]
     owners = torch.tensor([number for _, _, number in sorted(ranking)])
@@ -196,22 +176,6 @@ def _ladder(
         return keep
 
     return ladder
-
-
-def _scaled(model: nn.Module, groups: list[Group]) -> list[Group]:
-    """The groups that `bn_scale` can judge."""
-    found = [group for group in groups if _norms(model, group)]
-    if found:
-        return found
-    raise PruningError(
-        f"criterion 'bn_scale': no norm with a scale is on channels of this {type(model).__name__} "
-        "that can go; choose a criterion that reads weights, such as l2, or images, such as taylor"
-    )
-
-
-def _norms(model: nn.Module, group: Group) -> list[Member]:
-    """The norms with a scale on the channels of a group."""
-    return [m for m in group.members if getattr(model.get_submodule(m.layer), "affine", False)]
 
 
 def _unprotected(model: nn.Module, groups: list[Group], patterns: tuple[str, ...]) -> list[Group]:
@@ -256,10 +220,12 @@ def _check_model(model: nn.Module) -> None:
 def _check_criterion(model: nn.Module, criterion: str) -> None:
     """Raise PruningError for what makes no sense for this net."""
     kind = type(model).__name__
-    ours = ("gram", "wins")
+    ours = ("gram",) if isinstance(model, LightCNN) else ("gram", "wins")
     if CRITERIA[criterion].need in ours:
+        wins = CRITERIA[criterion].need == "wins"
         raise PruningError(
-            f"criterion {criterion!r} is for DenseNets; for a {kind} choose one of "
+            f"criterion {criterion!r} is for DenseNets{' and Light CNNs' if wins else ''}; for a {kind} "
+            "choose one of "
             f"{', '.join(n for n, c in sorted(CRITERIA.items()) if c.need not in ours)}"
         )
 

@@ -74,19 +74,30 @@ def share_out(
     for contest in contests(units):
         if contest.is_made != is_made or contest.group is None:
             continue
-        weights = torch.ones(contest.group.size, dtype=torch.double)
-        if criterion == "random":
-            weights = torch.rand(len(weights), generator=generator).double()
-        elif is_made:
-            conv = model.get_submodule(contest.conv)
-            assert isinstance(conv, nn.Conv2d)
-            filters = conv.weight.detach().flatten(1).double().cpu()
-            weights = filters.norm(p=1 if criterion == "l1" else 2, dim=1)
-        whole, owner = scores[contest.whole.units], contest.owner
-        total = np.bincount(owner, weights.numpy(), len(whole))[owner]
-        share = 1.0 / np.bincount(owner, minlength=len(whole))[owner]  # where all weights are 0
-        np.divide(weights.numpy(), total, out=share, where=total > 0)
-        scores[contest.group.units] = whole[owner] * share
+        layer = model.get_submodule(contest.conv) if is_made else None
+        whole = scores[contest.whole.units]
+        scores[contest.group.units] = shared(whole, contest.owner, layer, criterion, generator)
+
+
+def shared(
+    whole: Scores,
+    owner: Positions,
+    layer: nn.Module | None,
+    criterion: str,
+    generator: torch.Generator,
+) -> Scores:
+    """What each sibling has of the score of its unit; `layer` makes them, None = they are read."""
+    weights = torch.ones(len(owner), dtype=torch.double)
+    if criterion == "random":
+        weights = torch.rand(len(weights), generator=generator).double()
+    elif layer is not None:
+        filters = layer.get_parameter("weight").detach().flatten(1).double().cpu()
+        weights = filters.norm(p=1 if criterion == "l1" else 2, dim=1)
+    total = np.bincount(owner, weights.numpy(), len(whole))[owner]
+    share = 1.0 / np.bincount(owner, minlength=len(whole))[owner]  # where all weights are 0
+    np.divide(weights.numpy(), total, out=share, where=total > 0)
+    found: Scores = whole[owner] * share
+    return found
 
 
 def competing(units: Units) -> Mask:

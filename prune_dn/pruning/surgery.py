@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_dn.errors import PruningError
-from prune_dn.models import DenseNet
+from prune_dn.models import DenseNet, LightCNN
 from prune_dn.models.convert import check_not_wrapped, convert, is_densenet
 from prune_dn.models.densenet import build_empty
 from prune_dn.profiling import ImageSize
@@ -20,6 +20,7 @@ from prune_dn.pruning.plan import Plan, make_plan, names_in
 from prune_dn.pruning.ratios import Ratios
 
 _UNITS = ("stream", "bottleneck")
+_SIBLINGS = ("sibling",)
 
 
 def prune(
@@ -50,7 +51,9 @@ def prune(
 
     Any other CNN becomes a smaller one of its own class (see `generic.prune_cnn`), a `LightCNN` one
     that can be saved. Others need `input_size`, or `calibration` images to take it from; `units`,
-    `ratios`, `compensate` and latency are for DenseNets. `criterion` None is `bn_scale`, or `l2` in a
+    `ratios`, `compensate` and latency are for DenseNets. But a Light CNN also takes `units=["sibling"]`:
+    of each MFM pair the less important filter may go, and nothing else; its units go whole without.
+    `mfm_win_rate` is for DenseNets and Light CNNs. `criterion` None is `bn_scale`, or `l2` in a
     net without norms, where `channels` counts the filters of convs.
 
     >>> import torchvision
@@ -67,6 +70,7 @@ def prune(
             unit=unit,
             criterion=criterion,
             scope=scope,
+            siblings=names_in(units, "units") == _SIBLINGS,
             calibration=calibration,
             protect=protect,
             min_channels=min_channels,
@@ -108,8 +112,12 @@ def _check_cnn_options(
     latency_model: LatencyModel | None,
 ) -> None:
     kind = type(model).__name__
-    if units != _UNITS:
-        raise PruningError(f"units={list(units)} is for DenseNets; leave it out for a {kind}")
+    light = isinstance(model, LightCNN)
+    if units not in ((_UNITS, _SIBLINGS) if light else (_UNITS,)):
+        other = ", or give ['sibling'] to cut single filters of MFM units" if light else ""
+        raise PruningError(
+            f"units={list(units)} is for DenseNets; leave it out for a {kind}{other}"
+        )
     if ratios is not None:
         raise PruningError(f"ratios are for DenseNets; leave them out for a {kind}")
     if compensate != "none":

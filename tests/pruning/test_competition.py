@@ -56,6 +56,12 @@ def test_whole_units(units: int, kind: str, seed: int) -> None:
     check(competition(MaxFeatureMap(kind), x), [expected[c] for c in range(units * siblings)])
 
 
+def test_a_linear_layer_has_no_pixels() -> None:
+    x = maps(6, 3)[:, :, 0, 0]
+    expected = slow(x[:, :, None, None], [(c, c + 3) for c in range(3)])
+    check(competition(MaxFeatureMap("2/1"), x), [expected[c] for c in range(6)])
+
+
 @given(st.integers(1, 4), st.integers(0, 99), st.data())
 def test_some_stand_alone(units: int, seed: int, data: st.DataObject) -> None:
     single = data.draw(alone(units, "2/1"))

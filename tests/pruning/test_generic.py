@@ -337,6 +337,10 @@ LABELLED = [(torch.randn(2, 3, 64, 64), torch.tensor([0, 9]))]
         ({"pruning_ratio": 50}, r"did you mean 0.5\?"),
         ({"criterion": "l3"}, "criterion 'l3' is unknown; choose from activation, bn_scale"),
         ({"criterion": "reconstruction", "calibration": [X]}, "is for DenseNets; .* ResNet choose"),
+        (
+            {"criterion": "mfm_win_rate", "calibration": [X]},
+            "for DenseNets and Light CNNs; .* choose",
+        ),
         ({"unit": "flops"}, "unit 'flops' is unknown; choose from channels, params, macs"),
         ({"scope": "here"}, "scope 'here' is unknown; choose from global, local"),
         ({"units": ["edge"]}, r"units=\['edge'\] is for DenseNets; leave it out for a ResNet"),

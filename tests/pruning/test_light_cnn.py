@@ -8,7 +8,15 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from light_cnn_oracle import light_cnn_configs, slow
+from light_cnn_oracle import (
+    BUILDERS,
+    SHALLOW,
+    SMALL,
+    check_contract,
+    distinct,
+    kept_units,
+    light_cnn_configs,
+)
 from torch import nn
 
 import prune_dn
@@ -19,50 +27,7 @@ from prune_dn.models import (
     MaxFeatureMap,
     light_cnn_9,
     light_cnn_29,
-    light_cnn_29_v2,
 )
-
-BUILDERS = [light_cnn_9, light_cnn_29, light_cnn_29_v2]
-SMALL = {"image_size": 32, "widths": (6, 8, 10, 8, 8), "embedding": 12}
-SHALLOW = {**SMALL, "block_config": (1, 0, 2, 1)}
-
-
-def distinct(net: LightCNN, seed: int = 0) -> LightCNN:
-    """Biases that all differ, by which a filter is known again, and weights that matter."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in net.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            spread = 1.0 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
-            parameter.copy_(noise * spread)
-    return net.double().eval()
-
-
-def kept_units(net: LightCNN, small: LightCNN) -> dict[str, set[int]]:
-    """Which units of `net` are in `small`, known by the biases of all their filters."""
-    state, left, found = net.state_dict(), small.state_dict(), {}
-    for name, layer in net.config.named().items():
-        bias = state[f"{name}.bias"].tolist()
-        stays = set(left[f"{name}.bias"].tolist())
-        assert len(set(bias)) == len(bias)
-        paired = [unit for unit in range(layer.units) if unit not in layer.alone]
-        filters = {unit: [bias[unit]] for unit in range(layer.units)}
-        for place, unit in enumerate(paired):
-            filters[unit].append(bias[layer.units + place])
-        found[name] = {unit for unit, values in filters.items() if values[0] in stays}
-        for unit, values in filters.items():
-            assert all((value in stays) == (unit in found[name]) for value in values)
-    return found
-
-
-def check_contract(net: LightCNN, small: LightCNN) -> None:
-    config = net.config
-    x = torch.randn(2, config.in_channels, config.image_size, config.image_size).double()
-    with torch.no_grad():
-        found, wanted = small(x), slow(net, x, kept_units(net, small))
-        plain = slow(small, x)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10 * (1 + wanted.abs().max().item()))
-    torch.testing.assert_close(found, plain, rtol=0, atol=1e-10 * (1 + wanted.abs().max().item()))
 
 
 @given(
