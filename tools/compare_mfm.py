@@ -156,13 +156,19 @@ def _training_bytes(model: prune_dn.DenseNet, image_size: int) -> int:
 
 
 def by_macs(table: Table, rows: Sequence[Row]) -> list[list[tuple[str, list[Row]]]]:
-    """Names and their rows: nets of equal MACs (to 1 % of the most) together, the best first."""
+    """Names and their rows, most MACs first; equal ones (steps of at most 1 %) the best first."""
     nets = [(name, [row for row in rows if row["row"] == name]) for name in table.rows]
-    most = max(_mean(found, "macs") for _, found in nets)
-    equal: dict[float, list[tuple[str, list[Row]]]] = {}
-    for name, found in sorted(nets, key=lambda net: -_mean(net[1], "accuracy")):
-        equal.setdefault(round(_mean(found, "macs") / most, 2), []).append((name, found))
-    return [equal[share] for share in sorted(equal, reverse=True)]
+    nets.sort(key=lambda net: -_mean(net[1], "macs"))
+    step = 0.01 * _mean(nets[0][1], "macs")
+    groups, last = [], float("inf")
+    for net in nets:
+        macs = _mean(net[1], "macs")
+        if last - macs > step:
+            groups.append([net])
+        else:
+            groups[-1].append(net)
+        last = macs
+    return [sorted(group, key=lambda net: -_mean(net[1], "accuracy")) for group in groups]
 
 
 def markdown(table: Table, rows: Sequence[Row], times: Sequence[Row]) -> str:
