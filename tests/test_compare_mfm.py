@@ -145,15 +145,29 @@ def test_latency_in_turns_and_rows_by_pattern(
 def test_means_and_spreads_of_equal_macs_best_first(arguments: list[str], tmp_path: Path) -> None:
     table = tool.Table(tmp_path / "recipes", tmp_path / "out", ["*"])
     rows = [
-        {"row": name, "accuracy": a, "as_cut": c, "params": 1000, "macs": m, "training_mb": 2.0}
-        for name, a, c, m in (
-            ("five_longer", 70.0, None, 1_000_000),
-            ("five_longer", 72.0, None, 1_000_000),
-            ("plain_l1", 72.0, 50.0, 996_000),
-            ("plain_l1", 75.0, 60.0, 998_000),
+        {
+            "row": name,
+            "seed": s,
+            "accuracy": a,
+            "as_cut": c,
+            "params": 9,
+            "macs": m,
+            "training_mb": 2.0,
+        }
+        for name, s, a, c, m in (
+            ("five_longer", 0, 70.0, None, 1_000_000),
+            ("five_longer", 1, 72.0, None, 1_000_000),
+            ("plain_l1", 1, 72.0, 50.0, 993_000),
+            ("plain_l1", 0, 75.0, 60.0, 996_000),
         )
     ]
     assert tool.markdown(table, rows, []).splitlines()[2:] == [
-        "| plain, cut by l1 | 73.50 ± 2.12 | 55.00 ± 7.07 | 1,000 | 1.00 | 2.0 |",
-        "| five, longer | 71.00 ± 1.41 |  | 1,000 | 1.00 | 2.0 |",
+        "| plain, cut by l1 | 73.50 ± 2.12 |  | 55.00 ± 7.07 | 9 | 0.99 | 2.0 |",
+        "| five, longer | 71.00 ± 1.41 | -2.50 ± 3.54 |  | 9 | 1.00 | 2.0 |",
     ]
+    rows = [{**row, "macs": 2e6 if row["row"] == "five_longer" else 1e6} for row in rows]
+    assert (
+        tool.markdown(table, rows, [])
+        .splitlines()[3]
+        .startswith("| plain, cut by l1 | 73.50 ± 2.12 | +2.50 ± 3.54 | 55.00 ± 7.07 |")
+    )

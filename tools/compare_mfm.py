@@ -158,22 +158,35 @@ def _training_bytes(model: prune_dn.DenseNet, image_size: int) -> int:
 
 
 def by_macs(table: Table, rows: Sequence[Row]) -> list[list[tuple[str, list[Row]]]]:
-    """Names and their rows: nets of equal MACs (to 1 % of the most) together, the best first."""
+    """Names and their rows, most MACs first; equal ones (steps of at most 1 %) the best first."""
     nets = [(name, [row for row in rows if row["row"] == name]) for name in table.rows]
-    most = max(_mean(found, "macs") for _, found in nets)
-    equal: dict[float, list[tuple[str, list[Row]]]] = {}
-    for name, found in sorted(nets, key=lambda net: -_mean(net[1], "accuracy")):
-        equal.setdefault(round(_mean(found, "macs") / most, 2), []).append((name, found))
-    return [equal[share] for share in sorted(equal, reverse=True)]
+    nets.sort(key=lambda net: -_mean(net[1], "macs"))
+    step = 0.01 * _mean(nets[0][1], "macs")
+    groups, last = [], float("inf")
+    for net in nets:
+        macs = _mean(net[1], "macs")
+        if last - macs > step:
+            groups.append([net])
+        else:
+            groups[-1].append(net)
+        last = macs
+    return [sorted(group, key=lambda net: -_mean(net[1], "accuracy")) for group in groups]
 
 
 def markdown(table: Table, rows: Sequence[Row], times: Sequence[Row]) -> str:
-    """The table: means over seeds, and their spread (standard deviation)."""
-    head = ["net", "test accuracy, %", "as cut, %", "params", "MMACs", "training MB"]
+    """The table: means over seeds and their spread (standard deviation), also of what each seed's net
+    has above that seed's net in the first line."""
+    head = ["net", "test accuracy, %", "points above the first", "as cut, %"]
+    head += ["params", "MMACs", "training MB"]
     head += [f"ms, {t['runtime']}, batch {t['batch_size']}" for t in times]
-    lines = []
-    for name, found in itertools.chain(*by_macs(table, rows)):
-        cells = [table.title(name), _spread(found, "accuracy"), _spread(found, "as_cut")]
+    nets = list(itertools.chain(*by_macs(table, rows)))
+    first = {row["seed"]: row["accuracy"] for row in nets[0][1]}
+    lines: list[list[str]] = []
+    for name, found in nets:
+        cells = [table.title(name), _spread([row["accuracy"] for row in found])]
+        above = [row["accuracy"] - first[row["seed"]] for row in found]
+        cells += [_spread(above, "+") if lines else ""]
+        cells += [_spread([row["as_cut"] for row in found if row["as_cut"] is not None])]
         cells += [f"{_mean(found, 'params'):,.0f}", f"{_mean(found, 'macs') / 1e6:.2f}"]
         cells += [f"{_mean(found, 'training_mb'):.1f}"]
         cells += [f"{t['latency'][name]['median_ms']:.2f}" for t in times]
@@ -195,7 +208,7 @@ def plot(table: Table, rows: Sequence[Row], path: Path) -> None:
             axes.errorbar(
                 center + 0.06 * (number - (len(equal) - 1) / 2),
                 _mean(found, "accuracy"),
-                yerr=_deviation(found, "accuracy"),
+                yerr=_deviation([row["accuracy"] for row in found]),
                 fmt="o" if whole else "s",
                 color=next(color),
                 capsize=3,
@@ -214,15 +227,15 @@ def _mean(rows: Sequence[Row], key: str) -> float:
     return statistics.fmean(row[key] for row in rows)
 
 
-def _deviation(rows: Sequence[Row], key: str) -> float:
-    return statistics.stdev(row[key] for row in rows) if len(rows) > 1 else 0.0
+def _deviation(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def _spread(rows: Sequence[Row], key: str) -> str:
-    if rows[0][key] is None:
+def _spread(values: Sequence[float], sign: str = "") -> str:
+    if not values:
         return ""
-    spread = f" ± {_deviation(rows, key):.2f}" if len(rows) > 1 else ""
-    return f"{_mean(rows, key):.2f}{spread}"
+    spread = f" ± {_deviation(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):{sign}.2f}{spread}"
 
 
 def main(arguments: list[str] | None = None) -> None:
