@@ -114,7 +114,7 @@ def plot(rows: list[Row], path: Path) -> None:
             times.bar(at, ratio, 0.8 / len(ratios), color=colour[variant])
     times.axhline(1, color="#888888", lw=0.8)
     labels = [f"{row['net']}\n{row['precision']}" for row in groups]
-    times.set_xticks(range(len(groups)), labels)
+    times.set_xticks(range(len(groups)), labels, fontsize=7)
     times.set(ylabel="time of a step / fastest plain one")
     for axes in (memory, times):
         axes.spines[["top", "right"]].set_visible(False)
