@@ -135,10 +135,9 @@ def read_backward(
 ) -> list[Tensor]:
     """Add scale * gradient to `grad_stream`; the gradients of the reader's own parameters.
 
-    What the statistics of the batch owe is not in it: `settle_` takes it off, for all readers at once.
+    What the statistics of the batch owe is not in it: `Debts.settle` takes it off, for all readers at once.
     """
-    total = torch.zeros(2, len(norm.scale), dtype=torch.float64)
-    total = total.to(norm.scale.device)
+    total = norm.scale.new_zeros(2, len(norm.scale), dtype=torch.float64)
     grad_weight: Any = None
     for x, rows in _chunks(stream, reader):
         activated, x = _activated(x, norm)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import socket
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from commands import in_two_processes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory import saved_bytes
@@ -431,13 +429,7 @@ PROCESSES = """
 def test_two_processes(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(textwrap.dedent(PROCESSES))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--master_port", str(port), str(script), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_two_processes(script, str(tmp_path))
     ranks = [torch.load(tmp_path / f"rank{i}.pt", weights_only=True) for i in range(2)]
     for key, plain in ranks[0][0].items():
         torch.testing.assert_close(ranks[0][1][key], plain, rtol=1e-9, atol=1e-11, msg=key)

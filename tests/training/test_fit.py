@@ -6,7 +6,6 @@ import copy
 import json
 import math
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from commands import in_two_processes
 from torch import Tensor, nn
 
 import prune_dn
@@ -484,13 +484,7 @@ def test_two_processes(data: Datasets, tmp_path: Path) -> None:
     script.write_text(
         SCRIPT.format(before="", after=SAVE).replace('simplefilter("error")', "resetwarnings()")
     )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--master_port", str(port), str(script), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_two_processes(script, str(tmp_path))
     ranks = [torch.load(tmp_path / f"rank{i}.pt", weights_only=True) for i in range(2)]
     for key, value in ranks[0]["model"].items():
         assert torch.equal(value, ranks[1]["model"][key]), key
