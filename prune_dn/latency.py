@@ -191,6 +191,8 @@ def _onnx_run(path: Path, images: Tensor, threads: int) -> Callable[[], None]:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    # Its threads would wait for work in a busy loop, and take the cores from the model timed next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     feed = {INPUT_NAME: images.numpy()}
 

@@ -69,10 +69,12 @@ def test_rows_for_both_sides_and_a_resumed_run(tmp_path: Path, capsys) -> None:
     with pytest.raises(SystemExit):
         tool.main([*arguments, "--ratios", "0.999"])
     assert "error" in capsys.readouterr().out
-    arguments[arguments.index("--methods") + 1 :] = ["slimming", "--latency", "--repeats", "1"]
-    tool.main(arguments)
+    in_time = "ours/l2/none/stream+bottleneck+layer/latency"
+    arguments[arguments.index("--methods") + 1 :] = ["slimming", in_time]
+    tool.main([*arguments, "--latency", "--repeats", "1"])
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
-    assert rows[1]["onnxruntime_batch1_ms"] > 0
+    assert [row["method"] for row in rows] == ["dense", "slimming", in_time]
+    assert all(row["onnxruntime_batch1_ms"] > 0 for row in rows)
 
 
 def test_a_table_of_means_and_the_fastest_of_equal_accuracy(tmp_path: Path) -> None:

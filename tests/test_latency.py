@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -123,6 +124,16 @@ def test_onnxruntime(tmp_path: Path) -> None:
     both = compare_latency({"a": model, "b": model}, onnx_paths={"a": path}, **options)
     assert both["a"].n == both["b"].n == 3
     assert os.listdir(tmp_path) == ["net.onnx"]  # the export of b is gone again
+
+
+def test_who_is_not_timed_leaves_the_cores_alone(tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    export_onnx(densenet([2], 32, stem="cifar"), path, image_size=32)
+    run = prune_dn.latency._onnx_run(path, torch.zeros(1, 3, 32, 32), threads=2)
+    run()
+    before = time.process_time()  # of all threads of this process, those that wait in a loop too
+    time.sleep(0.1)
+    assert time.process_time() - before < 0.005
 
 
 def test_machine_says_what_it_is() -> None:

@@ -1,12 +1,14 @@
 """The pruners that `compare_pruners.py` sets side by side: ours, Torch-Pruning's, Network Slimming's.
 
 A method is a function `(net, ratio, batches, image_size, seed) -> pruned net` that removes at least
-`ratio` of the MACs and as little more as it can.
+`ratio` of the MACs (of the time in onnxruntime at batch 1, where its name ends in `/latency`) and as
+little more as it can.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 from bisect import bisect_left
 from collections.abc import Callable
 
@@ -17,10 +19,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import prune_dn
-from prune_dn.models import DenseNet
+from prune_dn.models import DenseNet, DenseNetConfig
 from prune_dn.pruning import CRITERIA
 from prune_dn.pruning.budget import cost
 from prune_dn.pruning.importance import importance, reads_images
+from prune_dn.pruning.latency_model import LatencyModel
 from prune_dn.pruning.parts import Mask
 from prune_dn.pruning.plan import plan_of
 from prune_dn.pruning.units import Units
@@ -32,25 +35,31 @@ UNITS = {
     "edge": ("edge",),
     "bottleneck": ("bottleneck",),
     "stream+bottleneck": ("stream", "bottleneck"),
+    "stream+bottleneck+layer": ("stream", "bottleneck", "layer"),
     "all": ("stream", "bottleneck", "edge"),
 }
 THEIRS = ("bn_scale", "l1", "l2", "taylor", "lamp", "fpgm")
 
 
 def methods() -> dict[str, Method]:
-    """All methods by name: `ours/CRITERION/COMPENSATE/UNITS`, `tp/CRITERION/SCOPE`, `slimming`."""
+    """All methods by name: `ours/CRITERION/COMPENSATE/UNITS`, `tp/CRITERION/SCOPE`, `slimming`.
+
+    Ours once more with `/latency` at the end.
+    """
     found: dict[str, Method] = {"slimming": slimming}
     for criterion in sorted(CRITERIA):
         for compensate in ("none", "mean", "least_squares"):
             for name, units in UNITS.items():
-                found[f"ours/{criterion}/{compensate}/{name}"] = ours(criterion, compensate, units)
+                ours_is = f"ours/{criterion}/{compensate}/{name}"
+                found[ours_is] = ours(criterion, compensate, units)
+                found[f"{ours_is}/latency"] = ours(criterion, compensate, units, "latency")
     for criterion in THEIRS:
         for scope in ("global", "local"):
             found[f"tp/{criterion}/{scope}"] = theirs(criterion, scope == "global")
     return found
 
 
-def ours(criterion: str, compensate: str, units: tuple[str, ...]) -> Method:
+def ours(criterion: str, compensate: str, units: tuple[str, ...], unit: str = "macs") -> Method:
     """Our `prune` with these choices."""
 
     def cut(net: DenseNet, ratio: float, batches: Batches, size: int, seed: int) -> nn.Module:
@@ -58,16 +67,23 @@ def ours(criterion: str, compensate: str, units: tuple[str, ...]) -> Method:
         return prune_dn.prune(
             net,
             ratio,
-            unit="macs",
+            unit=unit,
             criterion=criterion,
             compensate=compensate,
             units=units,
             calibration=batches if needs else None,
             input_size=size,
             seed=seed,
+            latency_model=_latency_model(net.config, size) if unit == "latency" else None,
         )
 
     return cut
+
+
+@functools.cache
+def _latency_model(config: DenseNetConfig, size: int) -> LatencyModel:
+    """One for all rows of a net: onnxruntime at batch 1, as it is timed for the table."""
+    return prune_dn.fit_latency_model(DenseNet(config), image_size=size)
 
 
 def slimming(net: DenseNet, ratio: float, batches: Batches, size: int, seed: int) -> nn.Module:
