@@ -52,7 +52,7 @@ class Comparison:
     def __init__(self, given: argparse.Namespace) -> None:
         self.given = given
         self.net = prune_dn.convert(prune_dn.load(given.checkpoint)).eval()
-        self.methods = methods()
+        self.methods = methods(given.round_to)
         self.whole = macs_of(self.net, given.image_size)
         mean, std = NORMALISATIONS[given.normalize]
         self.data: Datasets = load_datasets(
@@ -61,6 +61,8 @@ class Comparison:
         told = vars(given).items()
         left_out = ("ratios", "methods", "out", "seeds", "docs", "plot")
         self.settings = {key: str(value) for key, value in told if key not in left_out}
+        if given.round_to == 1:
+            self.settings.pop("round_to")
         self.settings["checkpoint"] = hashlib.sha256(given.checkpoint.read_bytes()).hexdigest()[:12]
         self.settings["machine"] = machine()
 
@@ -168,11 +170,12 @@ def circumstances(rows: list[Row]) -> str:
     settings = rows[0]["settings"]
     seeds = sorted({row["seed"] for row in rows})
     counted = [f"{row['images']:,}" for row in rows if "images" in row]
+    widths = f"; widths are multiples of {settings['round_to']}" if "round_to" in settings else ""
     return (
         f"{settings['machine']}; {counted[0]} {settings['split']} images, precision "
         f"{settings['precision']}; {settings['calibration']} images for criteria and refits, "
         f"{settings['recalibration']} for recalibration (augmentation: "
-        f"{settings['recalibration_augment']}); seeds {', '.join(map(str, seeds))}."
+        f"{settings['recalibration_augment']}); seeds {', '.join(map(str, seeds))}{widths}."
     )
 
 
@@ -258,6 +261,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--recalibration", type=int, default=1024)
     parser.add_argument(
         "--recalibration-augment", choices=sorted(AUGMENTATIONS), default="none", metavar="NAME"
+    )
+    parser.add_argument(
+        "--round-to", type=int, default=1, help="of ours and Torch-Pruning's widths"
     )
     parser.add_argument("--epochs", type=int, default=0, help="of fine-tuning, for everybody")
     parser.add_argument("--learning-rate", type=float, default=0.05)

@@ -11,6 +11,7 @@ import copy
 import functools
 from bisect import bisect_left
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,40 +42,45 @@ UNITS = {
 THEIRS = ("bn_scale", "l1", "l2", "taylor", "lamp", "fpgm")
 
 
-def methods() -> dict[str, Method]:
+def methods(round_to: int = 1) -> dict[str, Method]:
     """All methods by name: `ours/CRITERION/COMPENSATE/UNITS`, `tp/CRITERION/SCOPE`, `slimming`.
 
-    Ours once more with `/latency` at the end.
+    Ours once more with `/latency` at the end. `round_to` is for ours and Torch-Pruning's.
     """
     found: dict[str, Method] = {"slimming": slimming}
     for criterion in sorted(CRITERIA):
         for compensate in ("none", "mean", "least_squares"):
-            for name, units in UNITS.items():
-                ours_is = f"ours/{criterion}/{compensate}/{name}"
-                found[ours_is] = ours(criterion, compensate, units)
-                found[f"{ours_is}/latency"] = ours(criterion, compensate, units, "latency")
+            for kinds, units in UNITS.items():
+                name = f"ours/{criterion}/{compensate}/{kinds}"
+                choices: dict[str, Any] = {
+                    "criterion": criterion,
+                    "compensate": compensate,
+                    "units": units,
+                }
+                found[name] = ours(unit="macs", round_to=round_to, **choices)
+                found[f"{name}/latency"] = ours(unit="latency", round_to=round_to, **choices)
     for criterion in THEIRS:
         for scope in ("global", "local"):
-            found[f"tp/{criterion}/{scope}"] = theirs(criterion, scope == "global")
+            found[f"tp/{criterion}/{scope}"] = theirs(criterion, scope == "global", round_to)
     return found
 
 
-def ours(criterion: str, compensate: str, units: tuple[str, ...], unit: str = "macs") -> Method:
+def ours(criterion: str, compensate: str, **choices: Any) -> Method:
     """Our `prune` with these choices."""
 
     def cut(net: DenseNet, ratio: float, batches: Batches, size: int, seed: int) -> nn.Module:
         needs = reads_images(criterion) or compensate != "none"
+        in_time = choices["unit"] == "latency"
         return prune_dn.prune(
             net,
             ratio,
-            unit=unit,
             criterion=criterion,
             compensate=compensate,
-            units=units,
             calibration=batches if needs else None,
             input_size=size,
             seed=seed,
-            latency_model=_latency_model(net.config, size) if unit == "latency" else None,
+            latency_model=_latency_model(net.config, size) if in_time else None,
+            **choices,
         )
 
     return cut
@@ -116,7 +122,7 @@ def slimming(net: DenseNet, ratio: float, batches: Batches, size: int, seed: int
     return prune_dn.apply_plan(net, plan_of(units, keep(count)))
 
 
-def theirs(criterion: str, global_pruning: bool) -> Method:
+def theirs(criterion: str, global_pruning: bool, round_to: int) -> Method:
     """Torch-Pruning's BasePruner with these choices, its ratio bisected to the MACs asked for."""
     import torch_pruning as tp
 
@@ -141,6 +147,7 @@ def theirs(criterion: str, global_pruning: bool) -> Method:
             pruning_ratio=ratio,
             max_pruning_ratio=0.95,
             global_pruning=global_pruning,
+            round_to=None if round_to == 1 else round_to,
             ignored_layers=[model.classifier],
         ).step()
         model.zero_grad()

@@ -74,16 +74,10 @@ def choose(units: Units, scores: Scores, may_go: Mask, budget: Budget) -> Mask:
             break
         keep = less
     order = ranking.order(keep, ranking.costs(keep))
-    count = ranking.enough(keep, order)
-    # A whole layer can be more than what is missing: then others go instead, if they can.
-    if (
-        len(order)
-        and spare[order[count - 1]]
-        and ranking.meets(ranking.cut(keep, order[~spare[order]]))
-    ):
-        order = order[~spare[order]]
-        count = ranking.enough(keep, order)
-    return ranking.cut(keep, order[:count])
+    gone = order[: ranking.enough(keep, order)]
+    if len(gone) and spare[gone[-1]]:
+        gone = ranking.spared(keep, gone)
+    return ranking.cut(keep, gone)
 
 
 class _Ranking:
@@ -111,6 +105,20 @@ class _Ranking:
             return self.meets(self.cut(keep, order[:count]))
 
         return bisect_left(range(len(order)), True, lo=1, key=meets)
+
+    def spared(self, keep: Mask, gone: Indices) -> Indices:
+        """Less than `gone`, whose last one is a whole layer and may save more than what is missing.
+
+        The layer goes; of the others no more than are needed beside it, the first to go first.
+        """
+        part = self.market.part[gone]
+        layer, others = gone[part == part[-1]], gone[part != part[-1]]
+
+        def meets(count: int) -> bool:
+            return self.meets(self.cut(keep, np.concatenate([others[:count], layer])))
+
+        count = bisect_left(range(len(others)), True, key=meets)
+        return np.concatenate([others[:count], layer])
 
     def costs(self, keep: Mask) -> Costs:
         """What each unit costs in the net that `keep` leaves."""

@@ -22,7 +22,9 @@ class Rates:
     """Cost per weight and per norm channel, and, for one image, per multiply-add and per element.
 
     `concatenated`: an element of the stream, for every reader (which concatenates it);
-    `gathered`: an element that a reader selects; `gather`, `layer`: each one of them.
+    `gathered`: an element that a reader selects; `gather`, `layer`: each one of them. The multiply-adds
+    of a conv are those of widths filled up to multiples of `step`, as a runtime does that computes
+    in blocks of channels (inputs below `step` are not filled up).
     """
 
     weight: float = 0
@@ -34,11 +36,26 @@ class Rates:
     gathered: float = 0
     gather: float = 0
     layer: float = 0
+    step: int = 1
 
     def conv(self, inputs: int, outputs: int, kernel: int, pixels: int) -> float:
         """A convolution without bias."""
-        mac = self.mac_1x1 if kernel == 1 else self.mac_kxk
-        return inputs * outputs * kernel * kernel * (self.weight + pixels * mac)
+        filled = self._filled(inputs) if inputs >= self.step else inputs
+        time = filled * self._filled(outputs) * pixels * self._mac(kernel)
+        return kernel * kernel * (inputs * outputs * self.weight + time)
+
+    def filter(self, inputs: int, outputs: int, kernel: int, pixels: int) -> float:
+        """What each of a convolution's filters saves that goes: no time where they fill one step."""
+        whole = self.conv(inputs, outputs, kernel, pixels)
+        if 1 < outputs <= self.step:
+            whole = inputs * outputs * kernel * kernel * self.weight
+        return whole / max(outputs, 1)
+
+    def _filled(self, width: int) -> int:
+        return -(-width // self.step) * self.step
+
+    def _mac(self, kernel: int) -> float:
+        return self.mac_1x1 if kernel == 1 else self.mac_kxk
 
     def norm(self, channels: int, pixels: int) -> float:
         """A batch norm (and the ReLU behind it)."""
@@ -148,23 +165,26 @@ def unit_costs(units: Units, keep: Mask, rates: Rates, image_size: ImageSize | N
                 # Where the other side stays, the norm channel stays.
                 each[part.sides.group.units] = edge * ~_rival_stays(part.sides, keep)
         if part.bottleneck is not None:
+            assert narrow is not None
             each[part.bottleneck.units] = (
-                rates.conv(read, 1, 1, area) + rates.norm(1, area) + rates.conv(1, filters, 3, area)
+                rates.filter(read, narrow, 1, area)
+                + rates.norm(1, area)
+                + rates.conv(1, filters, 3, area)
             )
-            upkeep[number] = rates.norm(narrow or 0, area)
+            upkeep[number] = rates.norm(narrow, area)
+        made = narrow or read, filters, piece.kernel, area  # the conv that makes channels
+        own = rates.filter(*made)
         if part.is_dense_layer:
-            upkeep[number] += rates.layer
+            upkeep[number] += rates.layer + rates.concatenated * piece.stream * area
+            upkeep[number] += rates.conv(*made) - filters * own
         if part.stream is not None:
             later = copies[part.block if part.is_dense_layer else part.block + 1]
             siblings: int | np.ndarray = part.stream.siblings
             if part.siblings is not None:
                 siblings = np.sum(part.siblings.halves(keep), axis=0)
-                each[part.siblings.group.units] = rates.conv(narrow or read, 1, piece.kernel, area)
-            each[part.stream.units] = (
-                siblings * rates.conv(narrow or read, 1, piece.kernel, area)
-                + norm
-                + rates.concatenated * part.stream.survivors * later
-            )
+                each[part.siblings.group.units] = own
+            concatenated = rates.concatenated * part.stream.survivors * later
+            each[part.stream.units] = siblings * own + norm + concatenated
         if filters:
             copies[part.block] += area
     return Costs(each, reading, upkeep, gather)

@@ -54,6 +54,11 @@ def test_whole_layers_go_where_they_do_not_pay_for_their_upkeep() -> None:
     gone = {r["name"] for r in plan.layers if r["after"] == 0}
     assert gone == {f"features.denseblock1.denselayer2.{x}" for x in ("norm1", "conv1", "conv2")}
     assert all(r["after"] for r in make_plan(net, 0.25, unit="macs").layers)
+    # The layer alone saves a fifth: where less is asked for, nothing else has to go.
+    less = make_plan(net, 0.15, unit="macs", units=["stream", "layer"])
+    assert {r["name"] for r in less.layers if r["after"] == 0} == gone
+    assert [len(block) for block in less.config_after.blocks] == [3, 4]
+    assert all(layer.out_channels == 6 for layer in sum(less.config_after.blocks, ()))
 
 
 def test_local_scope_cuts_the_same_share_everywhere() -> None:

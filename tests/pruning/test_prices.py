@@ -135,6 +135,36 @@ def test_a_layer_goes_where_its_channels_no_longer_pay_for_it() -> None:
     assert np.isinf(layers[[not p.is_dense_layer for p in market.parts]]).all()
 
 
+def test_widths_in_blocks_of_channels() -> None:
+    rates = Rates(weight=1, mac_kxk=1, step=16)
+    assert rates.conv(40, 12, 3, 100) == 9 * (40 * 12 + 48 * 16 * 100)
+    assert rates.conv(3, 17, 3, 100) == 9 * (3 * 17 + 3 * 32 * 100)  # pixels are not filled up
+    assert rates.filter(40, 12, 3, 100) == 9 * 40  # no time: one block stays one block
+    assert rates.filter(32, 32, 3, 100) == 9 * (32 + 32 * 100)
+
+
+@pytest.mark.parametrize("step", [1, 8])
+@pytest.mark.parametrize("config", [BOTTLENECKS, BASIC])
+def test_a_layer_saves_what_it_costs(config, step) -> None:
+    """The last one, which only the classifier reads: upkeep, what it reads, and its filters."""
+    units = Units(config)
+    everything = np.ones(units.size, dtype=bool)
+    rates = dataclasses.replace(TIMES, mac_1x1=0, gather=0, gathered=0, step=step)
+    costs = unit_costs(units, everything, rates, 40)
+    market = Market(units, np.ones(units.size), everything)
+    number = max(i for i, part in enumerate(market.parts) if part.is_dense_layer)
+    part = market.parts[number]
+    assert part.edges is not None and part.stream is not None
+    without = everything.copy()
+    without[part.stream.units] = False
+    difference = total_cost(units, everything, rates, 40) - total_cost(
+        units, units.close(without), rates, 40
+    )
+    filters = market.saved(everything, costs)[part.stream.units].sum()
+    found = costs.upkeep[number] + costs.reading[part.edges.units].sum() + filters
+    assert found == pytest.approx(difference)
+
+
 def test_a_gather_raises_the_price_of_the_first_edges() -> None:
     units = Units(BOTTLENECKS)
     keep = np.ones(units.size, dtype=bool)
