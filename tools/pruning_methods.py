@@ -79,7 +79,7 @@ def ours(criterion: str, compensate: str, **choices: Any) -> Method:
             calibration=batches if needs else None,
             input_size=size,
             seed=seed,
-            latency_model=_latency_model(net.config, size) if in_time else None,
+            latency_model=latency_model(net.config, size) if in_time else None,
             **choices,
         )
 
@@ -87,7 +87,7 @@ def ours(criterion: str, compensate: str, **choices: Any) -> Method:
 
 
 @functools.cache
-def _latency_model(config: DenseNetConfig, size: int) -> LatencyModel:
+def latency_model(config: DenseNetConfig, size: int) -> LatencyModel:
     """One for all rows of a net: onnxruntime at batch 1, as it is timed for the table."""
     return prune_dn.fit_latency_model(DenseNet(config), image_size=size)
 
