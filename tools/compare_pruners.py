@@ -7,8 +7,9 @@
 A row is one method, one share of MACs and one seed: accuracy as the net is after the cut
 (`one-shot`), after its norms' statistics were estimated anew (`recalibrated`) and, with `--epochs`,
 after fine-tuning the recalibrated net, the same for everybody. All get the same training images,
-plain ones, for the norms augmented by `--recalibration-augment` (what the net was trained with). A seed draws the images and orders the fine-tuning. Torch-Pruning's ratio is found by
-bisection, so that at least the asked share of MACs goes. A row is kept in OUT/results.jsonl as soon
+plain ones, for the norms augmented by `--recalibration-augment` (what the net was trained with).
+A seed draws the images and orders the fine-tuning. Torch-Pruning's ratio is found by bisection,
+so that at least the asked share of MACs goes. A row is kept in OUT/results.jsonl as soon
 as it is there; a run that was stopped goes on. OUT gets table.md and pareto.png; `--docs FILE NAME`
 writes the table, and what it was measured on, between FILE's `<!-- NAME -->` and
 `<!-- end NAME -->`, `--plot FILE` the plot there. The last line is JSON.

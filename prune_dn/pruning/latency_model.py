@@ -79,8 +79,9 @@ def fit_latency_model(
     """Time `nets` random cuts of a DenseNet, in turns, and fit the rates that explain the times.
 
     The cuts are of all kinds of units and depend on `seed`; the fit is least squares of relative
-    errors with rates that are not negative. `rates.step` is the one of 1, 8 and 16 with the least error. For onnxruntime most of the time goes into exporting the
-    nets; threads are PyTorch's present number.
+    errors with rates that are not negative. `rates.step` is that of 1, 8 and 16 with the least
+    error. For onnxruntime most of the time goes into exporting the nets; threads are PyTorch's
+    present number.
 
     >>> from prune_dn.models import densenet
     >>> net = densenet([2, 2], 8, stem="cifar", num_classes=10)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import sys
 
 import pytest
 
@@ -35,6 +37,15 @@ def test_known_rates_are_found_again(monkeypatch) -> None:
     assert found.rates.mac_kxk == pytest.approx(1e-7, rel=1e-3)
     assert found.rates.layer == pytest.approx(0.05, rel=1e-3)
     assert found.rates.gathered == pytest.approx(0, abs=1e-9)
+
+
+def test_blocks_of_channels_are_found_again(monkeypatch) -> None:
+    rates = dataclasses.replace(RATES, step=8, mac_kxk=1e-6)
+    monkeypatch.setattr(sys.modules[__name__], "TRUE", dataclasses.replace(TRUE, rates=rates))
+    pretend(monkeypatch)
+    found = fit_latency_model(NET, runtime="eager", nets=24)
+    assert found.rates.step == 8
+    assert found.error < 1e-6
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.25, 0.8])
