@@ -62,7 +62,7 @@ class Comparison:
         told = vars(given).items()
         left_out = ("ratios", "methods", "out", "seeds", "docs", "plot")
         self.settings = {key: str(value) for key, value in told if key not in left_out}
-        if given.round_to == 1:
+        if given.round_to == 1:  # as in rows that were measured before there was a choice
             self.settings.pop("round_to")
         self.settings["checkpoint"] = hashlib.sha256(given.checkpoint.read_bytes()).hexdigest()[:12]
         self.settings["machine"] = machine()

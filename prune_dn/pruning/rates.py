@@ -41,7 +41,8 @@ class Rates:
     def conv(self, inputs: int, outputs: int, kernel: int, pixels: int) -> float:
         """A convolution without bias."""
         filled = self._filled(inputs) if inputs >= self.step else inputs
-        time = filled * self._filled(outputs) * pixels * self._mac(kernel)
+        mac = self.mac_1x1 if kernel == 1 else self.mac_kxk
+        time = filled * self._filled(outputs) * pixels * mac
         return kernel * kernel * (inputs * outputs * self.weight + time)
 
     def filter(self, inputs: int, outputs: int, kernel: int, pixels: int) -> float:
@@ -53,9 +54,6 @@ class Rates:
 
     def _filled(self, width: int) -> int:
         return -(-width // self.step) * self.step
-
-    def _mac(self, kernel: int) -> float:
-        return self.mac_1x1 if kernel == 1 else self.mac_kxk
 
     def norm(self, channels: int, pixels: int) -> float:
         """A batch norm (and the ReLU behind it)."""
