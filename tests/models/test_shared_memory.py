@@ -401,16 +401,14 @@ def test_second_derivatives_are_refused() -> None:
 
 
 PROCESSES = """
-    import sys, warnings
+    import sys
     import torch
-    import torch.distributed as dist
     import torch.nn.functional as F
     from torch.nn.parallel import DistributedDataParallel
     from prune_dn.models import densenet
+    from prune_dn.processes import process_state
 
-    dist.init_process_group("gloo")
-    rank, found = dist.get_rank(), {}
-    for level in (0, 1):
+    def trained(level):
         torch.manual_seed(0)
         net = densenet([2, 2], 4, stem="cifar", num_classes=3, memory_efficient=level).double()
         shared = DistributedDataParallel(net)
@@ -420,9 +418,12 @@ PROCESSES = """
             optimizer.zero_grad()
             F.cross_entropy(shared(x.double()), torch.tensor([0, 1, 2, 0])).backward()
             optimizer.step()
-        found[level] = net.state_dict()
-    torch.save(found, f"{sys.argv[1]}/rank{rank}.pt")
-    dist.destroy_process_group()
+        return net.state_dict()
+
+    state = process_state()
+    rank = state.process_index
+    torch.save({level: trained(level) for level in (0, 1)}, f"{sys.argv[1]}/rank{rank}.pt")
+    state.destroy_process_group()
 """
 
 

@@ -306,7 +306,8 @@ def test_resumed_equals_uninterrupted(
 
 
 SCRIPT = """
-import os, sys, warnings
+import gc, os, sys, warnings
+from pathlib import Path
 warnings.simplefilter("error")
 import torch
 torch.set_num_threads(1)
@@ -475,6 +476,9 @@ found = evaluate(model, data.test, batch_size=50)
 torch.save({"model": model.state_dict(), "found": (found.accuracy, found.loss, found.n),
             "history": result.history[-1]["val_loss"]}, f"{sys.argv[1]}/rank{rank}.pt")
 torch.distributed.destroy_process_group()
+gc.collect()
+threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+assert not any("gloo" in name for name in threads), threads  # one that ends late aborts the process
 """
 
 
