@@ -15,7 +15,7 @@ from prune_dn.pruning.prices import Costs, Indices, Market
 from prune_dn.pruning.rates import Rates, total_cost, unit_costs
 from prune_dn.pruning.units import Units
 
-ROUNDS = 6
+ROUNDS, AVALANCHES = 6, 20
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,13 @@ def choose(units: Units, scores: Scores, may_go: Mask, budget: Budget) -> Mask:
         if ranking.meets(less):
             break
         keep = less
-    order = ranking.order(keep, ranking.costs(keep))
+    costs = ranking.costs(keep)
+    order = ranking.order(keep, costs)
     gone = order[: ranking.enough(keep, order)]
     if len(gone) and spare[gone[-1]]:
         gone = ranking.spared(keep, gone)
+    else:
+        gone = ranking.without_avalanche(keep, order, gone, costs)
     return ranking.cut(keep, gone)
 
 
@@ -119,6 +122,29 @@ class _Ranking:
 
         count = bisect_left(range(len(others)), True, key=meets)
         return np.concatenate([others[:count], layer])
+
+    def without_avalanche(
+        self, keep: Mask, order: Indices, gone: Indices, costs: Costs
+    ) -> Indices:
+        """`gone`, the shortest prefix of `order` that meets the target, or one that overshoots less.
+
+        The last edge that read a layer takes the layer with it, and all that nobody reads then. Where
+        that saves more than any unit by itself, the unit that would start it stays, and the next ones
+        in the order go instead; if that never comes closer, `gone` is the answer.
+        """
+        saved = self.budget.round_to * self.market.saved(keep, costs)
+        closest, left = gone, self.remains(self.cut(keep, gone))
+        for _ in range(AVALANCHES):
+            if self.budget.target - left <= saved[gone].max(initial=0):
+                break
+            order = np.delete(order, len(gone) - 1)
+            if not self.meets(self.cut(keep, order)):
+                break
+            gone = order[: self.enough(keep, order)]
+            remains = self.remains(self.cut(keep, gone))
+            if remains > left:
+                closest, left = gone, remains
+        return closest
 
     def costs(self, keep: Mask) -> Costs:
         """What each unit costs in the net that `keep` leaves."""
