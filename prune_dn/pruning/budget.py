@@ -123,9 +123,7 @@ class _Ranking:
         count = bisect_left(range(len(others)), True, key=meets)
         return np.concatenate([others[:count], layer])
 
-    def without_avalanche(
-        self, keep: Mask, order: Indices, gone: Indices, costs: Costs
-    ) -> Indices:
+    def without_avalanche(self, keep: Mask, order: Indices, gone: Indices, costs: Costs) -> Indices:
         """`gone`, the shortest prefix of `order` that meets the target, or one that overshoots less.
 
         The last edge that read a layer takes the layer with it, and all that nobody reads then. Where
