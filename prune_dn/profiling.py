@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,14 +43,6 @@ class LayerCost:
     channels: int
 
 
-class Widths(NamedTuple):
-    """The widths of one part: channels read, bottleneck (None = none), filters of its last conv."""
-
-    read: int
-    bottleneck: int | None
-    filters: int
-
-
 def count(model: nn.Module | DenseNetConfig, image_size: ImageSize | None = None) -> Cost:
     """Parameters, MACs for one image, and norm channels; `model` stays as it is.
 
@@ -82,7 +73,7 @@ def count_per_layer(
         image_size = model.config.image_size
     if isinstance(model, nn.Module):
         return list(module_rows(model, weight_uses(model, image_size)))
-    return list(cost_rows(model, widths_of(model), image_size))
+    return list(_densenet_rows(model, image_size))
 
 
 def weight_uses(model: nn.Module, image_size: ImageSize | None) -> Mapping[str, int]:
@@ -168,59 +159,40 @@ def total(rows: list[LayerCost]) -> Cost:
     )
 
 
-def widths_of(config: DenseNetConfig) -> dict[str, Widths]:
-    """The widths of the stem, each dense layer, each transition and the classifier, by name."""
-    stream = config.num_init_features
-    widths = {"features.conv0": Widths(config.in_channels, None, stream)}
-    for b, block in enumerate(config.blocks, start=1):
-        for layer in block:
-            read = stream if layer.input_indices is None else len(layer.input_indices)
-            name = f"features.denseblock{b}.{layer.name}"
-            widths[name] = Widths(read, layer.bottleneck, layer.filters)
-            stream += layer.out_channels
-        if b <= len(config.transitions):
-            transition = config.transitions[b - 1]
-            indices = transition.input_indices
-            read = stream if indices is None else len(indices)
-            widths[f"features.transition{b}"] = Widths(read, None, transition.filters)
-            stream = transition.out_channels
-    indices = config.classifier_indices
-    read = stream if indices is None else len(indices)
-    widths["classifier"] = Widths(read, None, config.num_classes)
-    return widths
-
-
-def cost_rows(
-    config: DenseNetConfig, widths: Mapping[str, Widths], image_size: ImageSize | None = None
-) -> Iterator[LayerCost]:
-    """The cost of a net of this shape with these widths; a layer without widths is not there."""
+def _densenet_rows(config: DenseNetConfig, image_size: ImageSize | None) -> Iterator[LayerCost]:
     pixels = block_pixels(config, image_size)
-    stem = widths["features.conv0"]
+    stream = config.num_init_features
     kernel = 3 if config.stem == "cifar" else 7
-    yield _conv("features.conv0", stem.read, stem.filters, kernel, stem_pixels(config, image_size))
+    pixels_of_stem = stem_pixels(config, image_size)
+    yield _conv("features.conv0", config.in_channels, stream, kernel, pixels_of_stem)
     if config.stem == "imagenet":
-        yield _norm("features.norm0", stem.filters)
+        yield _norm("features.norm0", stream)
     for b, block in enumerate(config.blocks, start=1):
         here = pixels[b - 1]
         for layer in block:
             name = f"features.denseblock{b}.{layer.name}"
-            if name not in widths:
-                continue
-            read, bottleneck, filters = widths[name]
+            read = _read(layer.input_indices, stream)
             yield _norm(f"{name}.norm1", read)
-            if bottleneck is None:
-                yield _conv(f"{name}.conv1", read, filters, 3, here)
+            if layer.bottleneck is None:
+                yield _conv(f"{name}.conv1", read, layer.filters, 3, here)
             else:
-                yield _conv(f"{name}.conv1", read, bottleneck, 1, here)
-                yield _norm(f"{name}.norm2", bottleneck)
-                yield _conv(f"{name}.conv2", bottleneck, filters, 3, here)
+                yield _conv(f"{name}.conv1", read, layer.bottleneck, 1, here)
+                yield _norm(f"{name}.norm2", layer.bottleneck)
+                yield _conv(f"{name}.conv2", layer.bottleneck, layer.filters, 3, here)
+            stream += layer.out_channels
         if b <= len(config.transitions):
-            read, _, filters = widths[f"features.transition{b}"]
+            transition = config.transitions[b - 1]
+            read = _read(transition.input_indices, stream)
             yield _norm(f"features.transition{b}.norm", read)
-            yield _conv(f"features.transition{b}.conv", read, filters, 1, here)
-    read, _, classes = widths["classifier"]
+            yield _conv(f"features.transition{b}.conv", read, transition.filters, 1, here)
+            stream = transition.out_channels
+    read, classes = _read(config.classifier_indices, stream), config.num_classes
     yield _norm("features.norm5", read)
     yield LayerCost("classifier", read * classes + classes, read * classes, 0)
+
+
+def _read(indices: Sequence[int] | None, stream: int) -> int:
+    return stream if indices is None else len(indices)
 
 
 def default_image_size(config: DenseNetConfig | LightCNNConfig) -> int:

@@ -22,7 +22,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import prune_dn
 from prune_dn.models import DenseNet, DenseNetConfig
 from prune_dn.pruning import CRITERIA
-from prune_dn.pruning.budget import cost
 from prune_dn.pruning.importance import importance, reads_images
 from prune_dn.pruning.latency_model import LatencyModel
 from prune_dn.pruning.parts import Mask
@@ -116,7 +115,7 @@ def slimming(net: DenseNet, ratio: float, batches: Batches, size: int, seed: int
     target = (1 - ratio) * macs_of(net, size)
 
     def enough(count: int) -> bool:
-        return cost(units, keep(count), size).macs <= target
+        return prune_dn.count(units.after(keep(count)), size).macs <= target
 
     count = bisect_left(range(len(order)), True, key=enough)
     return prune_dn.apply_plan(net, plan_of(units, keep(count)))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from dataclasses import dataclass
 
 import numpy as np
 
 from prune_dn.errors import PruningError
-from prune_dn.profiling import Cost, ImageSize, cost_rows, total
+from prune_dn.profiling import ImageSize
 from prune_dn.pruning.importance import Scores
 from prune_dn.pruning.parts import Group, Mask
 from prune_dn.pruning.prices import Costs, Indices, Market
@@ -22,7 +23,8 @@ ROUNDS, AVALANCHES = 6, 20
 class Budget:
     """How much may stay, of what (`unit` is its name), counted how.
 
-    `ranks`, (units,): the smallest goes first, an infinite one never; None = by price.
+    `ranks`, (units,): the smallest goes first, an infinite one never; None = by price. A module that
+    is wider than `block` channels is cut to multiples of that too.
     """
 
     target: float
@@ -33,21 +35,19 @@ class Budget:
     round_to: int
     image_size: ImageSize | None
     whole_layers: bool = False
-
-
-def cost(units: Units, keep: Mask, image_size: ImageSize | None) -> Cost:
-    """What the net costs that a closed `keep` leaves."""
-    return total(list(cost_rows(units.config, units.widths(keep), image_size)))
+    block: int = 1
 
 
 def choose(units: Units, scores: Scores, may_go: Mask, budget: Budget) -> Mask:
     """The closed `keep` that cuts the least important units until `budget.target` is reached.
 
-    Units are ranked by `budget.ranks`, or by importance per cost saved (`prices`; with `whole_layers`
-    these go too where they do not pay for their upkeep). In the second case the cheapest units whose savings add up to half of what is still too much go, everything is
-    priced anew, and so on; at the end the shortest prefix of the ranking that leaves at most
-    `target` is found by bisection, so that the result is within the cost of one unit (of `round_to`
-    units; of one layer) of it. Raises PruningError when even the whole ranking is not enough.
+    Units are ranked by `budget.ranks`, or by importance per cost saved (`prices`; with
+    `whole_layers` these go too where they do not pay for their upkeep). In the second case the
+    cheapest units whose savings add up to half of what is still too much go, everything is priced
+    anew, and so on; at the end the shortest prefix of the ranking that leaves at most `target` is
+    found by bisection, so that the result is within the cost of one unit (of a multiple; of one
+    layer) of it; a unit that would bring down far more stays. Raises PruningError when even the whole
+    ranking is not enough.
     """
     may_go = losers(units, scores, may_go)
     fixed, spare = floor(units, scores, may_go, budget.min_channels)
@@ -92,6 +92,9 @@ class _Ranking:
         self.units, self.scores, self.may_go, self.budget = units, scores, may_go, budget
         self.spare = spare
         self.market = Market(units, scores, may_go)
+        wide = np.array([group.size > budget.block for group in units.groups])
+        self.multiples = np.where(wide, math.lcm(budget.round_to, budget.block), budget.round_to)
+        self.starts = np.array([group.start for group in units.groups])
 
     def remains(self, keep: Mask) -> float:
         """What is left of the budget's unit."""
@@ -130,10 +133,10 @@ class _Ranking:
         that saves more than any unit by itself, the unit that would start it stays, and the next ones
         in the order go instead; if that never comes closer, `gone` is the answer.
         """
-        saved = self.budget.round_to * self.market.saved(keep, costs)
+        saved = self.multiples.max(initial=1) * self.market.saved(keep, costs)
         closest, left = gone, self.remains(self.cut(keep, gone))
         for _ in range(AVALANCHES):
-            if self.budget.target - left <= saved[gone].max(initial=0):
+            if not len(gone) or self.budget.target - left <= saved[gone].max():
                 break
             order = np.delete(order, len(gone) - 1)
             if not self.meets(self.cut(keep, order)):
@@ -163,19 +166,19 @@ class _Ranking:
         return candidates[np.lexsort((own[candidates], value[candidates]))]
 
     def cut(self, keep: Mask, gone: Indices) -> Mask:
-        """What stays of `keep`; a cut width is a multiple of `round_to`: the first to go go."""
+        """What stays of `keep`; a width that is cut is a multiple: the first to go go."""
         less = keep.copy()
-        if self.budget.round_to == 1:
+        if self.multiples.max(initial=1) == 1:
             less[gone] = False
             return self.units.close(less)
-        starts = np.array([group.start for group in self.units.groups])
-        owner = np.searchsorted(starts, gone, side="right") - 1
+        owner = np.searchsorted(self.starts, gone, side="right") - 1
         by_group = gone[np.argsort(owner, kind="stable")]
-        counts = np.bincount(owner, minlength=len(starts))
+        counts = np.bincount(owner, minlength=len(self.starts))
         begins = np.cumsum(counts) - counts
         for number in np.flatnonzero(counts):
+            multiple = self.multiples[number]
             alive = int(keep[self.units.groups[number].units].sum())
-            kept = -(-(alive - counts[number]) // self.budget.round_to) * self.budget.round_to
+            kept = -(-(alive - counts[number]) // multiple) * multiple
             less[by_group[begins[number] : begins[number] + max(alive - kept, 0)]] = False
         return self.units.close(less)
 

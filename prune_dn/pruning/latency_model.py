@@ -145,10 +145,12 @@ def meet_latency(
     """The `keep` whose measured time meets `budget.target`, and the times in ms.
 
     What the model predicts wrongly is measured and asked for again, up to four times; the result is
-    the cut with the longest time of those that meet the request, or else the shortest.
+    the cut with the longest time of those that meet the request, or else the shortest. Widths that
+    are cut fill the runtime's blocks of channels, unless only others are narrow enough.
     """
     share = budget.target / model.predict(baseline)
     wanted = budget.target
+    budget = _in_blocks(units, scores, may_go, budget, model)
     found: list[tuple[float, Mask, dict[str, float]]] = []
     for _ in range(TRIES):
         asked = replace(budget, target=wanted - model.constant)
@@ -166,6 +168,18 @@ def meet_latency(
         wanted *= (1 - TOLERANCE / 2) / over
     _, keep, times = min(found, key=lambda attempt: (attempt[0] > 1, abs(1 - attempt[0])))
     return keep, times
+
+
+def _in_blocks(
+    units: Units, scores: Scores, may_go: Mask, budget: Budget, model: LatencyModel
+) -> Budget:
+    """`budget` with the widths that cost no more than narrower ones, if that can meet it."""
+    in_blocks = replace(budget, block=model.rates.step)
+    try:
+        choose(units, scores, may_go, replace(in_blocks, target=budget.target - model.constant))
+    except PruningError:
+        return budget
+    return in_blocks
 
 
 def _measure(

@@ -153,7 +153,9 @@ def make_plan(
     `mfm_win_rate` judges only what competes; the rest stays, as `protected` says.
 
     `latency` is priced by `latency_model`, or a function that fits one once nothing else is wrong; by
-    default `fit_latency_model(model)`: onnxruntime at batch 1 on this machine. The net is then timed
+    default `fit_latency_model(model)`: onnxruntime at batch 1 on this machine. Widths above the block
+    of channels that the runtime computes in (`rates.step`) are cut to multiples of it too, where that
+    can meet the budget: others would lose channels and save no time. The net is then timed
     beside the baseline and the plan corrected until the measured time meets the request; the times
     are in `achieved`.
 

@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from prune_dn.profiling import ImageSize, Widths, block_pixels, stem_pixels
-from prune_dn.pruning.parts import Mask, Pairs, Part
+from prune_dn.models import DenseNetConfig
+from prune_dn.profiling import ImageSize, block_pixels, stem_pixels
+from prune_dn.pruning.parts import Group, Mask, Pairs, Part
 from prune_dn.pruning.prices import Costs
 from prune_dn.pruning.units import Units
 
@@ -87,11 +88,11 @@ class Piece(NamedTuple):
 
 def pieces(units: Units, keep: Mask, image_size: ImageSize | None) -> Iterator[Piece]:
     """All parts, in the order in which they run; one that went whole has widths of 0."""
-    config, widths = units.config, units.widths(keep)
+    config = units.config
     areas = [stem_pixels(config, image_size), *block_pixels(config, image_size)]
     stream = config.in_channels
     for part in units.parts():
-        read, narrow, filters = widths.get(part.name, Widths(0, 0, 0))
+        read, narrow, filters = _widths(config, part, keep)
         area = areas[part.block]
         kernel = 3 if part.is_dense_layer or config.stem == "cifar" else 7
         if part.edges is not None and not part.is_dense_layer:
@@ -105,6 +106,23 @@ def pieces(units: Units, keep: Mask, image_size: ImageSize | None) -> Iterator[P
         if part.stream is not None:
             made = int(keep[part.stream.units].sum()) * part.stream.survivors
             stream = stream + made if part.is_dense_layer else made
+
+
+def _widths(config: DenseNetConfig, part: Part, keep: Mask) -> tuple[int, int | None, int]:
+    """Channels read, bottleneck (None = none) and filters of the last conv of one part."""
+
+    def left(group: Group) -> int:
+        return int(np.count_nonzero(keep[group.units]))
+
+    filters = config.num_classes
+    if part.siblings is not None:
+        filters = left(part.siblings.group)
+    elif part.stream is not None:
+        filters = left(part.stream) * part.stream.siblings
+    if not filters:
+        return 0, 0, 0
+    read = config.in_channels if part.edges is None else left(part.edges)
+    return read, None if part.bottleneck is None else left(part.bottleneck), filters
 
 
 def total_cost(units: Units, keep: Mask, rates: Rates, image_size: ImageSize | None) -> float:

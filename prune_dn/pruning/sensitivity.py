@@ -103,11 +103,11 @@ def sensitivity(
             progress(done, total)
         keep = np.ones(table.size, dtype=bool)
         keep[cut.gone] = False
-        keep = table.close(keep)
-        small = apply_plan(net, plan_of(table, keep))
+        plan = plan_of(table, table.close(keep))
+        small = apply_plan(net, plan)
         value = _number(evaluate(small.eval()), cut.group.name)
         drop = dense - value if higher_is_better else value - dense
-        left = budgets.cost(table, keep, input_size)
+        left = count(plan.config_after, input_size)
         rows += [_row(cut, ratio, (value, dense, drop), whole, left) for ratio in cut.ratios]
     if progress is not None:
         progress(total, total)

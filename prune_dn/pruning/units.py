@@ -14,7 +14,6 @@ import numpy as np
 from prune_dn.models import DenseNetConfig
 from prune_dn.models.config import Indices, LayerConfig, TransitionConfig
 from prune_dn.models.mfm import MFM_KINDS
-from prune_dn.profiling import Widths
 from prune_dn.pruning.parts import Group, Kind, Mask, Pairs, Part, Positions, Stream
 
 
@@ -67,21 +66,6 @@ class Units:
                 self._lose_readers(stream, keep)
             if np.count_nonzero(keep) == before:
                 return keep
-
-    def widths(self, keep: Mask) -> dict[str, Widths]:
-        """The widths that remain; a layer that went whole is not in it."""
-        widths = {}
-        for part in self.parts():
-            read = self.config.in_channels if part.edges is None else _count(keep, part.edges)
-            made = self.config.num_classes
-            if part.siblings is not None:
-                made = _count(keep, part.siblings.group)
-            elif part.stream is not None:
-                made = _count(keep, part.stream) * part.stream.siblings
-            narrow = None if part.bottleneck is None else _count(keep, part.bottleneck)
-            if made:
-                widths[part.name] = Widths(read, narrow, made)
-        return widths
 
     def after(self, keep: Mask) -> DenseNetConfig:
         """The description of what a closed `keep` leaves; stream positions are renumbered."""

@@ -7,6 +7,7 @@ import functools
 import sys
 
 import pytest
+import torch
 
 from prune_dn.errors import PruningError
 from prune_dn.models import densenet
@@ -14,7 +15,9 @@ from prune_dn.pruning import fit_latency_model, latency_model, make_plan
 from prune_dn.pruning.latency_model import LatencyModel
 from prune_dn.pruning.rates import Rates
 
-NET = densenet([3, 3], 8, bn_size=2, stem="cifar", num_classes=5).eval()
+with torch.random.fork_rng(devices=[]):
+    torch.manual_seed(0)
+    NET = densenet([3, 3], 8, bn_size=2, stem="cifar", num_classes=5).eval()
 RATES = Rates(mac_1x1=2e-7, mac_kxk=1e-7, normalised=3e-6, concatenated=1e-6, layer=0.05)
 TRUE = LatencyModel(RATES, 0.3, 0.0, "eager", 1, 32, "made up")
 
@@ -59,6 +62,23 @@ def test_the_measured_time_meets_the_request(monkeypatch, factor) -> None:
     assert 0.4 <= plan.achieved["ratio"] < 0.45
     assert plan.requested["latency_model"]["rates"]["mac_1x1"] == 2e-7
     assert type(plan).from_json(plan.to_json()) == plan
+
+
+def test_cut_widths_fill_blocks_where_that_can_meet_the_budget(monkeypatch) -> None:
+    """A conv that is computed in blocks of 8 takes the same time for 3 channels as for 8."""
+    rates = dataclasses.replace(RATES, step=8)
+    monkeypatch.setattr(sys.modules[__name__], "TRUE", dataclasses.replace(TRUE, rates=rates))
+    pretend(monkeypatch)
+
+    def cut_widths(ratio: float, **request: object) -> set[int]:
+        plan = make_plan(NET, ratio, unit="latency", latency_model=TRUE, criterion="l1", **request)
+        assert plan.achieved["ratio"] >= ratio
+        rows = [row for row in plan.layers if row["kind"] == "bottleneck"]
+        return {row["after"] for row in rows if row["after"] != row["before"]}
+
+    assert cut_widths(0.2) == {8}
+    assert all(width % 3 == 0 for width in cut_widths(0.2, round_to=3)), "none of 24 is left"
+    assert any(width % 8 for width in cut_widths(0.65)), "blocks of 8 leave more time than that"
 
 
 def test_the_default_model_is_fitted(monkeypatch) -> None:
