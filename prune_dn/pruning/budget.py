@@ -46,7 +46,7 @@ def choose(units: Units, scores: Scores, may_go: Mask, budget: Budget) -> Mask:
     cheapest units whose savings add up to half of what is still too much go, everything is priced
     anew, and so on; at the end the shortest prefix of the ranking that leaves at most `target` is
     found by bisection, so that the result is within the cost of one unit (of a multiple; of one
-    layer) of it; a unit that would bring down far more stays. Raises PruningError when even the whole
+    layer) of it; a unit that would bring down far more stays, unless nobody needs it. Raises PruningError when even the whole
     ranking is not enough.
     """
     may_go = losers(units, scores, may_go)
@@ -78,7 +78,7 @@ def choose(units: Units, scores: Scores, may_go: Mask, budget: Budget) -> Mask:
     gone = order[: ranking.enough(keep, order)]
     if len(gone) and spare[gone[-1]]:
         gone = ranking.spared(keep, gone)
-    else:
+    elif budget.ranks is None:
         gone = ranking.without_avalanche(keep, order, gone, costs)
     return ranking.cut(keep, gone)
 
@@ -137,6 +137,8 @@ class _Ranking:
         closest, left = gone, self.remains(self.cut(keep, gone))
         for _ in range(AVALANCHES):
             if not len(gone) or self.budget.target - left <= saved[gone].max():
+                break
+            if self.market.harm[gone[-1]] <= 0:  # what nobody needs is no loss
                 break
             order = np.delete(order, len(gone) - 1)
             if not self.meets(self.cut(keep, order)):
