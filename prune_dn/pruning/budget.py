@@ -46,8 +46,8 @@ def choose(units: Units, scores: Scores, may_go: Mask, budget: Budget) -> Mask:
     cheapest units whose savings add up to half of what is still too much go, everything is priced
     anew, and so on; at the end the shortest prefix of the ranking that leaves at most `target` is
     found by bisection, so that the result is within the cost of one unit (of a multiple; of one
-    layer) of it; a unit that would bring down far more stays, unless nobody needs it. Raises PruningError when even the whole
-    ranking is not enough.
+    layer) of it. Where prices rank, a unit that would bring down far more stays, unless nobody needs
+    it. Raises PruningError when even the whole ranking is not enough.
     """
     may_go = losers(units, scores, may_go)
     fixed, spare = floor(units, scores, may_go, budget.min_channels)
@@ -136,9 +136,9 @@ class _Ranking:
         saved = self.multiples.max(initial=1) * self.market.saved(keep, costs)
         closest, left = gone, self.remains(self.cut(keep, gone))
         for _ in range(AVALANCHES):
-            if not len(gone) or self.budget.target - left <= saved[gone].max():
+            if not len(gone) or self.scores[gone[-1]] <= 0:  # what nobody needs is no loss
                 break
-            if self.market.harm[gone[-1]] <= 0:  # what nobody needs is no loss
+            if self.budget.target - left <= saved[gone].max():
                 break
             order = np.delete(order, len(gone) - 1)
             if not self.meets(self.cut(keep, order)):
@@ -168,7 +168,7 @@ class _Ranking:
         return candidates[np.lexsort((own[candidates], value[candidates]))]
 
     def cut(self, keep: Mask, gone: Indices) -> Mask:
-        """What stays of `keep`; a width that is cut is a multiple: the first to go go."""
+        """What stays of `keep`; a cut width is one of its group's multiples: the first to go go."""
         less = keep.copy()
         if self.multiples.max(initial=1) == 1:
             less[gone] = False

@@ -145,8 +145,8 @@ def meet_latency(
     """The `keep` whose measured time meets `budget.target`, and the times in ms.
 
     What the model predicts wrongly is measured and asked for again, up to four times; the result is
-    the cut with the longest time of those that meet the request, or else the shortest. Widths that
-    are cut fill the runtime's blocks of channels, unless only others are narrow enough.
+    the cut with the longest time of those that meet the request, or else the shortest. Modules wider
+    than a block of the runtime's channels are cut to whole blocks, unless these cannot meet it.
     """
     share = budget.target / model.predict(baseline)
     wanted = budget.target
