@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,29 @@ def calibration_batches(
         x, y = batches[-1]
         batches[-1] = (x[:-over], y[:-over])
     return batches
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Inside (or as a decorator of) a loop over a loader: what its worker processes met becomes a plain DataError.
+
+    torch hands on a worker's error with its traceback as the text, and says of a worker that was
+    killed no more than that.
+    """
+    try:
+        yield
+    except DataError as error:
+        if not str(error).startswith("Caught DataError"):
+            raise
+        raise DataError(str(error).rpartition("DataError: ")[2].strip()) from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            f"a process that loads images ended ({str(error).splitlines()[0]}): it was killed, "
+            "often for lack of memory; set num_workers lower (0 loads in the main process), or "
+            "give it more memory"
+        ) from error
 
 
 class _Order(Sampler[int]):

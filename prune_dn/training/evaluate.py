@@ -12,7 +12,7 @@ from accelerate.utils import reduce
 from torch import nn
 from torch.utils.data import DataLoader
 
-from prune_dn.data import ImageSet, make_loader
+from prune_dn.data import ImageSet, loading, make_loader
 from prune_dn.errors import DataError
 from prune_dn.processes import process_state
 
@@ -26,6 +26,7 @@ class EvalResult:
     n: int
 
 
+@loading()
 @torch.no_grad()
 def evaluate(
     model: nn.Module,

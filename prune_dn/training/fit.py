@@ -58,6 +58,8 @@ def fit(
     accelerator, start = run.accelerator, time.perf_counter()
     if folder is not None and resume:
         run.restore(load_state(state_path(folder, name), run.fingerprint))
+        if accelerator.is_main_process and run.history:
+            _write_log(folder / f"{name}.jsonl", run.history)  # a kill can have come before it
     if config.tensorboard:
         _start_tensorboard(accelerator, folder, name)
     with run, display(name, run.steps, run.step, progress and accelerator.is_main_process) as shown:
@@ -73,8 +75,8 @@ def fit(
         notices = run.notices()
         for notice in notices:
             shown.say(f"notice: {notice}")
-    if config.tensorboard:
-        accelerator.end_training()
+    for tracker in accelerator.trackers:  # end_training would end the group of processes too
+        tracker.finish()
     accuracy = run.history[-1]["val_accuracy"]
     return FitResult(run.history, accuracy, time.perf_counter() - start, notices)
 

@@ -15,7 +15,7 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from prune_dn.data import Datasets, ImageSet, make_loader
+from prune_dn.data import Datasets, ImageSet, loading, make_loader
 from prune_dn.errors import TrainingError
 from prune_dn.models import DenseNet, Net
 from prune_dn.processes import process_state
@@ -103,6 +103,7 @@ class Run:
         if self.memory_efficient is not None and isinstance(self.model, DenseNet):
             self.model.memory_efficient = self.memory_efficient
 
+    @loading()
     def train_epoch(self, shown: Display) -> dict[str, Any]:
         """One pass over the training images, then a look at the validation images."""
         config, accelerator = self.config, self.accelerator

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,10 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from commands import in_two_processes
+from PIL import Image
 from torch import Tensor, nn
 
 import prune_dn
@@ -350,6 +354,81 @@ def test_killed_in_an_epoch_then_resumed(data: Datasets, tmp_path: Path) -> None
     assert same(whole, resumed)
 
 
+@pytest.mark.parametrize("when", ["between", "torn"])
+def test_the_log_follows_the_state(
+    data: Datasets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """A kill after the last state and before its row of the log, or a row that is cut short."""
+    whole = go(net(), data, epochs=2, output_dir=tmp_path / "whole")
+    log = tmp_path / "train.jsonl"
+    replace, written = os.replace, []
+
+    def killed(source: str, target: Path) -> None:
+        written.append(Path(target).name)
+        if when == "between" and written.count("train.jsonl") == 2:
+            raise Stopped
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        if when == "between":
+            with pytest.raises(Stopped):
+                go(net(), data, epochs=2, output_dir=tmp_path)
+            assert written == ["train.state.pt", "train.jsonl"] * 2
+            assert len(log.read_text().splitlines()) == 1
+        else:
+            go(net(), data, epochs=2, output_dir=tmp_path)
+            log.write_text(log.read_text()[:-30])
+    found = go(net(), data, epochs=2, output_dir=tmp_path)
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert rows == found.history
+    assert [row["val_loss"] for row in rows] == [row["val_loss"] for row in whole.history]
+
+
+KILL_LOADER = """
+import multiprocessing
+step = module.Run._update
+def kill_one(self):
+    os.kill(multiprocessing.active_children()[0].pid, 9)
+    return step(self)
+module.Run._update = kill_one
+"""
+
+
+def test_a_killed_loader_worker(tmp_path: Path) -> None:
+    before = KILL.replace("self.step == 9", "False") + KILL_LOADER
+    script = SCRIPT.format(before=before, after="").replace(
+        "batch_size=8", "batch_size=8, num_workers=2"
+    )
+    died = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True
+    )
+    assert died.returncode == 1
+    last = died.stderr.strip().splitlines()[-1]
+    assert re.match(
+        r"prune_dn\.errors\.DataError: a process that loads images ended \(DataLoader worker.*"
+        r"set num_workers lower",
+        last,
+    ), last
+
+
+def test_what_a_loader_worker_cannot_read(tmp_path: Path) -> None:
+    """The same words as without workers, no traceback of another process."""
+    for split, count in (("train", 4), ("test", 1)):
+        for name in ("a", "b"):
+            for i in range(count):
+                file = tmp_path / split / name / f"{i}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(np.full((8, 8), 16 * i + len(split), np.uint8)).save(file)
+    numbers: dict[str, Any] = {"memory_budget_mb": 0, "mean": (0.5,), "std": (0.5,)}
+    found = load_datasets("image_folder", root=tmp_path, **numbers)
+    for file in (tmp_path / "train").rglob("*.png"):
+        file.write_bytes(file.read_bytes()[:50])
+    for workers in (0, 1):
+        with pytest.raises(DataError, match=r"^cannot decode the image .*\d\.png .*remove it$"):
+            go(net(num_classes=2), found, batch_size=2, num_workers=workers)
+
+
 def test_resume_false_begins_again(data: Datasets, tmp_path: Path) -> None:
     first, second, third = net(), net(), net()
     go(first, data, output_dir=tmp_path)
@@ -473,6 +552,8 @@ SAVE = """
 from accelerate import PartialState
 rank = PartialState().process_index
 found = evaluate(model, data.test, batch_size=50)
+again = fit(model, data, config, output_dir=sys.argv[1], progress=False)
+assert len(again.history) == 2 and evaluate(model, data.test, batch_size=50) == found
 torch.save({"model": model.state_dict(), "found": (found.accuracy, found.loss, found.n),
             "history": result.history[-1]["val_loss"]}, f"{sys.argv[1]}/rank{rank}.pt")
 torch.distributed.destroy_process_group()
@@ -483,10 +564,13 @@ assert not any("gloo" in name for name in threads), threads  # one that ends lat
 
 
 def test_two_processes(data: Datasets, tmp_path: Path) -> None:
-    """Both end with the same net, buffers too, and evaluate as one process does."""
+    """Both end with the same net, buffers too, and evaluate as one process does; TensorBoard's files
+    do not end the group of processes, nor does going on when nothing is left to train."""
     script = tmp_path / "train.py"
     script.write_text(
-        SCRIPT.format(before="", after=SAVE).replace('simplefilter("error")', "resetwarnings()")
+        SCRIPT.format(before="", after=SAVE)
+        .replace('simplefilter("error")', "resetwarnings()")
+        .replace("learning_rate=0.05", "learning_rate=0.05, tensorboard=True")
     )
     in_two_processes(script, str(tmp_path))
     ranks = [torch.load(tmp_path / f"rank{i}.pt", weights_only=True) for i in range(2)]
