@@ -14,6 +14,7 @@ from prune_dn import cli_options as options
 from prune_dn.cli_options import app, example, read_recipe
 from prune_dn.console import show as _show
 from prune_dn.errors import PruneDNError
+from prune_dn.signals import Stopped
 
 
 @app.callback()
@@ -99,7 +100,7 @@ from prune_dn import cli_checkpoints, cli_sensitivity  # noqa: E402, F401
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry of `prune-dn`. Returns 0, 2 for bad input, 1 for anything else."""
+    """Entry of `prune-dn`. Returns 0, 2 for bad input, 128 + n for signal n, 1 for anything else."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         typer.main.get_command(app).main(args=given, prog_name="prune-dn")
@@ -107,6 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return end.code if isinstance(end.code, int) else 1
     except PruneDNError as error:
         return _fail(f"error: {error}", 2, given)
+    except Stopped as stop:
+        return _fail(str(stop), stop.code, given) if _is_first() else stop.code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -128,6 +131,11 @@ def _fail(message: str, code: int, arguments: Sequence[str]) -> int:
         traceback.print_exc()
     print(message, file=sys.stderr)
     return code
+
+
+def _is_first() -> bool:
+    """Whether this is torchrun's first process, asked without joining the others."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _is_main() -> bool:

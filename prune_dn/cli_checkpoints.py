@@ -64,6 +64,7 @@ def prune(
 ) -> None:
     """Cut a trained DenseNet; the checkpoint itself stays as it is."""
     from prune_dn import jobs
+    from prune_dn.data_options import DataOptions
 
     figures = jobs.prune_checkpoint(
         checkpoint,
@@ -87,7 +88,7 @@ def prune(
         calibration=calibration,
         runtime=runtime,
         batch_size=batch_size,
-        data=jobs.DataOptions(data, data_root, image_size, mean, std, normalize, seed=seed),
+        data=DataOptions(data, data_root, image_size, mean, std, normalize, seed=seed),
     )
     _show(figures, as_json)
 
@@ -117,6 +118,7 @@ def finetune(
 ) -> None:
     """Train a (pruned) checkpoint further."""
     from prune_dn import jobs
+    from prune_dn.data_options import DataOptions
 
     fields = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size}
     figures = jobs.finetune_checkpoint(
@@ -125,7 +127,7 @@ def finetune(
         recipe=None if recipe is None else read_recipe(recipe, sets, None),
         fields={key: value for key, value in fields.items() if value is not None},
         teacher=teacher,
-        data=jobs.DataOptions(data, data_root, image_size, mean, std, normalize, limit, seed),
+        data=DataOptions(data, data_root, image_size, mean, std, normalize, limit, seed),
         seed=seed,
         progress=not as_json,
     )
@@ -157,10 +159,11 @@ def evaluate(
 ) -> None:
     """Accuracy and loss of a checkpoint."""
     from prune_dn import jobs
+    from prune_dn.data_options import DataOptions
 
     figures = jobs.evaluate_checkpoint(
         checkpoint,
-        jobs.DataOptions(data, data_root, image_size, mean, std, normalize, seed=seed),
+        DataOptions(data, data_root, image_size, mean, std, normalize, seed=seed),
         split=split,
         recalibrate=recalibrate,
         batch_size=batch_size,

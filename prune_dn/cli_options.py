@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from prune_dn.signals import stoppable
 
 app = typer.Typer(
     name="prune-dn",
@@ -55,7 +58,8 @@ def example(*lines: str) -> Callable[[Callable[..., None]], Callable[..., None]]
     def register(function: Callable[..., None]) -> Callable[..., None]:
         text = "\b\nExample" + ("s" if len(lines) > 1 else "") + ":\n"
         text += "\n".join(f"  prune-dn {line}" for line in lines)
-        app.command(function.__name__.rstrip("_"), epilog=text)(function)
+        command = functools.wraps(function)(stoppable()(function))
+        app.command(function.__name__.rstrip("_"), epilog=text)(command)
         return function
 
     return register

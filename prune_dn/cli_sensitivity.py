@@ -18,7 +18,7 @@ from prune_dn.sensitivity_report import METRICS, summary, table, write
 
 if TYPE_CHECKING:
     from prune_dn.data import ImageSet
-    from prune_dn.jobs import DataOptions
+    from prune_dn.data_options import DataOptions
 
 
 @example(
@@ -66,12 +66,12 @@ def sensitivity(
     (10 % of each class, as in `train`), never from test images: so ratios may be chosen by them.
     A checkpoint that was made elsewhere, or with another seed, may have been trained on them.
     """
-    from prune_dn import jobs
+    from prune_dn.data_options import DataOptions
     from prune_dn.processes import process_state
 
     facts = measure(
         checkpoint,
-        jobs.DataOptions(data, data_root, image_size, mean, std, normalize, seed=seed),
+        DataOptions(data, data_root, image_size, mean, std, normalize, seed=seed),
         out,
         arguments={
             "ratios": _fractions(ratios),

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from prune_dn.checkpoint import load, read_info, save, save_state_dict
-from prune_dn.data import Datasets, calibration_batches, calibration_loader, load_datasets
+from prune_dn.data import Datasets, calibration_batches, calibration_loader
+from prune_dn.data_options import DataOptions
 from prune_dn.errors import DataError, ExportError, PruningError, RecipeError
 from prune_dn.export import export_onnx, export_torch
 from prune_dn.latency import measure_latency
@@ -35,69 +35,10 @@ from prune_dn.pruning.plan import check_request
 from prune_dn.pruning.siblings import contests
 from prune_dn.pruning.units import Units
 from prune_dn.recipe import Recipe
-from prune_dn.sources import CIFAR_NORMALISATION, DATASETS
 from prune_dn.training import FitConfig, fit
 from prune_dn.training import evaluate as score
 
-NORMALISATIONS = {
-    "cifar10": CIFAR_NORMALISATION,
-    "cifar100": CIFAR_NORMALISATION,
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-}
-
 Table = tuple[list[str], list[list[str]]]
-
-
-@dataclass(frozen=True)
-class DataOptions:
-    """The data that a command line names; what it leaves open comes from the checkpoint."""
-
-    name: str | None = None
-    root: str = "data"
-    image_size: int | None = None
-    mean: str | None = None
-    std: str | None = None
-    normalize: str | None = None
-    limit: int | None = None
-    seed: int = 0
-
-    def load(self, info: Mapping[str, Any], model: Net, where: Path) -> Datasets:
-        """The data sets. Raises DataError when they are not named, or do not fit the net."""
-        known = info.get("data") or {}
-        name = self.name or known.get("name")
-        if name is None:
-            raise DataError(
-                f"{where} does not say what data it was trained on; add --data "
-                f"({', '.join(sorted(DATASETS))}) and --data-root"
-            )
-        mean, std = self._normalisation(known)
-        data = load_datasets(
-            name,
-            root=self.root,
-            image_size=self.image_size
-            or known.get("image_size")
-            or default_image_size(model.config),
-            seed=self.seed,
-            limit=self.limit,
-            mean=mean,
-            std=std,
-        )
-        check_fit(model, data.spec, str(where))
-        return data
-
-    def _normalisation(self, known: Mapping[str, Any]) -> tuple[Any, Any]:
-        if (self.mean is None) != (self.std is None):
-            raise DataError("--mean and --std belong together; give both")
-        if self.mean is not None and self.std is not None:
-            return _numbers("--mean", self.mean), _numbers("--std", self.std)
-        if self.normalize is not None:
-            if self.normalize not in NORMALISATIONS:
-                raise DataError(
-                    f"--normalize {self.normalize!r} is unknown; choose "
-                    f"{', '.join(NORMALISATIONS)}, or give --mean and --std"
-                )
-            return NORMALISATIONS[self.normalize]
-        return known.get("mean"), known.get("std")
 
 
 def prune_checkpoint(
@@ -232,15 +173,20 @@ def finetune_checkpoint(
         text = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise RecipeError(text) from None
     before = score(model, sets.test)
-    result = fit(
-        model,
-        sets,
-        config,
-        seed=seed,
-        teacher=None if teacher is None else load(teacher),
-        progress=progress,
-        name="finetune",
-    )
+    try:
+        result = fit(
+            model,
+            sets,
+            config,
+            seed=seed,
+            teacher=None if teacher is None else load(teacher),
+            progress=progress,
+            name="finetune",
+        )
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(
+            f"{output} was not written and nothing is kept; `prune-dn run` keeps each epoch"
+        ) from stop
     after = score(model, sets.test)
     history = {**(info.get("history") or {}), "finetune": result.history}
     if process_state().is_main_process:
@@ -388,10 +334,3 @@ def _recalibrate(
 def _output(path: Path, ending: str) -> None:
     if path.suffix != ending:
         raise ExportError(f"{path}: a checkpoint is a {ending} file; name it {path.stem}{ending}")
-
-
-def _numbers(option: str, text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise DataError(f"{option} {text!r}: give numbers with commas, 0.49,0.48,0.45") from None

@@ -57,6 +57,11 @@ def run(
             phases.export(model)
         phases.report(plans)
         return RunResult(folder.path, folder.metrics, model)
+    except KeyboardInterrupt as stop:
+        again = "the same command" + (", without --overwrite," if overwrite else "")
+        raise KeyboardInterrupt(
+            f"each finished phase and epoch is kept in {folder.path}; {again} goes on from there"
+        ) from stop
     finally:
         folder.close()
 

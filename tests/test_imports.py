@@ -13,7 +13,7 @@ import prune_dn
 PACKAGE = Path(prune_dn.__file__).parent
 # Each floor may import from the floors above it in this list, and from its own.
 FLOORS = [
-    {"errors", "files", "yaml_lines", "console", "processes"},
+    {"errors", "files", "yaml_lines", "console", "processes", "signals"},
     {"losses"},
     {"models"},
     {"profiling"},
@@ -31,7 +31,8 @@ FLOORS = [
     {"run_folder"},
     {"rounds"},
     {"phases"},
-    {"pipeline", "jobs"},
+    {"pipeline", "data_options"},
+    {"jobs"},
     {"cli_options"},
     {"cli_checkpoints", "cli_sensitivity"},
     {"cli"},

@@ -34,8 +34,8 @@ from torch import nn
 import prune_dn
 from prune_dn.augment import AUGMENTATIONS
 from prune_dn.data import Datasets, calibration_batches, calibration_loader, load_datasets
+from prune_dn.data_options import NORMALISATIONS
 from prune_dn.files import atomic_path, write_text
-from prune_dn.jobs import NORMALISATIONS
 from prune_dn.latency import compare_latency, machine
 from prune_dn.pruning import recalibrate_batch_norm_
 from prune_dn.report import markdown_table
