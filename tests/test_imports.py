@@ -14,7 +14,7 @@ PACKAGE = Path(prune_dn.__file__).parent
 # Each floor may import from the floors above it in this list, and from its own.
 FLOORS = [
     {"errors", "files", "yaml_lines", "console", "processes", "signals"},
-    {"losses"},
+    {"losses", "sound"},
     {"models"},
     {"profiling"},
     {"export"},

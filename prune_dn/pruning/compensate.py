@@ -17,6 +17,7 @@ from prune_dn.models.densenet import DenseLayer, ReadStream, Transition
 from prune_dn.models.mfm import MaxFeatureMap
 from prune_dn.pruning.calibration import Batches, PixelSampler, patches, read_batches
 from prune_dn.pruning.plan import Plan
+from prune_dn.sound import check_sound
 
 Compensation = Literal["none", "mean", "least_squares"]
 COMPENSATIONS: tuple[Compensation, ...] = ("none", "mean", "least_squares")
@@ -58,6 +59,8 @@ def compensate_plan(
     check_compensation(method, True)
     if method == "none":
         return small
+    for model in (small, dense):
+        check_sound(model)
     batches = read_batches(calibration)
     was_training = {name: module.training for name, module in small.named_modules()}
     net, teacher = copy.deepcopy(small).eval(), copy.deepcopy(dense).eval()

@@ -34,6 +34,7 @@ from prune_dn.pruning.importance import CRITERIA
 from prune_dn.pruning.light_cnn import light_cnn_groups, light_cnn_scores, losers, sibling_groups
 from prune_dn.pruning.plan import calibration_for, check_request, names_in
 from prune_dn.pruning.protect import matching
+from prune_dn.sound import check_sound
 
 
 def prune_cnn(
@@ -79,6 +80,7 @@ def prune_cnn(
     criterion = usual_criterion(model) if criterion is None else criterion
     check_request(pruning_ratio, unit, criterion, scope, ("stream",), min_channels, round_to)
     _check_model(model)
+    check_sound(model)
     _check_criterion(model, criterion)
     batches = calibration_for(calibration, criterion)
     if input_size is None and batches is not None:

@@ -34,6 +34,7 @@ from prune_dn.pruning.rates import COUNTED
 from prune_dn.pruning.ratios import Ratios, measured_drops, read_ratios
 from prune_dn.pruning.siblings import keep_to_competing
 from prune_dn.pruning.units import Units, kept_channels
+from prune_dn.sound import check_sound
 
 FORMAT = "prune_dn.plan/1"
 SCOPES = ("global", "local")
@@ -166,6 +167,7 @@ def make_plan(
     >>> round(plan.achieved["ratio"], 2)
     0.5
     """
+    check_sound(model)
     net = convert(model, share=True)
     kinds, patterns = names_in(units, "units"), names_in(protect, "protect")
     check_request(pruning_ratio, unit, criterion, scope, kinds, min_channels, round_to)

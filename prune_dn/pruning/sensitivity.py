@@ -29,6 +29,7 @@ from prune_dn.pruning.ratios import SensitivityRow
 from prune_dn.pruning.siblings import keep_to_competing
 from prune_dn.pruning.surgery import apply_plan
 from prune_dn.pruning.units import Units
+from prune_dn.sound import check_sound
 
 
 class _Cut(NamedTuple):
@@ -76,6 +77,7 @@ def sensitivity(
     >>> [(row.name.removeprefix("features."), row.units_cut, row.drop) for row in rows]
     [('conv0', 8, 8.0), ('denseblock1.denselayer1.conv1', 4, 4.0), ('denseblock1.denselayer2.conv1', 4, 4.0)]
     """
+    check_sound(model)
     net = convert(model, share=True)
     wanted, kinds = _ratios(ratios), names_in(units, "units")
     check_what(criterion, kinds)

@@ -14,6 +14,7 @@ from prune_dn.pruning.importance import importance
 from prune_dn.pruning.plan import Plan, calibration_for, check_what, plan_of
 from prune_dn.pruning.siblings import contests
 from prune_dn.pruning.units import Units
+from prune_dn.sound import check_sound
 
 
 def settling_plan(
@@ -41,6 +42,7 @@ def settling_plan(
     >>> {layer.mfm for layer in plain.config.blocks[0]}, plain.config.classifier_rivals
     ({None}, None)
     """
+    check_sound(model)
     net = convert(model)
     check_what(criterion, ("sibling",))
     table = Units(net.config)

@@ -18,6 +18,7 @@ from prune_dn.pruning.importance import reads_images
 from prune_dn.pruning.latency_model import LATENCY, LatencyModel
 from prune_dn.pruning.plan import Plan, make_plan, names_in
 from prune_dn.pruning.ratios import Ratios
+from prune_dn.sound import check_sound
 
 _UNITS = ("stream", "bottleneck")
 _SIBLINGS = ("sibling",)
@@ -147,6 +148,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> DenseNet:
     >>> small.config.num_init_features < net.config.num_init_features
     True
     """
+    check_sound(model)
     net = convert(model, share=True)
     if net.config != plan.config_before:
         raise PruningError(

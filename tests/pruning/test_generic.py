@@ -408,7 +408,7 @@ PLAIN = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3))
             PruningError,
             r"outputs of first depends on their number or order .* protect=\['first'\]",
         ),
-        (broken, {}, PruningError, "1 scores of layer1.0.conv1 are not finite"),
+        (broken, {}, PruningError, "^layer1.0.bn1.weight holds 1 NaN or infinite value"),
         (lambda: nn.DataParallel(resnet()), {}, ConversionError, "unwrap it: pass model.module"),
         (lambda: OtherForward(8, (1, 1)), {}, ConversionError, "OtherForward changes the forward"),
     ],
