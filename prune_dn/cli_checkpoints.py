@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from prune_dn import cli_options as options
+from prune_dn import limits
 from prune_dn.cli_options import example, read_recipe, words
 from prune_dn.console import show as _show
 
@@ -29,7 +30,10 @@ def prune(
         str | None, typer.Option(help="For latency: onnxruntime or eager.  [default: onnxruntime]")
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="For latency: images at once.  [default: 1]")
+        int | None,
+        typer.Option(
+            min=1, max=limits.BATCH_SIZE, help="For latency: images at once.  [default: 1]"
+        ),
     ] = None,
     criterion: options.Criterion = "bn_scale",
     scope: Annotated[
@@ -40,20 +44,31 @@ def prune(
     ] = None,
     units: options.UnitKinds = "stream,bottleneck",
     protect: options.Protect = None,
-    min_channels: Annotated[int, typer.Option(min=1, help="No width falls below.")] = 1,
-    round_to: Annotated[int, typer.Option(min=1, help="Cut widths become a multiple of.")] = 1,
+    min_channels: Annotated[
+        int, typer.Option(min=1, max=limits.CHANNELS, help="No width falls below.")
+    ] = 1,
+    round_to: Annotated[
+        int, typer.Option(min=1, max=limits.CHANNELS, help="Cut widths become a multiple of.")
+    ] = 1,
     image_size: options.ImageSize = None,
     seed: options.Seed = 0,
     plan_out: Annotated[Path | None, typer.Option(help="Also write the plan (JSON).")] = None,
     recalibrate: Annotated[
-        int, typer.Option(min=0, help="Refresh norm statistics on so many batches of --data.")
+        int,
+        typer.Option(
+            min=0, max=limits.STEPS, help="Refresh norm statistics on so many batches of --data."
+        ),
     ] = 0,
     compensate: Annotated[
         str, typer.Option(help="Refit what stays: none, mean, least_squares.")
     ] = "none",
     calibration: Annotated[
         int | None,
-        typer.Option(min=1, help="Training images for criterion and refit.  [default: 512]"),
+        typer.Option(
+            min=1,
+            max=limits.IMAGES,
+            help="Training images for criterion and refit.  [default: 512]",
+        ),
     ] = None,
     data: options.DataName = None,
     data_root: options.DataRoot = "data",
@@ -102,9 +117,13 @@ def finetune(
     output: options.Output,
     recipe: Annotated[Path | None, typer.Option(help="Use its data and finetune parts.")] = None,
     sets: options.Sets = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the images.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, max=limits.EPOCHS, help="Passes over the images.")
+    ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Default: 0.1.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=2, help="Default: 64.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=2, max=limits.BATCH_SIZE, help="Default: 64.")
+    ] = None,
     teacher: Annotated[Path | None, typer.Option(help="A checkpoint to distil from.")] = None,
     data: options.DataName = None,
     data_root: options.DataRoot = "data",
@@ -150,9 +169,16 @@ def evaluate(
         str, typer.Option(help="test, or val (part of the training images).")
     ] = "test",
     recalibrate: Annotated[
-        int, typer.Option(min=0, help="First refresh norm statistics on so many training batches.")
+        int,
+        typer.Option(
+            min=0,
+            max=limits.STEPS,
+            help="First refresh norm statistics on so many training batches.",
+        ),
     ] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
+    batch_size: Annotated[
+        int, typer.Option(min=1, max=limits.BATCH_SIZE, help="Images at a time.")
+    ] = 64,
     precision: Annotated[str, typer.Option(help="no (float32) or bf16 autocast.")] = "no",
     seed: options.Seed = 0,
     as_json: options.AsJson = False,
@@ -189,8 +215,12 @@ def export(
 def profile(
     checkpoint: options.Checkpoint,
     image_size: options.ImageSize = None,
-    batch_size: Annotated[list[int] | None, typer.Option(help="Default: 1 and 32.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Runs per latency figure.")] = 30,
+    batch_size: Annotated[
+        list[int] | None, typer.Option(min=1, max=limits.BATCH_SIZE, help="Default: 1 and 32.")
+    ] = None,
+    repeats: Annotated[
+        int, typer.Option(min=1, max=limits.REPEATS, help="Runs per latency figure.")
+    ] = 30,
     as_json: options.AsJson = False,
 ) -> None:
     """Params and MACs per layer, and measured latency."""

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from prune_dn import limits
 from prune_dn.signals import stoppable
 
 app = typer.Typer(
@@ -44,12 +45,17 @@ DataName = Annotated[
     str | None, typer.Option("--data", help="Data set; default: the checkpoint's.")
 ]
 DataRoot = Annotated[str, typer.Option(help="The folder that holds the data.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Use only so many training images.")]
-ImageSize = Annotated[int | None, typer.Option(min=1, help="Pixels; default: the checkpoint's.")]
+Limit = Annotated[
+    int | None, typer.Option(min=1, max=limits.IMAGES, help="Use only so many training images.")
+]
+ImageSize = Annotated[
+    int | None,
+    typer.Option(min=1, max=limits.IMAGE_SIZE, help="Pixels; default: the checkpoint's."),
+]
 Mean = Annotated[str | None, typer.Option(help="Pixel means, such as 0.4914,0.4822,0.4465.")]
 Std = Annotated[str | None, typer.Option(help="Pixel standard deviations.")]
 Normalize = Annotated[str | None, typer.Option(help="Take mean and std of this data set.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of every random choice.")]
+Seed = Annotated[int, typer.Option(min=0, max=limits.SEED, help="Seed of every random choice.")]
 
 
 def example(*lines: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prune_dn import cli_options as options
+from prune_dn import limits
 from prune_dn.cli_options import example, words
 from prune_dn.console import show as _show
 from prune_dn.errors import PruningError
@@ -42,14 +43,24 @@ def sensitivity(
         ),
     ] = None,
     max_images: Annotated[
-        int, typer.Option(min=1, help="Evaluate on at most so many validation images.")
+        int,
+        typer.Option(
+            min=1, max=limits.IMAGES, help="Evaluate on at most so many validation images."
+        ),
     ] = 1000,
     recalibrate: Annotated[
-        int, typer.Option(min=0, help="First refresh norm statistics on so many training batches.")
+        int,
+        typer.Option(
+            min=0,
+            max=limits.STEPS,
+            help="First refresh norm statistics on so many training batches.",
+        ),
     ] = 0,
     calibration: Annotated[
         int | None,
-        typer.Option(min=1, help="Training images for the criterion.  [default: 512]"),
+        typer.Option(
+            min=1, max=limits.IMAGES, help="Training images for the criterion.  [default: 512]"
+        ),
     ] = None,
     data: options.DataName = None,
     data_root: options.DataRoot = "data",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from prune_dn import limits
 from prune_dn.augment import AUGMENTATIONS
 from prune_dn.errors import DataError
 from prune_dn.images import Images
@@ -141,12 +142,15 @@ def load_datasets(
     >>> len(data.train), len(data.val), len(data.test)
     (1294, 143, 360)
     """
+    check_normalisation(mean, std)
     if name not in DATASETS:
         raise DataError(f"data set {name!r} is unknown; choose from {', '.join(sorted(DATASETS))}")
     if not 0 < val_fraction < 1:
         raise DataError(f"val_fraction is {val_fraction!r}; it must lie in (0, 1)")
     if limit is not None and limit < 1:
         raise DataError(f"limit is {limit}; give the number of training images, or None for all")
+    if image_size is not None and not 1 <= image_size <= limits.IMAGE_SIZE:
+        raise DataError(f"image_size is {image_size}; give 1 to {limits.IMAGE_SIZE:,} pixels")
     source = DATASETS[name](Path(root), image_size, download, memory_budget_mb)
     chosen = source.augment if augment is None or augment is True else augment or "none"
     if chosen not in AUGMENTATIONS:
@@ -162,12 +166,7 @@ def load_datasets(
         usual = source.normalisation or _statistics(source.train, train)
         mean = usual[0] if mean is None else mean
         std = usual[1] if std is None else std
-    for label, numbers in (("mean", mean), ("std", std)):
-        if len(numbers) != source.in_channels or (label == "std" and min(numbers) <= 0):
-            raise DataError(
-                f"{label} is {list(numbers)}; give {source.in_channels} numbers, one per channel"
-                + (", above 0" if label == "std" else "")
-            )
+    check_normalisation(mean, std, source.in_channels)
     spec = DataSpec(
         name, source.classes, source.image_size, source.in_channels, tuple(mean), tuple(std)
     )
@@ -178,6 +177,25 @@ def load_datasets(
         ImageSet(source.train, val, spec),
         ImageSet(source.test, everything, spec),
     )
+
+
+def check_normalisation(
+    mean: Numbers | None, std: Numbers | None, channels: int | None = None
+) -> None:
+    """Raise DataError for what cannot be the mean or std of pixels in [0, 1] (None = not given)."""
+    for label, numbers, (low, high) in (("mean", mean, (0.0, 1.0)), ("std", std, limits.STD)):
+        if numbers is None:
+            continue
+        right = isinstance(numbers, list | tuple) and all(_is_number(x) for x in numbers)
+        shown = list(numbers) if right else numbers
+        if not right or (channels is not None and len(numbers) != channels):
+            wanted = "numbers" if channels is None else f"{channels} numbers"
+            raise DataError(f"{label} is {shown}; give {wanted}, one per channel")
+        if not all(low <= number <= high for number in numbers):
+            raise DataError(
+                f"{label} is {shown}; for pixels in [0, 1] it lies between {low:g} and {high:g} "
+                "(where it is one of pixels in [0, 255], divide it by 255)"
+            )
 
 
 def make_loader(
@@ -273,6 +291,10 @@ class _Order(Sampler[int]):
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _mix(seed: int, epoch: int, use: int) -> int:

@@ -11,14 +11,13 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     WithJsonSchema,
     model_validator,
 )
 
+from prune_dn import limits
 from prune_dn.augment import AUGMENTATIONS
 from prune_dn.errors import ConfigError, PruningError
 from prune_dn.models import BUILDERS, LIGHT_CNNS, Net
@@ -27,9 +26,15 @@ from prune_dn.pruning.importance import reads_images
 from prune_dn.pruning.plan import check_ratios
 from prune_dn.sources import DATASETS
 from prune_dn.training import FitConfig
+from prune_dn.training.config import Pixels, Share, Strict
 from prune_dn.yaml_lines import dump
 
-Count = Annotated[int, Field(ge=1)]
+Channels = Annotated[int, Field(ge=1, le=limits.CHANNELS)]
+Layers = Annotated[int, Field(ge=1, le=limits.LAYERS)]
+Images = Annotated[int, Field(ge=1, le=limits.IMAGES)]
+BatchSize = Annotated[int, Field(ge=1, le=limits.BATCH_SIZE)]
+Seed = Annotated[int, Field(ge=0, le=limits.SEED)]
+RECALIBRATE_BATCHES = 50
 FROM_DATA = ("num_classes", "in_channels", "image_size")  # of a builder's arguments
 # What prune.settle may stand beside.
 SETTLING = {"settle", "criterion", "compensate", "calibration", "recalibrate_batches", "seed"}
@@ -93,28 +98,22 @@ Augment = Annotated[
 ]
 
 
-class Section(BaseModel):
-    """Every part of a recipe: unknown keys and wrong types are errors."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class ModelSection(Section):
+class ModelSection(Strict):
     """A builder by its name and the builder's own arguments, or a checkpoint."""
 
     name: _choice("model", BUILDERS) | None = None  # type: ignore[valid-type]
     checkpoint: Annotated[str, Field(min_length=1)] | None = None
-    block_config: Annotated[tuple[Count, ...], Field(min_length=1)] | None = None
-    growth_rate: Count | None = None
-    num_init_features: Count | None = None
-    bn_size: Count | None = None
+    block_config: Annotated[tuple[Layers, ...], Field(min_length=1)] | None = None
+    growth_rate: Channels | None = None
+    num_init_features: Channels | None = None
+    bn_size: Channels | None = None
     compression: float | None = None
     stem: Literal["cifar", "imagenet"] | None = None
     drop_rate: float | None = None
     mfm: Mfm = None
     mfm_skipped: MfmSkipped = None
-    widths: Annotated[tuple[Count, ...], Field(min_length=1)] | None = None
-    embedding: Count | None = None
+    widths: Annotated[tuple[Channels, ...], Field(min_length=1)] | None = None
+    embedding: Channels | None = None
 
     @model_validator(mode="after")
     def _check(self) -> ModelSection:
@@ -147,36 +146,41 @@ class ModelSection(Section):
         return BUILDERS[self.name](num_classes=num_classes, **self._arguments())
 
 
-class DataSection(Section):
+class DataSection(Strict):
     """What `prune_dn.data.load_datasets` takes; classes and channels come from the data."""
 
     name: _choice("data set", DATASETS)  # type: ignore[valid-type]
     root: str = "data"
-    image_size: Count | None = None
+    image_size: Pixels | None = None
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     augment: Augment = None
     download: bool = False
-    limit: Count | None = None
-    memory_budget_mb: Count = 4096
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
+    limit: Images | None = None
+    memory_budget_mb: Annotated[int, Field(ge=1, le=limits.MEGABYTES)] = 4096
+    mean: tuple[Share, ...] | None = None
+    std: tuple[Annotated[float, Field(ge=limits.STD[0], le=limits.STD[1])], ...] | None = None
 
 
-class PruneSection(Section):
+def _usual_recalibration(data: dict[str, Any]) -> int:
+    return RECALIBRATE_BATCHES if data.get("compensate") == "none" else 0
+
+
+class PruneSection(Strict):
     """What `prune_dn.prune` takes, and how often to prune.
 
     `calibration` is how many training images the criterion and the compensation see (None = 512, see
     `data.calibration_batches`). `runtime` (None = onnxruntime) and `batch_size` (None = 1) are those
     of the unit `latency`. `settle` takes the place of the ratio: every loser of an MFM goes, and nothing
     else (`settling_plan`). `ratios` is the path of a sensitivity.json of the net before the cut.
-    After a cut `recalibrate_batches` refresh the norms, where there are any.
+    After a cut `recalibrate_batches` refresh the norms, where there are any: 50, but none where
+    the cut was compensated, which fits the norms too and would be undone in part.
     """
 
     pruning_ratio: Ratio | None = None
     settle: bool = False
     unit: Literal["channels", "params", "macs", "latency"] = "channels"
     runtime: Literal["eager", "onnxruntime"] | None = None
-    batch_size: Count | None = None
+    batch_size: BatchSize | None = None
     criterion: _choice("criterion", CRITERIA) = "bn_scale"  # type: ignore[valid-type]
     scope: Literal["global", "local"] = "global"
     ratios: Annotated[str, Field(min_length=1)] | None = None
@@ -184,13 +188,15 @@ class PruneSection(Section):
         tuple[Literal["stream", "bottleneck", "edge", "sibling", "layer"], ...], Field(min_length=1)
     ] = ("stream", "bottleneck")
     compensate: Literal["none", "mean", "least_squares"] = "none"
-    calibration: Count | None = None
+    calibration: Images | None = None
     protect: tuple[str, ...] = ()
-    min_channels: Count = 1
-    round_to: Count = 1
-    rounds: Count = 1
-    recalibrate_batches: Annotated[int, Field(ge=0)] = 50
-    seed: int | None = None
+    min_channels: Channels = 1
+    round_to: Channels = 1
+    rounds: Annotated[int, Field(ge=1, le=limits.ROUNDS)] = 1
+    recalibrate_batches: Annotated[int, Field(ge=0, le=limits.STEPS)] = Field(
+        default_factory=_usual_recalibration
+    )
+    seed: Seed | None = None
 
     @model_validator(mode="after")
     def _check(self) -> PruneSection:
@@ -211,7 +217,7 @@ class PruneSection(Section):
         return reads_images(self.criterion) or self.compensate != "none"
 
 
-class ExportSection(Section):
+class ExportSection(Strict):
     """Which files to leave beside the checkpoints."""
 
     onnx: bool = True
@@ -219,15 +225,15 @@ class ExportSection(Section):
     state_dict: bool = True
 
 
-class ReportSection(Section):
+class ReportSection(Strict):
     """How the report measures latency."""
 
-    batch_sizes: tuple[Count, ...] = (1, 32)
-    repeats: Count = 30
+    batch_sizes: tuple[BatchSize, ...] = (1, 32)
+    repeats: Annotated[int, Field(ge=1, le=limits.REPEATS)] = 30
     max_seconds: Annotated[float, Field(gt=0)] | None = 60.0
 
 
-class Recipe(Section):
+class Recipe(Strict):
     """A whole run: data, model, training, pruning, fine-tuning, export, report."""
 
     model: ModelSection
@@ -237,7 +243,7 @@ class Recipe(Section):
     finetune: FitConfig | None = None
     export: ExportSection = ExportSection()
     report: ReportSection = ReportSection()
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    seed: Seed = 0
     output_dir: Annotated[str, Field(min_length=1)] = "runs/recipe"
 
     @model_validator(mode="after")

@@ -101,7 +101,7 @@ def parse_recipe(
 
 def _override(data: dict[str, Any], where: dict[KeyPath, str], override: str) -> list[str]:
     """Put one `a.b=c` into `data`; the places under it now point to the argument."""
-    source = f"--set {override}"
+    source = f"--set {override if len(override) <= 80 else f'{override[:77]}...'}"
     dotted, equals, text = override.partition("=")
     keys = tuple(dotted.strip().split("."))
     if not equals or not all(keys):
@@ -131,6 +131,8 @@ def _messages(error: ValidationError, data: Any, where: Mapping[KeyPath, str]) -
         inside = [d for d in details if d["loc"][: len(detail["loc"])] == detail["loc"]]
         if detail["type"] == "too_short" and len(inside) > 1:
             continue  # pydantic counts only the items that are right
+        if detail["type"] == "default_factory_not_called":
+            continue  # a consequence of another mistake
         if detail["type"] == "missing" and any(_meant(d) == detail["loc"] for d in details):
             continue  # said with the unknown key
         path = _real_path(detail["loc"], data, detail["type"])

@@ -13,6 +13,8 @@ import yaml
 
 KeyPath = tuple[str | int, ...]
 
+_DIGITS = 40  # of the longest integers that are read
+
 _SCALARS = [
     ("null", r"~|null|Null|NULL|", "~nN\0"),
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
@@ -131,6 +133,10 @@ def _mapping(
 
 def _scalar(node: yaml.Node, document: Document) -> Any:
     text, kind = node.value, node.tag.removeprefix("tag:yaml.org,2002:")
+    if kind == "int" and len(text) > _DIGITS:
+        problem = f"'{text[:_DIGITS]}...' is too large: it has {len(text)} characters"
+        document.problems.append((node.start_mark.line + 1, problem))
+        return None
     try:
         if kind == "null":
             return None

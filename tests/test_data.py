@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections import Counter
 from pathlib import Path
@@ -275,7 +276,7 @@ def test_image_folder_with_mistakes(tmp_path: Path) -> None:
     refused("has neither test/ nor val/ beside train/; add one", root=tmp_path)
     (tmp_path / "exam").rename(tmp_path / "test")
     refused(r"mean is \[0\.5\]; give 3 numbers, one per channel$", root=tmp_path, mean=(0.5,))
-    refused("std is .*above 0", root=tmp_path, std=(1, 1, 0))
+    refused("std is .*between 1e-06 and 1000", root=tmp_path, std=(1, 1, 0))
     (tmp_path / "test" / "gnu").mkdir()
     refused(r"test has classes that the training images lack: gnu", root=tmp_path)
     (tmp_path / "test" / "gnu").rmdir()
@@ -302,6 +303,15 @@ def test_what_is_unknown_or_impossible() -> None:
         refused(rf"limit is {limit}; give the number", "digits", limit=limit)
     refused(r"8 training images cannot be split .* larger limit", "digits", limit=8)
     refused(r"mean is \[\]; give 1 numbers", "digits", mean=())
+    for mean in ((math.nan,), (-math.inf,), (123.675,)):
+        refused(
+            "mean is .*; for pixels in .*between 0 and 1 .*divide it by 255", "digits", mean=mean
+        )
+    for std in ((math.nan,), (math.inf,), (-1.0,), (1e-300,)):
+        refused("std is .*between 1e-06 and 1000", "digits", std=std)
+    for wrong in (("a",), "half", 0.5, (True,)):
+        refused("mean is .*; give numbers, one per channel", "digits", mean=wrong)
+    refused("image_size is 100000; give 1 to 16,384 pixels", "digits", image_size=100_000)
 
 
 # The sets that torchvision keeps.

@@ -150,6 +150,78 @@ def test_one_mistake(old: str, new: str, line: int, message: str) -> None:
     assert message in found
 
 
+@pytest.mark.parametrize("number", ["1e400", ".inf", "-.inf", ".nan"])
+@pytest.mark.parametrize(
+    ("key", "shape"),
+    [
+        ("train.learning_rate", "{}"),
+        ("train.weight_decay", "{}"),
+        ("train.warmup_epochs", "{}"),
+        ("train.milestones", "[0.5, {}]"),
+        ("train.sparsity", "{{strength: {}}}"),
+        ("train.distillation", "{{temperature: {}}}"),
+        ("data.mean", "[{}]"),
+        ("data.std", "[{}]"),
+        ("data.val_fraction", "{}"),
+        ("model.compression", "{}"),
+        ("model.drop_rate", "{}"),
+        ("report.max_seconds", "{}"),
+    ],
+)
+def test_no_number_is_infinite_or_nan(key: str, shape: str, number: str) -> None:
+    """In every section, with the line where it stands in a file."""
+    value = shape.format(number)
+    (found,) = problems(GOOD, f"{key}={value}")
+    assert key in found and "is not a finite number" in found
+    section, name = key.split(".")
+    text = GOOD.replace("  learning_rate: 1e-2\n", "") + "report:\n  repeats: 3\n"
+    (found,) = problems(text.replace(f"{section}:\n", f"{section}:\n  {name}: {value}\n"))
+    line = text.splitlines().index(f"{section}:") + 2
+    assert found.startswith(f"recipe.yaml:{line}: {key}") and "not a finite number" in found
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (f"train.epochs={10**30}", "must be at most 100000"),
+        ("prune.rounds=1000000000", "must be at most 100"),
+        (f"train.batch_size={2**63}", "must be at most 65536"),
+        (f"train.max_steps={2**63}", "must be at most"),
+        (f"train.num_workers={10**9}", "must be at most 1024"),
+        (f"train.resolutions=[[0, {10**9}]]", "must be at most 16384"),
+        (f"data.image_size={10**9}", "must be at most 16384"),
+        (f"data.limit={10**18}", "must be at most"),
+        ("data.mean=[123.675]", "data.mean.0: 123.675 must be at most 1"),
+        ("data.std=[0]", "data.std.0: 0 must be at least 1e-06"),
+        (f"prune.calibration={10**18}", "must be at most"),
+        (f"prune.recalibrate_batches={10**18}", "must be at most"),
+        (f"prune.seed={2**32}", "must be at most 4294967295"),
+        ("prune.seed=-1", "must be at least 0"),
+        (f"seed={2**32}", "must be at most 4294967295"),
+        (f"report.repeats={10**12}", "must be at most 1000000"),
+        (f"report.batch_sizes=[{10**12}]", "must be at most 65536"),
+        (f"model.growth_rate={10**18}", "must be at most 1000000"),
+        (f"model.block_config=[{10**9}]", "must be at most 10000"),
+        (f"seed={'9' * 5000}", "is too large: it has 5000 characters"),
+        (f"seed=0x{'f' * 5000}", "is too large: it has 5002 characters"),
+        (f"train.learning_rate={'9' * 400}", "is too large: it has 400 characters"),
+    ],
+)
+def test_numbers_beyond_reason(override: str, message: str) -> None:
+    (found,) = problems(GOOD, override)
+    assert message in found
+    assert len(found) < 300
+
+
+def test_a_refitted_net_is_not_recalibrated_unless_asked() -> None:
+    for method, batches in (("none", 50), ("mean", 0), ("least_squares", 0)):
+        recipe = parse_recipe(GOOD, overrides=[f"prune.compensate={method}"])
+        assert recipe.prune is not None and recipe.prune.recalibrate_batches == batches
+        assert f"recalibrate_batches: {batches}" in to_yaml(recipe)
+        asked = parse_recipe(to_yaml(recipe), overrides=["prune.recalibrate_batches=7"])
+        assert asked.prune is not None and asked.prune.recalibrate_batches == 7
+
+
 def test_all_mistakes_at_once_in_order() -> None:
     text = replaced("epochs: 2", "epochs: three").replace("0.5", "0").replace("stem", "stam")
     lines = problems(text + "seed: -1\nseed: 2\n")

@@ -6,14 +6,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from prune_dn import limits
+
 Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
+Pixels = Annotated[int, Field(ge=1, le=limits.IMAGE_SIZE)]
 
 
 class Strict(BaseModel):
-    """No unknown keys, no silent conversions."""
+    """No unknown keys, no silent conversions, no infinite numbers and none that are NaN."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Sparsity(Strict):
@@ -37,8 +39,8 @@ class Distillation(Strict):
 class FitConfig(Strict):
     """One training run. Fractions are of the whole run; learning rates are per optimizer step."""
 
-    epochs: Count
-    batch_size: Annotated[int, Field(ge=2)] = 64
+    epochs: Annotated[int, Field(ge=1, le=limits.EPOCHS)]
+    batch_size: Annotated[int, Field(ge=2, le=limits.BATCH_SIZE)] = 64
     optimizer: Literal["sgd", "adamw"] = "sgd"
     learning_rate: Annotated[float, Field(gt=0)] = 0.1
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -52,14 +54,14 @@ class FitConfig(Strict):
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     precision: Literal["no", "bf16", "fp16"] = "no"
-    gradient_accumulation: Count = 1
+    gradient_accumulation: Annotated[int, Field(ge=1, le=limits.STEPS)] = 1
     channels_last: bool = True
     memory_efficient: bool | Literal[1, 2] = True
     sparsity: Sparsity | None = None
     distillation: Distillation | None = None
-    resolutions: tuple[tuple[Share, Count], ...] = ()
-    num_workers: Annotated[int, Field(ge=0)] = 0
-    max_steps: Count | None = None
+    resolutions: tuple[tuple[Share, Pixels], ...] = ()
+    num_workers: Annotated[int, Field(ge=0, le=limits.WORKERS)] = 0
+    max_steps: Annotated[int, Field(ge=1, le=limits.STEPS)] | None = None
     tensorboard: bool = False
 
     @model_validator(mode="after")

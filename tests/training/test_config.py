@@ -30,7 +30,7 @@ def test_json_round_trip() -> None:
         ({"epochs": "3"}, "valid integer"),
         ({"batch_size": 1}, "greater than or equal to 2"),
         ({"learning_rate": 0}, "greater than 0"),
-        ({"learning_rate": float("nan")}, "greater than 0"),
+        ({"learning_rate": float("nan")}, "finite number"),
         ({"weight_decay": -1e-4}, "greater than or equal to 0"),
         ({"optimizer": "adam"}, "'sgd' or 'adamw'"),
         ({"precision": "fp8"}, "'no', 'bf16' or 'fp16'"),

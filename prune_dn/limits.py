@@ -1,0 +1,15 @@
+"""The largest numbers that a request may hold: above them stands a slip of the finger, or no end."""
+
+EPOCHS = 100_000
+STEPS = 1_000_000_000
+ROUNDS = 100
+BATCH_SIZE = 65_536
+IMAGES = 1_000_000_000
+IMAGE_SIZE = 16_384  # pixels a side
+CHANNELS = 1_000_000
+LAYERS = 10_000  # in one block
+REPEATS = 1_000_000
+WORKERS = 1_024
+MEGABYTES = 100_000_000
+SEED = 2**32 - 1
+STD = (1e-6, 1e3)  # of pixels in [0, 1], whose mean lies there too
