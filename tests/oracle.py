@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from prune_dn.models import DenseNet, MaxFeatureMap
-from prune_dn.models.densenet import ReadStream
+from prune_dn.models.dense_net import ReadStream
 from prune_dn.pruning import Plan
 
 

@@ -313,7 +313,7 @@ def test_pickles_that_need_code_are_refused(tmp_path: Path) -> None:
         path, r"holds more than tensors, .* run code \(it needs numpy.*scalar\). Where it was made"
     )
     torch.save(uneven(), path)
-    fails(path, r"it needs prune_dn.models.densenet.DenseNet\). .* torch.save\(model.state_dict")
+    fails(path, r"it needs prune_dn.models.dense_net.DenseNet\). .* torch.save\(model.state_dict")
     torch.save([1], path)
     fails(path, "a state dict is a mapping of names to tensors, not a value of type list")
 

@@ -102,7 +102,7 @@ def test_onnx_file_is_one_clean_file(exported: tuple[DenseNet, Path, OnnxReport,
     assert (given.name, given.shape, given.type) == ("input", ["batch", 1, 8, 12], "tensor(float)")
     assert (made.name, made.shape) == ("logits", ["batch", 5])
     text = path.read_bytes()
-    assert b"densenet.py" not in text and str(Path.cwd()).encode() not in text
+    assert b"dense_net.py" not in text and str(Path.cwd()).encode() not in text
 
 
 def test_onnx_folds_the_norms_that_follow_a_conv(
@@ -180,7 +180,7 @@ def test_torch_export(tmp_path: Path) -> None:
         x = torch.randn(batch, 1, 8, 8)
         with torch.no_grad():
             torch.testing.assert_close(again(x), net(x), rtol=0, atol=1e-5)
-    assert b"densenet.py" not in (tmp_path / "net.pt2").read_bytes()
+    assert b"dense_net.py" not in (tmp_path / "net.pt2").read_bytes()
     calls = {str(node.target) for node in torch.export.load(tmp_path / "net.pt2").graph.nodes}
     assert not any("checkpoint" in call for call in calls)  # no recomputation in it
 

@@ -7,6 +7,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
+
+import pytest
 
 import prune_dn
 
@@ -104,3 +107,56 @@ def test_help_is_quick_and_loads_no_torch() -> None:
     assert done.returncode == 0, done.stderr
     assert "prune-dn run recipes/quickstart.yaml" in done.stdout
     assert seconds < 3.0
+
+
+def typed_homes() -> dict[str, tuple[str, ...]]:
+    """What type checkers are told: the names that the package imports for them, by module."""
+    tree = ast.parse(Path(prune_dn.__file__).read_text())
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    return {
+        node.module.removeprefix("prune_dn."): tuple(alias.name for alias in node.names)
+        for node in found
+        if node.module is not None and node.module.startswith("prune_dn.")
+    }
+
+
+def test_the_public_names_are_listed_once_and_resolve() -> None:
+    assert typed_homes() == prune_dn._HOMES
+    assert sorted(sum(prune_dn._HOMES.values(), ())) == sorted(prune_dn.__all__)
+    for name in prune_dn.__all__:
+        assert getattr(prune_dn, name).__name__ == name
+    with pytest.raises(AttributeError, match="module 'prune_dn' has no attribute 'plan'"):
+        _ = prune_dn.plan
+
+
+@pytest.mark.parametrize("package", ["models", "pruning", "training"])
+def test_every_name_of_a_subpackage_resolves(package: str) -> None:
+    module = getattr(prune_dn, package)
+    assert [name for name in module.__all__ if not hasattr(module, name)] == []
+    public = {n for n, x in vars(module).items() if n[0] != "_" and not isinstance(x, ModuleType)}
+    assert public == set(module.__all__)
+
+
+def test_modules_are_attributes_that_no_function_hides() -> None:
+    """Also before anybody imported them, and all are listed by `dir`."""
+    paths = [path.relative_to(PACKAGE.parent).with_suffix("") for path in files()]
+    names = [".".join(path.parts).removesuffix(".__init__") for path in paths]
+    names = [name for name in names if not name.endswith("__main__")]
+    assert len(names) > 40
+    code = (
+        "import importlib, sys, types, prune_dn\n"
+        "assert 'torch' not in sys.modules\n"
+        f"names = {names}\n"
+        "first = {name.split('.')[1] for name in names}\n"
+        "assert {*first, *prune_dn.__all__, '__version__'} <= set(dir(prune_dn))\n"
+        "assert 'torch' not in sys.modules\n"
+        "for name in sorted(first):\n"
+        "    assert getattr(prune_dn, name) is sys.modules['prune_dn.' + name], name\n"
+        "for name in names:\n"
+        "    module, parent = importlib.import_module(name), name.rpartition('.')[0]\n"
+        "    assert getattr(sys.modules[parent], name.rpartition('.')[2]) is module, name\n"
+        "import prune_dn.models.dense_net as d\n"
+        "assert isinstance(d, types.ModuleType)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

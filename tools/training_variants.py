@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from prune_dn.models import DenseNet, densenet
-from prune_dn.models.densenet import DenseLayer
+from prune_dn.models.dense_net import DenseLayer
 from prune_dn.models.shared_memory import why_not
 
 IMAGENET = {

@@ -14,7 +14,7 @@ from prune_dn.models.builders import (
     densenet_bc190,
 )
 from prune_dn.models.config import DenseNetConfig, LayerConfig, TransitionConfig
-from prune_dn.models.densenet import DenseNet
+from prune_dn.models.dense_net import DenseNet
 from prune_dn.models.light_cnn import LightCNN, light_cnn_9, light_cnn_29, light_cnn_29_v2
 from prune_dn.models.light_cnn_config import LightCNNConfig, MFMConfig
 from prune_dn.models.mfm import MFM_KINDS, MaxFeatureMap, max_feature_map

@@ -14,7 +14,7 @@ from prune_dn.models.config import (
     TransitionConfig,
     pair_up,
 )
-from prune_dn.models.densenet import DenseNet
+from prune_dn.models.dense_net import DenseNet
 from prune_dn.models.light_cnn import LightCNN, light_cnn_9, light_cnn_29, light_cnn_29_v2
 from prune_dn.models.mfm import MFM_KINDS
 

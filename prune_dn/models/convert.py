@@ -10,7 +10,7 @@ from torch import nn
 
 from prune_dn.errors import ConversionError
 from prune_dn.models.config import DenseNetConfig
-from prune_dn.models.densenet import DenseNet
+from prune_dn.models.dense_net import DenseNet
 from prune_dn.models.state_dicts import (
     clean_state_dict,
     fill,

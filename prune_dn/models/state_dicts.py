@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prune_dn.errors import ConversionError
 from prune_dn.models.config import DenseNetConfig, LayerConfig, Stem, TransitionConfig
-from prune_dn.models.densenet import DenseNet, build_empty
+from prune_dn.models.dense_net import DenseNet, build_empty
 from prune_dn.models.light_cnn import LightCNN
 from prune_dn.models.light_cnn_config import LightCNNConfig
 from prune_dn.models.light_cnn_keys import infer_light_cnn, is_light_cnn

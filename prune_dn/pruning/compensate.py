@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from prune_dn.errors import PruningError
 from prune_dn.models import DenseNet
-from prune_dn.models.densenet import DenseLayer, ReadStream, Transition
+from prune_dn.models.dense_net import DenseLayer, ReadStream, Transition
 from prune_dn.models.mfm import MaxFeatureMap
 from prune_dn.pruning.calibration import Batches, PixelSampler, patches, read_batches
 from prune_dn.pruning.plan import Plan

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_dn.errors import PruningError
-from prune_dn.models.densenet import ReadStream
+from prune_dn.models.dense_net import ReadStream
 from prune_dn.models.mfm import MaxFeatureMap, siblings_of
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from prune_dn.errors import PruningError
 from prune_dn.models import DenseNet, LightCNN
 from prune_dn.models.convert import check_not_wrapped, convert, is_densenet
-from prune_dn.models.densenet import build_empty
+from prune_dn.models.dense_net import build_empty
 from prune_dn.profiling import ImageSize
 from prune_dn.pruning.compensate import check_compensation, compensate_plan
 from prune_dn.pruning.generic import prune_cnn

@@ -1,8 +1,8 @@
 """Train, fine-tune, evaluate."""
 
 from prune_dn.training.config import Distillation, FitConfig, Sparsity
-from prune_dn.training.evaluate import EvalResult, evaluate
-from prune_dn.training.fit import FitResult, fit
+from prune_dn.training.evaluation import EvalResult, evaluate
+from prune_dn.training.fitting import FitResult, fit
 from prune_dn.training.state import state_path
 
 __all__ = [

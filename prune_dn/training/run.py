@@ -21,7 +21,7 @@ from prune_dn.models import DenseNet, Net
 from prune_dn.processes import process_state
 from prune_dn.training.config import FitConfig
 from prune_dn.training.distillation import distillation_loss
-from prune_dn.training.evaluate import check_classes, eval_mode, evaluate
+from prune_dn.training.evaluation import check_classes, eval_mode, evaluate
 from prune_dn.training.optim import build_optimizer, learning_rate
 from prune_dn.training.progress import Display
 from prune_dn.training.regularizers import (

@@ -12,7 +12,7 @@ from torch import nn
 
 from prune_dn.errors import PruningError
 from prune_dn.models import MaxFeatureMap, densenet
-from prune_dn.models.densenet import ReadStream
+from prune_dn.models.dense_net import ReadStream
 from prune_dn.pruning.calibration import collect, read_batches
 from prune_dn.pruning.competition import competition
 

@@ -26,10 +26,8 @@ import prune_dn
 from prune_dn.data import Datasets, load_datasets
 from prune_dn.errors import DataError, TrainingError
 from prune_dn.models import DenseNet, densenet
-from prune_dn.training import Distillation, FitConfig, FitResult, evaluate, fit, state_path
+from prune_dn.training import Distillation, FitConfig, FitResult, evaluate, fit, fitting, state_path
 from prune_dn.training.distillation import distillation_loss
-
-module: Any = sys.modules[fit.__module__]
 
 
 def net(seed: int = 1, **how: Any) -> DenseNet:
@@ -260,14 +258,14 @@ class Stopped(Exception):
 
 
 def stop_after(epoch: int, patch: pytest.MonkeyPatch) -> None:
-    train = module.Run.train_epoch
+    train = fitting.Run.train_epoch
 
     def spy(self: Any, shown: Any) -> Any:
         if self.epoch == epoch:
             raise Stopped
         return train(self, shown)
 
-    patch.setattr(module.Run, "train_epoch", spy)
+    patch.setattr(fitting.Run, "train_epoch", spy)
 
 
 FULL: dict[str, Any] = {
@@ -327,14 +325,13 @@ result = fit(model, data, config, output_dir=sys.argv[1], progress=False)
 {after}
 """
 KILL = """
-from prune_dn.training import fit as _
-module = sys.modules[fit.__module__]
-update = module.Run._update
+from prune_dn.training import fitting
+update = fitting.Run._update
 def killed(self):
     if self.step == 9:  # in the second of two epochs of six steps
         os.kill(os.getpid(), 9)
     return update(self)
-module.Run._update = killed
+fitting.Run._update = killed
 """
 
 
@@ -387,11 +384,11 @@ def test_the_log_follows_the_state(
 
 KILL_LOADER = """
 import multiprocessing
-step = module.Run._update
+step = fitting.Run._update
 def kill_one(self):
     os.kill(multiprocessing.active_children()[0].pid, 9)
     return step(self)
-module.Run._update = kill_one
+fitting.Run._update = kill_one
 """
 
 
@@ -503,7 +500,7 @@ def test_what_cannot_work(data: Datasets, tmp_path: Path, monkeypatch: pytest.Mo
         go(net(), data, precision="fp16")
     with pytest.raises(TrainingError, match="tensorboard: true needs an output_dir"):
         go(net(), data, tensorboard=True)
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(fitting.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(TrainingError, match=r"pip install prune_dn\[tensorboard\]"):
         go(net(), data, tensorboard=True, output_dir=tmp_path)
 

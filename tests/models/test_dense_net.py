@@ -13,7 +13,7 @@ from strategies import pruned_configs
 from torch import Tensor
 
 from prune_dn.models import DenseNet, DenseNetConfig, LayerConfig, TransitionConfig, densenet
-from prune_dn.models.densenet import ReadStream, build_empty
+from prune_dn.models.dense_net import ReadStream, build_empty
 
 
 def images(config: DenseNetConfig, batch: int = 2, seed: int = 1) -> Tensor:
