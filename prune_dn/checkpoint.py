@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-import pickle
-import re
+import logging
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load as load_bytes
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from prune_dn.errors import CheckpointError, ConfigError, ConversionError
-from prune_dn.files import atomic_path
+from prune_dn.errors import CheckpointError, ConfigError, ConversionError, WriteError
+from prune_dn.files import StrPath, atomic_path, file_size, parse_json
 from prune_dn.models import DenseNet, DenseNetConfig, LightCNN, LightCNNConfig, Net
-from prune_dn.models.state_dicts import empty_net, fill, from_state_dict, misfits, shorten
+from prune_dn.models.state_dicts import check_usable, empty_net, fill, misfits, net_of
+from prune_dn.models.weights import find_weights, shorten
+from prune_dn.pickles import read_pickle, write_pickle
 
+# Goes up when an older prune_dn would read a new file wrongly; not for metadata that it may overlook.
 FORMAT_VERSION = 1
 _FORMAT = "prune_dn/"
 _DEFAULT_MOMENTUM = 0.1
@@ -31,7 +35,7 @@ CONFIGS: dict[str, type[DenseNetConfig] | type[LightCNNConfig]] = {
     LightCNN.__name__: LightCNNConfig,
 }
 
-StrPath = str | os.PathLike[str]
+logger = logging.getLogger(__name__)
 
 
 def save(model: nn.Module, path: StrPath, *, info: Mapping[str, Any] | None = None) -> None:
@@ -40,8 +44,10 @@ def save(model: nn.Module, path: StrPath, *, info: Mapping[str, Any] | None = No
     `info` is anything that JSON can hold, read back by `read_info`; usual keys are "data",
     "history" and "metrics". Norm momentum is kept; modes, hooks and `requires_grad` are not.
 
-    Raises CheckpointError for a model that is no DenseNet or Light CNN of ours, or that was changed
-    by hand.
+    The same model and `info` give the same bytes. A digest of all that the file says is in it.
+
+    Raises CheckpointError for a model that is no DenseNet or Light CNN of ours, that was changed by
+    hand or has weights that are not finite, and for a path that cannot be written.
     """
     if not isinstance(model, Net):
         raise CheckpointError(
@@ -56,6 +62,11 @@ def save(model: nn.Module, path: StrPath, *, info: Mapping[str, Any] | None = No
             "cannot save a model that no longer fits its own config, so it could not be loaded: "
             + shorten(problems)
         )
+    tensors = _own_tensors(state)
+    try:
+        check_usable(tensors)
+    except ConversionError as error:
+        raise CheckpointError(f"cannot save this model: {error}") from error
     momentum = {
         name: norm.momentum
         for name, norm in model.named_modules()
@@ -70,39 +81,44 @@ def save(model: nn.Module, path: StrPath, *, info: Mapping[str, Any] | None = No
         "prune_dn_version": _version(),
         "torch_version": str(torch.__version__),
     }
-    tensors = _own_tensors(state)
-    with atomic_path(path) as temporary:
+    metadata["digest"] = _digest(metadata, tensors)
+    with _saving(path), atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
+        _order_header_(temporary)
 
 
-def load(path: StrPath) -> Net:
+def load(path: StrPath, *, ema: bool = False) -> Net:
     """Rebuild a DenseNet or Light CNN from a file, on the CPU and in eval mode.
 
-    Reads what `save` wrote, and plain state dicts of such nets in .safetensors or .pt/.pth files
-    (see `from_state_dict`); of the latter only tensors are read, code in them never runs.
+    Reads what `save` wrote, and state dicts of such nets in .safetensors or .pt/.pth files, also in a
+    mapping with other things and behind prefixes (see `from_state_dict`, also for `ema`). Code in a file
+    never runs: objects beside the weights are overlooked. Of a file that is not ours the logger
+    "prune_dn.checkpoint" says which weights were taken, and what was assumed.
 
     Raises CheckpointError for a file that is missing, damaged, newer, or holds no such net.
     """
     path = Path(path)
     if not _is_safetensors(path):
-        return _from_tensors(path, _read_pickle(path))
+        return _from_tensors(path, read_pickle(path), ema)
     metadata = _read_metadata(path)
     try:
-        tensors = load_file(path)
-    except (SafetensorError, ValueError, KeyError) as error:
+        tensors = load_bytes(path.read_bytes())  # a path may be no UTF-8
+        changed = metadata.get("digest", digest := _digest(metadata, tensors)) != digest
+    except Exception as error:  # safetensors and torch raise many kinds for broken files
         raise CheckpointError(f"{path} is damaged: {error}") from error
+    if changed:  # before the format is asked for, which may be what changed
+        raise CheckpointError(
+            f"{path} is damaged: it was changed since it was saved; copy it again"
+        )
     if not metadata.get("format", "").startswith(_FORMAT):
-        return _from_tensors(path, tensors)
+        return _from_tensors(path, tensors, ema)
     _check_version(path, metadata)
+    if ema:
+        raise CheckpointError(f"{path} holds no averaged (EMA) weights: `save` writes one net")
     try:
-        architecture = metadata.get("architecture", DenseNet.__name__)  # absent in older files
-        model = fill(CONFIGS[architecture].from_json(metadata["config"]), tensors)
-        momentum = json.loads(metadata.get("norm_momentum", "{}"))
-        for name, value in momentum.items():
-            model.get_submodule(name).momentum = value
+        return _rebuilt(metadata, tensors).eval()
     except (ConfigError, ConversionError, KeyError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
-    return model.eval()
 
 
 def read_info(path: StrPath) -> dict[str, Any]:
@@ -115,9 +131,12 @@ def read_info(path: StrPath) -> dict[str, Any]:
         return {}
     _check_version(path, metadata)
     try:
-        return dict(json.loads(metadata["info"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged: its info is no JSON object") from error
+        info = parse_json(metadata["info"])
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: its info cannot be read: {error}") from error
+    if not isinstance(info, dict):
+        raise CheckpointError(f"{path} is damaged: its info is no JSON object")
+    return info
 
 
 def save_state_dict(model: nn.Module, path: StrPath) -> None:
@@ -125,10 +144,66 @@ def save_state_dict(model: nn.Module, path: StrPath) -> None:
 
     It holds tensors only. Unlike `save` it does not say what MFM or pruned edges a net has, so
     such a net is rebuilt from its config: `DenseNet(config).load_state_dict(torch.load(path))`.
+
+    Raises CheckpointError for a path that cannot be written.
     """
-    tensors = _own_tensors(model.state_dict())
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        torch.save(tensors, file)
+    with _saving(path):
+        write_pickle(path, _own_tensors(model.state_dict()))
+
+
+@contextmanager
+def _saving(path: StrPath) -> Iterator[None]:
+    """Whatever a writer raises when the disk is full and the like, as CheckpointError."""
+    try:
+        yield
+    except WriteError as error:
+        raise CheckpointError(str(error)) from error
+    except SafetensorError as error:
+        raise CheckpointError(f"cannot write {path}: {error}; nothing was changed") from error
+
+
+def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the metadata, and of the names, dtypes, shapes and bytes of the tensors."""
+    told = sorted((key, value) for key, value in metadata.items() if key != "digest")
+    digest = hashlib.sha256(json.dumps(told).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _order_header_(path: Path) -> None:
+    """Put the metadata into one order: safetensors leaves it in that of a random hash."""
+    with path.open("rb+") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        ordered = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
+        text = json.dumps(ordered, ensure_ascii=False, separators=(",", ":")).encode()
+        assert len(text) <= length, "written in another way than safetensors does"
+        file.seek(8)
+        file.write(text.ljust(length))
+
+
+def _rebuilt(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Net:
+    """The net of a file of ours. Raises ConversionError and others where its parts do not agree."""
+    check_usable(tensors)
+    architecture = metadata.get("architecture", DenseNet.__name__)  # absent in older files
+    if architecture not in CONFIGS:
+        raise ValueError(f"its architecture is {architecture!r}, not {' or '.join(CONFIGS)}")
+    model = fill(CONFIGS[architecture].from_json(metadata["config"]), tensors)
+    momenta = parse_json(metadata.get("norm_momentum", "{}"))
+    if not isinstance(momenta, dict):
+        raise ValueError("its norm_momentum is no JSON object")
+    for name, momentum in momenta.items():
+        norm = model.get_submodule(name)
+        if not isinstance(norm, nn.BatchNorm2d):
+            raise ValueError(f"its norm_momentum names {name!r}, which is no norm")
+        is_number = isinstance(momentum, int | float) and not isinstance(momentum, bool)
+        if momentum is not None and not (is_number and 0 <= momentum <= 1):
+            raise ValueError(f"the norm_momentum of {name} is {momentum!r}, not in [0, 1]")
+        norm.momentum = momentum
+    return model
 
 
 def _own_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -157,11 +232,12 @@ def _info_json(info: Mapping[str, Any]) -> str:
 
 def _is_safetensors(path: Path) -> bool:
     """By content. Raises CheckpointError for a path that cannot be any checkpoint."""
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a folder; give the checkpoint file in it")
     try:
+        file_size(path)
         with path.open("rb") as file:
             start = file.read(9)
+    except IsADirectoryError:
+        raise CheckpointError(f"{path} is a folder; give the checkpoint file in it") from None
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     if not start:
@@ -182,8 +258,10 @@ def _read_metadata(path: Path) -> dict[str, str]:
         if length > min(size - 8, _MAX_HEADER):
             raise CheckpointError(f"{path} is truncated: its header needs {length} bytes")
         try:
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length))
             metadata = header.pop("__metadata__", {})
+            if not all(isinstance(value, str) for value in metadata.values()):
+                raise ValueError("its metadata are no strings")
             end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
             raise CheckpointError(f"{path} is no safetensors file: its header is broken") from error
@@ -191,7 +269,7 @@ def _read_metadata(path: Path) -> dict[str, str]:
         raise CheckpointError(
             f"{path} is truncated: it has {size} bytes of {8 + length + end}; copy or make it again"
         )
-    return {str(key): str(value) for key, value in metadata.items()}
+    return dict(metadata)
 
 
 def _check_version(path: Path, metadata: Mapping[str, str]) -> None:
@@ -204,29 +282,26 @@ def _check_version(path: Path, metadata: Mapping[str, str]) -> None:
         )
 
 
-def _read_pickle(path: Path) -> Any:
+def _from_tensors(path: Path, state: Any, ema: bool) -> Net:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} holds more than tensors, and reading it would run code ({_reason(error)}). "
-            "Where it was made, write torch.save(model.state_dict(), path) and load that"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} is damaged or truncated: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    """The telling part of torch's long messages."""
-    needed = re.search(r"GLOBAL (\S+)", str(error))
-    return f"it needs {needed[1]}" if needed else str(error).split(". ")[0] or type(error).__name__
-
-
-def _from_tensors(path: Path, state: Any) -> Net:
-    try:
-        return from_state_dict(state).eval()
+        weights, others = find_weights(state, ema=ema)
+        net = net_of(weights.tensors())
     except ConversionError as error:
         raise CheckpointError(f"{path}: {error}") from error
+    _say_what_was_taken(path, net, str(weights), list(map(str, others)))
+    return net.eval()
+
+
+def _say_what_was_taken(path: Path, net: Net, taken: str, others: list[str]) -> None:
+    if isinstance(net, LightCNN):
+        assumed = f"a dropout of {net.config.drop_rate}, images of {net.config.image_size} pixels"
+    else:
+        assumed = f"eps {net.config.norm_eps}, no dropout, ReLU and the poolings of torchvision"
+    left = f", not {shorten(others)} (ema: the averaged ones)" if others else ""
+    logger.warning(
+        "%s: took %s%s; tensors do not tell, so this was assumed: %s; nor how pixels were normalised",
+        *(path, taken, left, assumed),
+    )
 
 
 def _version() -> str:

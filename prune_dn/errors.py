@@ -33,5 +33,9 @@ class ExportError(PruneDNError):
     """An export that failed or whose result differs from the model."""
 
 
+class WriteError(PruneDNError):
+    """A file that cannot be written: no space, no permission, no such folder."""
+
+
 class RecipeError(PruneDNError):
     """A recipe with mistakes; the message lists all of them."""

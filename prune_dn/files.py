@@ -1,19 +1,30 @@
-"""Files appear whole or not at all."""
+"""Files appear whole or not at all, and are read with a limit."""
 
 from __future__ import annotations
 
+import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from prune_dn.errors import WriteError
+
+StrPath = str | os.PathLike[str]
+MOST_TEXT = 1 << 26  # bytes of a text file
 
 
 @contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_path(path: StrPath) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it gets the final name only if the block succeeds.
 
     The folder of `path` is made if need be. On an error (or a kill) `path` is what it was before.
+
+    Raises WriteError for a path that cannot be written, and for every OSError in the block: a full
+    disk, say.
 
     >>> import pathlib, tempfile
     >>> target = pathlib.Path(tempfile.mkdtemp()) / "a.txt"
@@ -22,27 +33,74 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     >>> target.read_text()
     'whole'
     """
-    final = Path(path)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(
-        prefix=f".{final.name}.", suffix=f".tmp{final.suffix}", dir=final.parent
-    )
-    os.close(handle)
-    temporary = Path(name)
+    final, temporary = Path(path), None
     try:
+        temporary = _beside(final)
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, final)
+    except OSError as error:
+        reason = error.strerror or str(error) or type(error).__name__
+        raise WriteError(f"cannot write {final}: {reason}; nothing was changed") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
+def write_text(path: StrPath, text: str) -> None:
     """Write a whole text file atomically (UTF-8)."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: StrPath, data: bytes | memoryview) -> None:
+    """Write a whole file atomically."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(data)
+
+
+def file_size(path: StrPath) -> int:
+    """Bytes of a regular file. Raises OSError for everything else, before it is opened."""
+    try:
+        found = os.stat(path)
+    except ValueError as error:  # a NUL
+        raise OSError(f"{error} in its name") from None
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError("it is a folder")
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError("it is no regular file, but a pipe or a device")
+    return found.st_size
+
+
+def read_text(path: StrPath, most: int = MOST_TEXT) -> str:
+    """Read a text file (UTF-8). Raises OSError or ValueError for what is none, or has over `most` bytes."""
+    size = file_size(path)
+    if size > most:
+        raise ValueError(f"it has {size:,} bytes, and such a file has at most {most:,}")
+    return Path(path).read_text(encoding="utf-8-sig")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text holds. Raises ValueError for all that is none, or is nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("its JSON is nested too deeply") from None
+
+
+def _beside(final: Path) -> Path:
+    """A new file in the folder of `final`."""
+    if "\0" in str(final):
+        raise OSError("there is a NUL in its name")
+    if final.exists() and not final.is_file():
+        raise OSError("it is a folder" if final.is_dir() else "it is no regular file")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(
+        prefix=f".{final.name[:32]}.", suffix=f".tmp{final.suffix}", dir=final.parent
+    )
+    os.close(handle)
+    return Path(name)
 
 
 def _umask() -> int:

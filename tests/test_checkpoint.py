@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from light_cnn_oracle import light_cnn_configs, slow
 from oracle import randomise_
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from strategies import pruned_configs
 from torch import nn
 
@@ -56,6 +60,11 @@ UNEVEN = DenseNetConfig(
 
 def uneven(dtype: torch.dtype = torch.float32) -> DenseNet:
     return randomise_(DenseNet(UNEVEN), 0).to(dtype).eval()
+
+
+def plain() -> DenseNet:
+    """A net that a state dict tells whole."""
+    return randomise_(densenet([2, 1], 4, stem="cifar", num_classes=3), 0).eval()
 
 
 def images(dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -137,6 +146,64 @@ def test_metadata_explains_the_file(tmp_path: Path) -> None:
     assert {"info", "prune_dn_version"} <= set(metadata)
 
 
+def test_the_same_net_gives_the_same_bytes_in_any_process(tmp_path: Path) -> None:
+    """Rust's maps have another order in each process, and for each map."""
+    net, info = uneven(), {"data": {"name": "größer"}, "note": 'a "quoted"\x1b\n line'}
+    for i in range(3):
+        save(net, tmp_path / f"{i}", info=info)
+    first = (tmp_path / "0").read_bytes()
+    assert [(tmp_path / f"{i}").read_bytes() == first for i in range(3)] == [True] * 3
+    (length,) = struct.unpack("<Q", first[:8])
+    metadata = json.loads(first[8 : 8 + length])["__metadata__"]
+    assert list(metadata) == sorted(metadata)
+    assert read_info(tmp_path / "0") == info
+
+
+def test_every_flipped_byte_is_noticed(tmp_path: Path) -> None:
+    """Or it is one that says nothing, such as a space: then the net is equal."""
+    net = plain()
+    save(net, tmp_path / "net", info={"note": "x"})
+    data = bytearray((tmp_path / "net").read_bytes())
+    generator, refused = torch.Generator().manual_seed(0), 0
+    places = torch.randint(len(data), (300,), generator=generator).tolist()
+    for place in places:
+        changed = bytearray(data)
+        changed[place] ^= 1 << (place % 8)
+        (tmp_path / "net").write_bytes(changed)
+        try:
+            again = load(tmp_path / "net")
+        except CheckpointError:
+            refused += 1
+            continue
+        assert again.config == net.config
+        assert all(torch.equal(v, again.state_dict()[k]) for k, v in net.state_dict().items())
+    assert refused > 0.98 * len(places)
+
+
+def test_the_digest_is_of_what_the_file_says_not_of_its_layout(tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
+    save(uneven(), path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    save_file(tensors, path, metadata=metadata)  # another tool, which changed nothing
+    assert load(path).config == UNEVEN
+    save_file(tensors, path, metadata={**metadata, "config": metadata["config"].replace("3", "4")})
+    fails(path, "is damaged: it was changed since it was saved; copy it again")
+    tensors["classifier.bias"][0] += 1
+    save_file(tensors, path, metadata=metadata)
+    fails(path, "is damaged: it was changed since it was saved")
+    save_file(tensors, path, metadata={**metadata, "format": "pt"})
+    fails(path, "is damaged: it was changed since it was saved")
+
+
+def test_files_of_before_there_were_digests_are_read(tmp_path: Path) -> None:
+    save(uneven(), tmp_path / "net")
+    rewritten(tmp_path / "net", lambda header: None)
+    again = load(tmp_path / "net")
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in uneven().state_dict().items())
+
+
 def test_norm_momentum_is_kept(tmp_path: Path) -> None:
     net = uneven()
     net.features.norm5.momentum = None
@@ -197,6 +264,51 @@ def test_foreign_files(tmp_path: Path) -> None:
     assert read_info(tmp_path / "a.safetensors") == {}
 
 
+def test_what_training_scripts_leave(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Arguments and numbers of numpy lie beside the weights; which were taken is said."""
+    theirs = torchvision.models.DenseNet(4, (2, 1), 6, num_classes=5).eval()
+    averaged = {f"module.{k}": v * 1.01 for k, v in theirs.state_dict().items()}
+    script = {
+        "model": theirs.state_dict(),
+        "model_ema": {**averaged, "n_averaged": torch.tensor(3)},
+        "args": argparse.Namespace(lr=0.1),
+        "best": np.float64(0.9),
+        "optimizer": torch.optim.SGD(theirs.parameters(), 0.1, momentum=0.9).state_dict(),
+    }
+    path = tmp_path / "net.pth"
+    torch.save(script, path)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(load(path)(x), theirs(x))
+    assert re.fullmatch(
+        r".*net.pth: took the mapping 'model', not the mapping 'model_ema' \(ema: the averaged ones\); "
+        r"tensors do not tell, so this was assumed: eps 1e-05, no dropout, ReLU and the poolings of "
+        r"torchvision; nor how pixels were normalised",
+        caplog.messages[0],
+    )
+    found = load(path, ema=True)
+    assert torch.equal(found.classifier.weight, averaged["module.classifier.weight"])
+    assert "took the mapping 'model_ema', not the mapping 'model'" in caplog.messages[1]
+
+
+def test_our_own_files_are_read_without_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(uneven(), tmp_path / "net")
+    load(tmp_path / "net")
+    assert caplog.messages == []
+    with pytest.raises(CheckpointError, match="holds no averaged"):
+        load(tmp_path / "net", ema=True)
+
+
+def test_a_light_cnn_says_what_was_assumed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_state_dict(light_cnn_29(5, image_size=32, widths=(4, 6, 6, 6, 6)), tmp_path / "net.pt")
+    load(tmp_path / "net.pt")
+    assert "was assumed: a dropout of 0.5, images of 32 pixels; nor how pixels" in caplog.text
+
+
 def test_any_header_length_is_read(tmp_path: Path) -> None:
     """A header of 0x..80 bytes begins like a pickle."""
     seen = set()
@@ -238,6 +350,7 @@ def rewritten(path: Path, edit: Callable[[dict], None]) -> None:
     data = path.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
+    header["__metadata__"].pop("digest", None)  # as in a file from before there were digests
     edit(header)
     text = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
@@ -306,14 +419,195 @@ def test_newer_formats_and_damaged_headers(tmp_path: Path) -> None:
         read_info(path)
 
 
+@pytest.mark.parametrize(
+    ("metadata", "text"),
+    [
+        ({"norm_momentum": '{"features.norm5": "x"}'}, "norm_momentum of features.norm5 is 'x', not"),
+        ({"norm_momentum": '{"features.norm5": NaN}'}, "norm_momentum of features.norm5 is nan, not"),
+        ({"norm_momentum": '{"features.norm5": true}'}, "norm_momentum of .* is True, not in"),
+        ({"norm_momentum": "[1]"}, "its norm_momentum is no JSON object"),
+        ({"norm_momentum": '{"": 0.1}'}, "its norm_momentum names '', which is no norm"),
+        ({"norm_momentum": '{"classifier": 0.1}'}, "names 'classifier', which is no norm"),
+        ({"config": "[" * 100_000}, "its JSON is nested too deeply"),
+        ({"norm_momentum": "[" * 100_000}, "its JSON is nested too deeply"),
+        ({"config": "1" * 10_000}, "is damaged: not a DenseNetConfig in JSON"),
+        ({"config": "null"}, "is damaged: not a DenseNetConfig in JSON"),
+        ({"architecture": "ResNet"}, "its architecture is 'ResNet', not DenseNet or LightCNN"),
+        ({"norm_momentum": ["x"]}, "its header is broken"),
+        ({"format": 1}, "its header is broken"),
+    ],
+)  # fmt: skip
+def test_damaged_metadata(tmp_path: Path, metadata: dict[str, Any], text: str) -> None:
+    save(uneven(), tmp_path / "net")
+    rewritten(tmp_path / "net", lambda header: header["__metadata__"].update(metadata))
+    fails(tmp_path / "net", text)
+
+
+@pytest.mark.parametrize("metadata", [[], ["a"], "text", 1, None])
+def test_metadata_that_are_no_mapping(tmp_path: Path, metadata: Any) -> None:
+    save(uneven(), tmp_path / "net")
+    rewritten(tmp_path / "net", lambda header: header.update(__metadata__={}))
+    rewritten(tmp_path / "net", lambda header: header["__metadata__"].update(a="b"))
+    data = (tmp_path / "net").read_bytes().replace(b'{"a": "b"}', json.dumps(metadata).encode())
+    (length,) = struct.unpack("<Q", data[:8])
+    shorter = len(b'{"a": "b"}') - len(json.dumps(metadata))
+    (tmp_path / "net").write_bytes(struct.pack("<Q", length - shorter) + data[8:])
+    fails(tmp_path / "net", "its header is broken")
+    with pytest.raises(CheckpointError, match="its header is broken"):
+        read_info(tmp_path / "net")
+
+
+def test_info_that_is_nested_too_deeply(tmp_path: Path) -> None:
+    save(uneven(), tmp_path / "net")
+    rewritten(tmp_path / "net", lambda h: h["__metadata__"].update(info="[" * 100_000))
+    with pytest.raises(CheckpointError, match="its info cannot be read: its JSON is nested too"):
+        read_info(tmp_path / "net")
+
+
+def test_weights_that_no_net_can_run_with(tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
+
+    def broken(name: str, change: Callable[[torch.Tensor], torch.Tensor], text: str) -> None:
+        tensors = dict(plain().state_dict())
+        tensors[name] = change(tensors[name].clone())
+        torch.save(tensors, tmp_path / "net.pt")
+        fails(tmp_path / "net.pt", f"no net can run with these weights: {text}")
+        if tensors[name].layout == torch.strided and not tensors[name].is_meta:
+            save(plain(), path)
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata()
+            del metadata["digest"]
+            save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata=metadata)
+            fails(path, f"no net can run with these weights: {text}")
+
+    def with_one(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda tensor: tensor.index_fill_(0, torch.tensor(1), value)
+
+    broken("features.conv0.weight", with_one(float("nan")), "features.conv0.weight holds 36 NaN or")
+    broken(
+        "features.norm5.running_mean",
+        with_one(float("inf")),
+        "features.norm5.running_mean holds 1 NaN or",
+    )
+    broken(
+        "features.norm5.running_var", with_one(-1e-9), "features.norm5.running_var holds 1 negative"
+    )
+    broken(
+        "classifier.weight", torch.Tensor.half, "it mixes the dtypes torch.float32 .* and torch.f"
+    )
+    broken(
+        "classifier.weight",
+        lambda tensor: tensor.to(torch.float8_e4m3fn),
+        "classifier.weight has dtype torch.float8_e4m3fn, in which nets do not run",
+    )
+    broken("classifier.weight", lambda t: t.to("meta"), "classifier.weight is a meta tensor")
+    broken("classifier.weight", torch.Tensor.to_sparse, "classifier.weight is a sparse_coo tensor")
+
+
+def test_small_files_that_ask_for_much_memory(tmp_path: Path) -> None:
+    path = tmp_path / "net.pt"
+    tensors = dict(plain().state_dict())
+    tensors["features.conv0.weight"] = torch.zeros(1).expand(1 << 33, 3, 3, 3)
+    torch.save(tensors, path)
+    assert path.stat().st_size < 30_000
+    fails(path, "features.conv0.weight is expanded: 231,928,233,984 numbers from 4 bytes")
+    one = torch.zeros(1 << 20)
+    torch.save({f"features.{i}": one for i in range(100)} | dict(plain().state_dict()), path)
+    fails(path, "its tensors share their data: .* bytes from")
+    torch.save({"a": torch.zeros(1 << 22)}, path)
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in parts.items():
+            archive.writestr(name, data)
+    fails(path, "would unpack to .* bytes, more than it has")
+
+
+def test_a_net_with_nan_is_not_saved(tmp_path: Path) -> None:
+    net = uneven()
+    with torch.no_grad():
+        net.features.norm5.running_var[0] = float("nan")
+    with pytest.raises(
+        CheckpointError, match=r"cannot save this model: .*norm5.running_var holds 1 NaN"
+    ):
+        save(net, tmp_path / "net")
+    net = uneven()
+    net.classifier.half()
+    with pytest.raises(CheckpointError, match=r"cannot save this model: .* mixes the dtypes"):
+        save(net, tmp_path / "net")
+    assert os.listdir(tmp_path) == []
+
+
+def test_paths_that_are_no_files(tmp_path: Path) -> None:
+    fails(tmp_path / ("x" * 300), "File name too long")
+    os.mkfifo(tmp_path / "pipe")
+    fails(tmp_path / "pipe", "it is no regular file, but a pipe or a device")
+    fails(Path("/dev/zero"), "it is no regular file")
+    for read in (load, read_info):
+        with pytest.raises(CheckpointError, match="null byte in its name"):
+            read("a\0b.safetensors")
+    strange = tmp_path / os.fsdecode(b"n\xff\xfe.safetensors")
+    save(plain(), strange)
+    assert load(strange).config == plain().config
+
+
+def test_paths_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    for name in ("a\0b", "x" * 300, "file/net", "folder"):
+        with pytest.raises(CheckpointError, match=r"cannot write .*; nothing was changed"):
+            save(plain(), tmp_path / name)
+        with pytest.raises(CheckpointError, match=r"cannot write .*; nothing was changed"):
+            save_state_dict(plain(), tmp_path / name)
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+
+
+FULL_DISK = """
+import resource, sys
+from prune_dn import checkpoint
+from prune_dn.errors import CheckpointError
+net = checkpoint.load(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+for write in (checkpoint.save, checkpoint.save_state_dict):
+    try:
+        write(net, sys.argv[1])
+    except CheckpointError as error:
+        print(str(error))
+"""
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
+    save(plain(), path)
+    before = path.read_bytes()
+    command = [sys.executable, "-c", FULL_DISK, str(path)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 and all("File too large" in line for line in lines), done.stdout
+    assert all(line.startswith(f"cannot write {path}") for line in lines)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["net.safetensors"]
+
+
+class Touch:
+    """Whoever unpickles it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return eval, (f"open({str(self.path)!r}, 'w')",)
+
+
 def test_pickles_that_need_code_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "net.pt"
-    torch.save({"state_dict": uneven().state_dict(), "best": np.float64(0.9)}, path)
-    fails(
-        path, r"holds more than tensors, .* run code \(it needs numpy.*scalar\). Where it was made"
-    )
+    torch.save({"state_dict": plain().state_dict(), "best": Touch(tmp_path / "ran")}, path)
+    fails(path, r"holds more than tensors, .* run code \(it needs eval\). Where it was made")
+    torch.save({"state_dict": plain().state_dict(), "best": print}, path)
+    assert load(path).config == plain().config  # a stand-in, which is not called
     torch.save(uneven(), path)
     fails(path, r"it needs prune_dn.models.dense_net.DenseNet\). .* torch.save\(model.state_dict")
+    assert not (tmp_path / "ran").exists()
     torch.save([1], path)
     fails(path, "a state dict is a mapping of names to tensors, not a value of type list")
 
@@ -359,7 +653,7 @@ def test_files_say_what_net_they_hold(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is damaged: not a LightCNNConfig in JSON"):
         load(tmp_path / "net")
     rewritten(tmp_path / "net", lambda h: h["__metadata__"].update(architecture="Other"))
-    with pytest.raises(CheckpointError, match="is damaged: 'Other'"):
+    with pytest.raises(CheckpointError, match="is damaged: its architecture is 'Other'"):
         load(tmp_path / "net")
 
 

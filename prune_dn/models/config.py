@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from prune_dn.errors import ConfigError
+from prune_dn.files import parse_json
 from prune_dn.models.mfm import MFM_KINDS
 
 Stem = Literal["cifar", "imagenet"]
@@ -108,7 +109,7 @@ class DenseNetConfig:
     def from_json(text: str) -> DenseNetConfig:
         """Rebuild a config. Raises ConfigError for anything that `to_json` did not write."""
         try:
-            data = json.loads(text)
+            data = parse_json(text)
             blocks = tuple(tuple(LayerConfig(**_indices(x)) for x in b) for b in data.pop("blocks"))
             transitions = tuple(TransitionConfig(**_indices(x)) for x in data.pop("transitions"))
             return DenseNetConfig(blocks=blocks, transitions=transitions, **_indices(data))

@@ -11,13 +11,8 @@ from torch import nn
 from prune_dn.errors import ConversionError
 from prune_dn.models.config import DenseNetConfig
 from prune_dn.models.dense_net import DenseNet
-from prune_dn.models.state_dicts import (
-    clean_state_dict,
-    fill,
-    from_state_dict,
-    infer_config,
-    shorten,
-)
+from prune_dn.models.state_dicts import fill, from_state_dict, infer_config
+from prune_dn.models.weights import clean_state_dict, shorten
 
 __all__ = ["convert", "from_state_dict"]
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from prune_dn.errors import ConfigError
+from prune_dn.files import parse_json
 
 Variant = Literal["9", "29", "29_v2"]
 STAGES = 4
@@ -94,7 +95,7 @@ class LightCNNConfig:
     def from_json(text: str) -> LightCNNConfig:
         """Rebuild a config. Raises ConfigError for anything that `to_json` did not write."""
         try:
-            data = json.loads(text)
+            data = parse_json(text)
             layers = tuple(
                 MFMConfig(layer.pop("units"), tuple(layer.pop("alone")), **layer)
                 for layer in data.pop("layers")

@@ -15,72 +15,56 @@ from prune_dn.models.dense_net import DenseNet, build_empty
 from prune_dn.models.light_cnn import LightCNN
 from prune_dn.models.light_cnn_config import LightCNNConfig
 from prune_dn.models.light_cnn_keys import infer_light_cnn, is_light_cnn
+from prune_dn.models.weights import COUNTER, EXPECTED, find_weights, shorten, unusable
 
 Net = DenseNet | LightCNN
 
-WRAPPERS = ("state_dict", "model")
-EXPECTED = (
-    "torchvision's DenseNet keys such as features.conv0.weight, "
-    "features.denseblock1.denselayer1.norm1.weight, features.norm5.weight, classifier.weight"
-)
-_COUNTERS = ("total_ops", "total_params")  # left behind by thop
-_OLD_KEY = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.(?=[12]\.)")
 _LAYER_KEY = re.compile(r"features\.denseblock(\d+)\.(denselayer(\d+))\.")
 _TRANSITION_KEY = re.compile(r"features\.transition(\d+)\.")
 
 
-def from_state_dict(state_dict: Mapping[str, Any]) -> Net:
+def from_state_dict(state_dict: Mapping[str, Any], *, ema: bool = False) -> Net:
     """Build the net whose weights these are; its widths are read from the tensors' shapes.
 
     A DenseNet's keys are torchvision's, or its old ones (`norm.1`), a Light CNN's those of the
-    published code; `module.` and `_orig_mod.` are taken off, and `{"state_dict": ...}` or
-    `{"model": ...}` is opened. The tensors are copied, with their dtype. What no tensor tells is
-    taken as usual: dropout 0 and eps 1e-5; a Light CNN's dropout 0.5 and images of 16 pixels for
-    each one of its last maps.
+    published code. They may lie in any mapping of a checkpoint (`{"state_dict": ...}`) and behind any
+    prefix (`module.`, `backbone.`); of plain and averaged weights the plain are taken, or with `ema` the
+    averaged. The tensors are copied, with their dtype. What no tensor tells is taken as usual:
+    dropout 0 and eps 1e-5; a Light CNN's dropout 0.5 and images of 16 pixels for each one of its
+    last maps.
 
-    Raises ConversionError if this is neither, or one whose structure shapes do not show: a DenseNet
-    with MFM, readers that read only a part of the stream, an MFM layer that lost single filters.
+    Raises ConversionError if this is neither, or one whose structure shapes do not show (a DenseNet
+    with MFM, readers that read only a part of the stream, an MFM layer that lost single filters), or
+    where there is more than one net, weights that are not finite or no plain floating point.
 
     >>> from prune_dn.models import densenet40
-    >>> from_state_dict(densenet40().state_dict()).config == densenet40().config
+    >>> weights = {"net": {f"backbone.{k}": v for k, v in densenet40().state_dict().items()}}
+    >>> from_state_dict(weights).config == densenet40().config
     True
     """
-    tensors = clean_state_dict(state_dict)
+    return net_of(find_weights(state_dict, ema=ema)[0].tensors())
+
+
+def net_of(tensors: Mapping[str, Tensor]) -> Net:
+    """The net that fits `tensors`, with their dtype. Raises ConversionError for what is none."""
+    check_usable(tensors)
     if is_light_cnn(tensors):
         return fill(infer_light_cnn(tensors), tensors)
     return fill(infer_config(tensors), tensors)
 
 
-def clean_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a state dict under torchvision's present keys. Nothing is copied."""
-    for wrapper in WRAPPERS:
-        if isinstance(state_dict, Mapping) and isinstance(state_dict.get(wrapper), Mapping):
-            return clean_state_dict(state_dict[wrapper])
-    if not isinstance(state_dict, Mapping):
-        raise ConversionError(
-            f"a state dict is a mapping of names to tensors, not {_kind(state_dict)}; "
-            "pass model.state_dict()"
-        )
-    tensors: dict[str, Tensor] = {}
-    for key, value in state_dict.items():
-        name = _OLD_KEY.sub(r"\1", str(key).replace("_orig_mod.", ""))
-        while name.startswith("module."):
-            name = name.removeprefix("module.")
-        if name.rpartition(".")[2] in _COUNTERS:
-            continue
-        if not isinstance(value, Tensor):
-            raise ConversionError(
-                f"the value of {key!r} is {_kind(value)}, not a tensor; expected {EXPECTED}"
-            )
-        if name in tensors:
-            raise ConversionError(f"two keys of the state dict mean {name!r}; one is {key!r}")
-        tensors[name] = value
-    return tensors
+def check_usable(tensors: Mapping[str, Tensor]) -> None:
+    """Raise ConversionError for tensors that no net can compute with (see `unusable`)."""
+    problems = list(unusable(tensors))
+    if problems:
+        raise ConversionError(f"no net can run with these weights: {shorten(problems)}")
 
 
 def infer_config(tensors: Mapping[str, Tensor]) -> DenseNetConfig:
     """The config that fits `tensors` (as `clean_state_dict` gives them)."""
-    conv0, linear = _tensor(tensors, "features.conv0", 4), _tensor(tensors, "classifier", 2)
+    conv0 = _tensor(tensors, "features.conv0", 4)
+    _check_head(tensors)
+    linear = _tensor(tensors, "classifier", 2)
     stem = _stem(tensors, conv0)
     numbers = sorted(
         {(int(m[1]), int(m[3]), m[2]) for m in map(_LAYER_KEY.match, tensors) if m is not None}
@@ -144,20 +128,17 @@ def fill(
     }
     expected = model.state_dict()
     for name in expected.keys() - filled.keys():
-        if name.endswith("num_batches_tracked"):
+        if name.endswith(COUNTER):
             filled[name] = torch.zeros((), dtype=torch.long)
+    for name in filled:
+        if name.endswith(COUNTER):  # some scripts halve it with the weights
+            filled[name] = filled[name].long()
     problems = list(misfits(expected, filled))
     if problems:
         kind = type(model).__name__
         raise ConversionError(f"the tensors do not fit a {kind}: {shorten(problems)}")
     model.load_state_dict(filled, assign=True)
     return model
-
-
-def shorten(items: list[str], most: int = 6) -> str:
-    """The first items, and how many more there are."""
-    more = f", and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(items[:most]) + more
 
 
 def misfits(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> Iterator[str]:
@@ -170,6 +151,27 @@ def misfits(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> Iter
         elif tensor.is_floating_point() and not found[name].is_floating_point():
             yield f"{name} has dtype {found[name].dtype} where floating point is needed"
     yield from (f"{name} is unexpected" for name in found if name not in expected)
+
+
+def _check_head(tensors: Mapping[str, Tensor]) -> None:
+    """Raise ConversionError where the classifier is something else than one linear layer."""
+    if "classifier.weight" in tensors:
+        return
+    head = [name for name in tensors if not name.startswith("features.")]
+    linear = [n for n in head if n.endswith(".weight") and tensors[n].dim() == 2]
+    if len(linear) == 1:
+        where = linear[0].removesuffix(".weight")
+        remedy = (
+            f"If {where} is all of it (but dropout, or a sigmoid on its answers), rename {where}.weight "
+            f"and {where}.bias to classifier.weight and classifier.bias; else pass"
+        )
+    else:
+        remedy = "Pass"
+    raise ConversionError(
+        "this is a DenseNet with another head than one linear layer (classifier.weight, "
+        f"classifier.bias): it has {shorten(head) or 'none'}. {remedy} the module itself to "
+        "prune_dn.prune"
+    )
 
 
 def _stem(tensors: Mapping[str, Tensor], conv0: Tensor) -> Stem:
@@ -229,7 +231,3 @@ def _tensor(tensors: Mapping[str, Tensor], where: str, dim: int) -> Tensor:
 
 def _shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "scalar"
-
-
-def _kind(value: Any) -> str:
-    return f"a value of type {type(value).__name__}"

@@ -260,7 +260,8 @@ def edited(**changes: torch.Tensor | None) -> dict[str, object]:
         ({}, "this is no DenseNet: features.conv0.weight is missing; expected .*; found no keys"),
         ({"fc.weight": torch.zeros(2, 2)}, "expected torchvision's DenseNet keys .* found fc.weight"),
         ([1, 2], "a state dict is a mapping of names to tensors, not a value of type list"),
-        ({"state_dict": {"epoch": 3}}, "the value of 'epoch' is a value of type int, not a tensor"),
+        ({"state_dict": {"epoch": 3}}, "this is no DenseNet: features.conv0.weight is missing; .* found no tensors"),
+        (edited(**{"features.norm5.bias": 3}), "the value of 'features.norm5.bias' is a value of type int, not a tensor"),
         (edited(**{"features.norm5.bias": None}), "do not fit a DenseNet: features.norm5.bias is missing"),
         (edited(**{"extra": torch.zeros(1)}), "extra is unexpected"),
         (

@@ -1,0 +1,208 @@
+"""Find the weights of a net in what a checkpoint holds, whatever they are called there."""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prune_dn.errors import ConversionError
+from prune_dn.sound import find_unsound
+
+EXPECTED = (
+    "torchvision's DenseNet keys such as features.conv0.weight, "
+    "features.denseblock1.denselayer1.norm1.weight, features.norm5.weight, classifier.weight"
+)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# The first weight of each kind of net, by which its keys are known.
+FIRST_WEIGHTS = ("features.conv0.weight", "conv1.filter.weight", "features.0.filter.weight")
+_COUNTERS = ("total_ops", "total_params", "n_averaged")  # left behind by thop and AveragedModel
+_WRAPPERS = re.compile(
+    r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+_OLD_KEY = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.(?=[12]\.)")
+_AVERAGED = re.compile(r"(?<![a-z])(?:ema|swa|avg|averaged?|shadow)(?![a-z])", re.IGNORECASE)
+COUNTER = "num_batches_tracked"
+_MOST_SHARED = 4  # times the data that there is
+_DEEPEST = 5  # mappings in mappings
+_MOST_VALUES = 100_000
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One net in a checkpoint: the mapping that holds it, how one gets there, the prefix of its keys."""
+
+    mapping: Mapping[Any, Any]
+    where: str = ""
+    prefix: str = ""
+
+    @property
+    def averaged(self) -> bool:
+        """Whether these are averages over training steps, by their name."""
+        return _AVERAGED.search(f"{self.where}.{self.prefix}") is not None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Under the net's own keys. Nothing is copied."""
+        return clean_state_dict(self.mapping, self.prefix)
+
+    def __str__(self) -> str:
+        prefix = f"the keys in {cut(self.prefix)!r}" if self.prefix else ""
+        inside = f"the mapping {cut(self.where)!r}" if self.where else ""
+        return " of ".join(filter(None, (prefix, inside))) or "the keys at the top"
+
+
+def find_weights(state: Any, *, ema: bool = False) -> tuple[Weights, list[Weights]]:
+    """The weights of the one known net in `state`, and the others that it also holds.
+
+    They may lie in any mapping and behind any prefix. Of plain and averaged ones (`ema`, by their name)
+    the plain are meant unless `ema`. Raises ConversionError where there are none or several such, and
+    where there is more in the mapping than the net, which might change its answers.
+    """
+    if not isinstance(state, Mapping):
+        raise ConversionError(
+            f"a state dict is a mapping of names to tensors, not {_kind(state)}; "
+            "pass model.state_dict()"
+        )
+    mappings = list(_mappings(state))
+    found = [weights for where, mapping in mappings for weights in _nets(where, mapping)]
+    if not found:
+        seen = max((_tensor_names(mapping) for _, mapping in mappings), key=len)
+        raise ConversionError(
+            f"this is no DenseNet: {FIRST_WEIGHTS[0]} is missing; expected {EXPECTED}; found "
+            f"{shorten(seen) or ('no tensors' if state else 'no keys')}"
+        )
+    chosen = [weights for weights in found if weights.averaged == ema]
+    if not chosen and not ema:
+        chosen = found
+    if len(chosen) != 1:
+        listed = shorten([str(weights) for weights in found])
+        if not chosen:
+            raise ConversionError(f"it holds no averaged (EMA) weights; there are {listed}")
+        raise ConversionError(
+            f"it holds the weights of several nets: {listed}; save those that you mean in a file of "
+            "their own"
+        )
+    return chosen[0], [weights for weights in found if weights is not chosen[0]]
+
+
+def clean_state_dict(state_dict: Mapping[Any, Any], prefix: str = "") -> dict[str, Tensor]:
+    """The tensors behind `prefix`, under torchvision's present keys. Nothing is copied."""
+    tensors: dict[str, Tensor] = {}
+    for key, value in state_dict.items():
+        name = _plain(key)
+        if not name.startswith(prefix) or _is_counter(name):
+            continue
+        name = name.removeprefix(prefix)
+        if not isinstance(value, Tensor):
+            if "." not in name and not tensors.keys().isdisjoint(FIRST_WEIGHTS):
+                continue  # an epoch, the arguments of a script: no net has such a key
+            raise ConversionError(
+                f"the value of {key!r} is {_kind(value)}, not a tensor; expected {EXPECTED}"
+            )
+        if name in tensors:
+            raise ConversionError(f"two keys of the state dict mean {name!r}; one is {key!r}")
+        tensors[name] = value
+    return tensors
+
+
+def unusable(tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    """What no net can compute with: no data, other layouts and dtypes, NaN, negative variances."""
+    dtypes: dict[torch.dtype, str] = {}
+    stored: dict[int, int] = {}
+    plain: list[tuple[str, Tensor]] = []
+    needed = 0
+    for name, tensor in tensors.items():
+        if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
+            kind = "meta" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
+            yield f"{name} is a {kind} tensor, not a plain one with data"
+            continue
+        bytes_there = tensor.untyped_storage().nbytes()
+        stored[tensor.untyped_storage().data_ptr()] = bytes_there
+        needed += tensor.numel() * tensor.element_size()
+        if bytes_there < tensor.numel() * tensor.element_size():
+            yield f"{name} is expanded: {tensor.numel():,} numbers from {bytes_there:,} bytes"
+        elif tensor.is_floating_point() and tensor.dtype not in FLOATS:
+            yield f"{name} has dtype {tensor.dtype}, in which nets do not run"
+        elif tensor.is_floating_point():
+            if not name.endswith(COUNTER):
+                dtypes.setdefault(tensor.dtype, name)
+            plain.append((name, tensor))
+    if problem := find_unsound(plain):
+        yield problem
+    if len(dtypes) > 1:
+        some = " and ".join(f"{dtype} ({name})" for dtype, name in list(dtypes.items())[:2])
+        yield f"it mixes the dtypes {some}: make them one, as model.float() does"
+    if needed > _MOST_SHARED * max(sum(stored.values()), 1 << 20):
+        yield f"its tensors share their data: {needed:,} bytes from {sum(stored.values()):,}"
+
+
+def _mappings(state: Mapping[Any, Any]) -> Iterator[tuple[str, Mapping[Any, Any]]]:
+    """`state` and all mappings in it, each once, with the keys that lead there."""
+    waiting, seen, left = deque([("", state, 0)]), {id(state)}, _MOST_VALUES
+    while waiting:
+        where, mapping, depth = waiting.popleft()
+        yield where, mapping
+        left -= len(mapping)
+        if depth == _DEEPEST or left < 0:
+            continue
+        for key, value in mapping.items():
+            if isinstance(value, Mapping) and id(value) not in seen:
+                seen.add(id(value))
+                waiting.append((f"{where}.{key}" if where else str(key), value, depth + 1))
+
+
+def _nets(where: str, mapping: Mapping[Any, Any]) -> Iterator[Weights]:
+    """The known nets in one mapping, by their prefixes."""
+    names = {str(key): _plain(key) for key in mapping}
+    ends = {
+        name.removesuffix(first)
+        for name in names.values()
+        for first in FIRST_WEIGHTS
+        if name == first or name.endswith(f".{first}")
+    }
+    # block1.0.conv1.filter is a layer of the Light CNN around it
+    prefixes = [end for end in ends if not any(end != e and end.startswith(e) for e in ends)]
+    extra = [
+        name
+        for name in _tensor_names(mapping)
+        if not names[name].startswith(tuple(prefixes)) and not _is_counter(names[name])
+    ]
+    if prefixes and extra:
+        raise ConversionError(
+            f"beside the net's keys in {' and '.join(map(repr, sorted(prefixes)))} there are "
+            f"{shorten(extra)}: another head or a loss, which may change the answers. "
+            "Pass the whole module to prune_dn.prune, or save the net's own state_dict()"
+        )
+    yield from (Weights(mapping, where, prefix) for prefix in sorted(prefixes))
+
+
+def _tensor_names(mapping: Mapping[Any, Any]) -> list[str]:
+    return [str(key) for key, value in mapping.items() if isinstance(value, Tensor)]
+
+
+def _is_counter(name: str) -> bool:
+    return name.rpartition(".")[2] in _COUNTERS
+
+
+def _plain(key: Any) -> str:
+    return _OLD_KEY.sub(r"\1", _WRAPPERS.sub("", str(key)))
+
+
+def shorten(items: list[str], most: int = 6) -> str:
+    """The first items, and how many more there are."""
+    more = f", and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(map(cut, items[:most])) + more
+
+
+def cut(text: str, most: int = 200) -> str:
+    """The beginning of a long text."""
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def _kind(value: Any) -> str:
+    return f"a value of type {type(value).__name__}"
