@@ -376,9 +376,8 @@ def test_what_nobody_expects(run: Run, net: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_a_folder_that_cannot_be_written(run: Run, net: Path) -> None:
     Path("file").write_text("")
-    code, out, err = run("prune", net, "--ratio", 0.5, "-o", "file/small.safetensors")
-    assert (code, out) == (1, "")
-    assert "file" in err and "Traceback" not in err
+    result = run("prune", net, "--ratio", 0.5, "-o", "file/small.safetensors")
+    bad(result, "error: cannot write file/small.safetensors: .*; nothing was changed")
 
 
 def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from prune_dn.errors import TrainingError
-from prune_dn.files import atomic_path
+from prune_dn.pickles import write_pickle
 
 # What a damaged file, or one of something else, raises.
 UNREADABLE = (
@@ -27,8 +27,7 @@ def state_path(output_dir: str | os.PathLike[str], name: str) -> Path:
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
     """Write tensors and plain values, atomically."""
-    with atomic_path(path) as temporary:
-        torch.save(state, temporary)
+    write_pickle(path, state)
 
 
 def load_state(path: Path, fingerprint: dict[str, Any]) -> dict[str, Any] | None:
