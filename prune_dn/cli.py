@@ -12,6 +12,7 @@ import typer
 
 from prune_dn import cli_options as options
 from prune_dn.cli_options import app, example, read_recipe
+from prune_dn.console import plain
 from prune_dn.console import show as _show
 from prune_dn.errors import PruneDNError
 from prune_dn.signals import Stopped
@@ -47,8 +48,8 @@ def run(
         return
     result = pipeline.run(read, overwrite=overwrite, progress=not as_json)
     if _is_main():
-        table = report.stage_table(result.metrics)
-        _show(result.metrics, as_json, table=table)
+        table, lines = report.stage_table(result.metrics), report.below_table(result.metrics)
+        _show(result.metrics, as_json, table=table, lines=lines)
         _say(as_json, f"report: {result.output_dir / 'report.md'}")
     _part()
 
@@ -67,7 +68,8 @@ def train(
     read = read_recipe(recipe, sets, output_dir)
     result = pipeline.run(read, overwrite=overwrite, progress=not as_json, only_train=True)
     if _is_main():
-        _show(result.metrics, as_json, table=report.stage_table(result.metrics))
+        table, lines = report.stage_table(result.metrics), report.below_table(result.metrics)
+        _show(result.metrics, as_json, table=table, lines=lines)
         _say(as_json, f"checkpoint: {result.output_dir / 'dense.safetensors'}")
     _part()
 
@@ -84,7 +86,7 @@ def validate(
         _show(read.model_dump(mode="json"), as_json)
     else:
         typer.echo(to_yaml(read), nl=False)
-        typer.echo(f"{recipe} is valid", err=True)
+        typer.echo(f"{plain(recipe)} is valid", err=True)
 
 
 @example("schema > recipe.schema.json")
@@ -155,4 +157,4 @@ def _part() -> None:
 
 def _say(as_json: bool, text: str) -> None:
     if not as_json:
-        typer.echo(text)
+        typer.echo(plain(text))

@@ -11,6 +11,15 @@ from typing import Any
 import typer
 
 
+def plain(text: object) -> str:
+    """Text in one line on which no terminal acts: what cannot be printed is escaped.
+
+    >>> plain("a\\nb\\x1b[31m\\u202e")
+    'a\\\\nb\\\\x1b[31m\\\\u202e'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
 def show(document: Any, as_json: bool, *, table: Any = None, lines: Any = None) -> None:
     """The document as JSON; or else a table, then `lines` as `key: value`."""
     if as_json:
@@ -25,23 +34,25 @@ def show(document: Any, as_json: bool, *, table: Any = None, lines: Any = None) 
         for i, name in enumerate(header):
             drawn.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
         for row in rows:
-            drawn.add_row(*map(str, row))
-        Console(width=None if sys.stdout.isatty() else 160).print(drawn)
+            drawn.add_row(*map(plain, row))
+        width = None if sys.stdout.isatty() else 160
+        Console(width=width, markup=False, emoji=False, highlight=False).print(drawn)
     for line in as_lines(document if table is None else lines or {}):
         typer.echo(line)
 
 
 def as_lines(facts: dict[str, Any], indent: str = "") -> Iterator[str]:
     for key, value in facts.items():
+        name = f"{indent}{plain(key)}"
         if isinstance(value, dict) and value:
-            yield f"{indent}{key}:"
+            yield f"{name}:"
             yield from as_lines(value, indent + "  ")
         elif isinstance(value, (list, tuple, dict)):
-            yield f"{indent}{key}: {', '.join(map(str, value)) or 'none'}"
+            yield f"{name}: {', '.join(map(plain, value)) or 'none'}"
         elif isinstance(value, float):
-            yield f"{indent}{key}: {value:.6g}"
+            yield f"{name}: {value:.6g}"
         else:
-            yield f"{indent}{key}: {value:,}" if type(value) is int else f"{indent}{key}: {value}"
+            yield f"{name}: {value:,}" if type(value) is int else f"{name}: {plain(value)}"
 
 
 def finite(value: Any) -> Any:

@@ -8,6 +8,7 @@ import platform
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,9 @@ from prune_dn.checkpoint import load, save, save_state_dict
 from prune_dn.data import Datasets, DataSpec, calibration_loader, load_datasets
 from prune_dn.errors import DataError
 from prune_dn.export import export_onnx, export_torch
-from prune_dn.latency import compare_latency, machine
+from prune_dn.figures import asked_latency, latency_rows, stage_figures
+from prune_dn.intervals import fell
+from prune_dn.latency import machine
 from prune_dn.models import DenseNet, LightCNN, Net
 from prune_dn.models.state_dicts import fill
 from prune_dn.processes import process_state
@@ -39,10 +42,11 @@ from prune_dn.recipe import DataSection, ModelSection, PruneSection, Recipe
 from prune_dn.report import write_report
 from prune_dn.rounds import calibration, cut_round, plan_round
 from prune_dn.run_folder import RunFolder
-from prune_dn.training import evaluate, fit
+from prune_dn.training import fit
 
 # No times: the same recipe gives the same checkpoint.
 KEPT_HISTORY = ("epoch", "loss", "accuracy", "val_loss", "val_accuracy", "learning_rate")
+PACKAGE = Path(__file__).parent
 PACKAGES = ("prune_dn", "torch", "torchvision", "accelerate", "numpy", "onnxruntime")
 
 
@@ -120,9 +124,9 @@ class Phases:
         file = "dense.safetensors"
         if self.folder.done("train", [file]):
             return self._load(file)
-        with self._phase("train"):
+        with self._phase("train") as notices:
             if self.recipe.train is not None:
-                self._fit(model, self.recipe.train, "train")
+                notices += self._fit(model, self.recipe.train, "train")
             self._save(model, file)
             self._score(model, "dense", file)
         return model
@@ -140,32 +144,32 @@ class Phases:
     def _prune_densenet(
         self, model: DenseNet, dense: DenseNet, section: PruneSection, number: int
     ) -> tuple[Plan, Net]:
-        """Plan, cut, score, recalibrate, score."""
-        one = section.rounds == 1
-        plan_file = "plan.json" if one else f"plan-{number}.json"
-        file = "recalibrated.safetensors" if one else f"recalibrated-{number}.safetensors"
+        """Plan, cut, compensate, recalibrate; each step is scored."""
+        ending = "" if section.rounds == 1 else f"-{number}"
+        plan_file = f"plan{ending}.json"
+        done = "recalibrated" if section.recalibrate_batches else "cut"
+        file = f"{done}{ending}.safetensors"
         if self.folder.done(f"prune-{number}", [plan_file, file]):
             return Plan.load(self._path(plan_file)), self._load(file)
         with self._phase(f"prune-{number}"):
             plan = self._plan(model, dense, number)
             self.folder.write(plan_file, plan.to_json() + "\n")
             small = apply_plan(model, plan)
+            stages = ["pruned"]
             self._score(small, "pruned")
             if section.compensate != "none":
                 small = self._compensate(small, model, plan, section.compensate)
+                stages.append("compensated")
                 self._score(small, "compensated")
             if section.recalibrate_batches:
                 self._recalibrate(small, section.recalibrate_batches)
+                stages.append("recalibrated")
+                self._score(small, "recalibrated")
             self._save(small, file)
-            self._score(small, "recalibrated", file)
-            self.folder.metrics["stages"]["pruned"]["file_bytes"] = self._bytes(file)
+            for stage in stages:
+                self.folder.metrics["stages"][stage]["file_bytes"] = self._bytes(file)
             if not section.settle:
-                done = {
-                    "unit": section.unit,
-                    "requested": plan.requested["pruning_ratio"],
-                    "achieved": plan.achieved["ratio"],
-                }
-                self.folder.metrics["rounds"][number - 1 :] = [done]
+                self._record_round(number, plan.requested["pruning_ratio"], plan.achieved["ratio"])
         return plan, small
 
     def _prune_light_cnn(
@@ -183,8 +187,7 @@ class Phases:
                 self._save(small, file)
                 self._score(small, "pruned", file)
                 whole, left = (getattr(count(net), section.unit) for net in (dense, small))
-                done = {"unit": section.unit, "requested": asked, "achieved": 1 - left / whole}
-                self.folder.metrics["rounds"][number - 1 :] = [done]
+                self._record_round(number, asked, 1 - left / whole)
         assert isinstance(small, LightCNN)
         told = ["unit", "criterion", "scope", "protect", "min_channels", "round_to"]
         if "sibling" in section.units:
@@ -196,6 +199,17 @@ class Phases:
             "layers": width_rows(model.config, small.config),
         }
         return facts, small
+
+    def _record_round(self, number: int, requested: float, achieved: float) -> None:
+        assert self.recipe.prune is not None
+        row: dict[str, Any] = {
+            "unit": self.recipe.prune.unit,
+            "requested": requested,
+            "achieved": achieved,
+        }
+        if (asked := asked_latency(self.recipe)) is not None:
+            row["runtime"], row["batch_size"] = asked
+        self.folder.metrics["rounds"][number - 1 :] = [row]
 
     def _cut(self, model: LightCNN, dense: LightCNN, number: int) -> LightCNN:
         """Cut by the main process, so that all have the same net."""
@@ -213,22 +227,33 @@ class Phases:
         file = "pruned.safetensors" if last else f"finetuned-{number}.safetensors"
         if self.folder.done(f"finetune-{number}", [file]):
             return self._load(file)
-        with self._phase(f"finetune-{number}"):
-            if self.recipe.finetune is not None:
-                name = "finetune" if last else f"finetune-{number}"
-                self._fit(model, self.recipe.finetune, name, teacher=dense)
+        with self._phase(f"finetune-{number}") as notices:
+            if self.recipe.finetune is None:
+                self._save(model, file)
+                return model
+            stages = self.folder.metrics["stages"]
+            before = [figures for stage, figures in stages.items() if stage != "fine-tuned"][-1]
+            name = "finetune" if last else f"finetune-{number}"
+            notices += self._fit(model, self.recipe.finetune, name, teacher=dense)
             self._save(model, file)
             self._score(model, "fine-tuned", file)
+            after = stages["fine-tuned"]
+            worse = fell(
+                "fine-tuning", before["test_accuracy"], after["test_accuracy"], after["n_test"]
+            )
+            notices += [] if worse is None else [worse]
         return model
 
     def measure(self, nets: dict[str, Net]) -> None:
-        """Eager latency of all nets, measured in turns."""
+        """Latency of all nets, measured in turns; of the exported file where that is asked for."""
         if self.folder.done("latency", []):
             return
         with self._phase("latency"):
-            self.folder.metrics["latency"] = self.folder.agree(
-                self._latency(nets) if self.folder.is_main else None
-            )
+            rows = None
+            if self.folder.is_main:
+                size, exported = self.data.spec.image_size, self._path("model.onnx")
+                rows = latency_rows(self.recipe, nets, size, exported)
+            self.folder.metrics["latency"] = self.folder.agree(rows)
 
     def export(self, model: Net) -> None:
         """The files that the recipe asks for, each verified before it gets its name."""
@@ -257,10 +282,22 @@ class Phases:
             write_report(self.folder.path, self.folder.metrics, self.environment, plans)
 
     @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
+    def _phase(self, name: str) -> Iterator[list[str]]:
+        """Time and record a phase. The report tells the notices, and what prune_dn warned of."""
         torch.manual_seed(self.recipe.seed)
         start = time.perf_counter()
-        yield
+        notices: list[str] = []
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.filterwarnings("always", module="prune_dn")
+            yield notices
+        for w in caught:
+            if Path(w.filename).is_relative_to(PACKAGE):
+                notices.append(str(w.message))
+            else:
+                warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
+        others = [notice for notice in self.folder.metrics["notices"] if notice["name"] != name]
+        said = [{"name": name, "text": text} for text in dict.fromkeys(notices)]
+        self.folder.metrics["notices"] = others + said
         process_state().wait_for_everyone()
         self.folder.record(name, time.perf_counter() - start)
 
@@ -273,7 +310,7 @@ class Phases:
     def _bytes(self, name: str) -> int:
         return int(self.folder.agree(self._path(name).stat().st_size if self.folder.is_main else 0))
 
-    def _fit(self, model: Net, config: Any, name: str, **teacher: Any) -> None:
+    def _fit(self, model: Net, config: Any, name: str, **teacher: Any) -> list[str]:
         result = fit(
             model,
             self.data,
@@ -284,10 +321,8 @@ class Phases:
             progress=self.progress,
             **teacher,
         )
-        metrics = self.folder.metrics
-        metrics["history"][name] = result.history
-        others = [notice for notice in metrics["notices"] if notice["name"] != name]
-        metrics["notices"] = others + [{"name": name, "text": text} for text in result.notices]
+        self.folder.metrics["history"][name] = result.history
+        return result.notices
 
     def _plan(self, model: DenseNet, dense: DenseNet, number: int) -> Plan:
         """Decided by the main process, so that all cut the same."""
@@ -323,31 +358,9 @@ class Phases:
             save(model, self._path(file), info=info)
 
     def _score(self, model: Net, stage: str, file: str | None = None) -> None:
-        test, val = evaluate(model, self.data.test), evaluate(model, self.data.val)
-        self.folder.metrics["stages"][stage] = {
-            "test_accuracy": test.accuracy,
-            "test_loss": test.loss,
-            "n_test": test.n,
-            "val_accuracy": val.accuracy,
-            "n_val": val.n,
-            **dataclasses.asdict(count(model, self.data.spec.image_size)),
-            "file_bytes": None if file is None else self._bytes(file),
-        }
-
-    def _latency(self, nets: dict[str, Net]) -> dict[str, list[dict[str, Any]]]:
-        spec, wish = self.data.spec, self.recipe.report
-        rows: dict[str, list[dict[str, Any]]] = {name: [] for name in nets}
-        for batch_size in wish.batch_sizes:
-            found = compare_latency(
-                nets,
-                batch_size=batch_size,
-                image_size=spec.image_size,
-                repeats=wish.repeats,
-                max_seconds=wish.max_seconds,
-            )
-            for name, latency in found.items():
-                rows[name].append(dataclasses.asdict(latency))
-        return rows
+        size = None if file is None else self._bytes(file)
+        figures = {**stage_figures(model, self.data), "file_bytes": size}
+        self.folder.metrics["stages"][stage] = figures
 
 
 def environment(seed: int) -> dict[str, Any]:

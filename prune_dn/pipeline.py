@@ -51,10 +51,10 @@ def run(
                 plans.append({"round": number, **plan})
                 model = phases.finetune(model, dense, recipe.prune, number)
         if not only_train:
+            phases.export(model)
             phases.measure(
                 {"dense": dense} if model is dense else {"dense": dense, "pruned": model}
             )
-            phases.export(model)
         phases.report(plans)
         return RunResult(folder.path, folder.metrics, model)
     except KeyboardInterrupt as stop:

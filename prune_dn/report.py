@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from prune_dn.files import atomic_path, write_text
+from prune_dn.intervals import percent
+from prune_dn.markdown import code, in_markdown, markdown_table
 
-STAGES = ("dense", "pruned", "recalibrated", "fine-tuned")
 _UNITS = {"channels": "channels", "params": "params", "macs": "MACs", "latency": "milliseconds"}
 Metrics = Mapping[str, Any]
 
@@ -31,39 +32,40 @@ def render(metrics: Metrics, environment: Metrics, plans: Sequence[Metrics]) -> 
     data, stages = metrics["data"], metrics["stages"]
     last = list(stages)[-1]
     parts = [
-        f"# {metrics['name']}",
-        f"{data['name']}, {len(data['classes'])} classes, {data['image_size']}x"
+        f"# {in_markdown(metrics['name'])}",
+        f"{in_markdown(data['name'])}, {len(data['classes'])} classes, {data['image_size']}x"
         f"{data['image_size']} pixels; accuracy on {stages['dense']['n_test']:,} test images, "
-        "which no choice has seen. Latency: median of eager PyTorch runs, dense and pruned in "
-        "turn. One multiply-add is one MAC.",
+        "which no choice has seen, with its 95 % interval (Wilson). One multiply-add is one MAC.",
         markdown_table(header, rows),
     ]
     if len(stages) > 1:
         parts += ["## What it brought", "\n".join(f"- {x}" for x in gains(metrics, last))]
+    parts += [
+        f"**Notice** ({notice['name']}): {in_markdown(notice['text'])}"
+        for notice in metrics.get("notices", [])
+    ]
+    if any(metrics.get("latency", {}).values()):
+        parts += ["## Latency", *_latency_parts(metrics)]
     for plan in plans:
         parts += _plan_parts(plan, len(plans))
     parts += ["## Training", "![training curves](training.png)"]
-    parts += [f"Notice ({x['name']}): {x['text']}" for x in metrics.get("notices", [])]
     parts += ["## Where and with what", _environment(metrics, environment)]
     return "\n\n".join(parts) + "\n"
 
 
 def stage_table(metrics: Metrics) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: one row per stage of the run."""
+    """Header and rows: one row per stage of the run, in the order in which they were made."""
     latency = metrics.get("latency", {})
-    batches = [x["batch_size"] for x in latency.get("dense", [])]
-    header = ["net", "test accuracy", "params", "MACs"]
-    header += [f"latency, batch {b}" for b in batches] + ["file"]
+    n = metrics["stages"]["dense"]["n_test"]
+    header = ["net", f"test accuracy (n = {n:,})", "params", "MACs"]
+    header += [_timed(x) for x in latency.get("dense", [])] + ["file"]
     rows = []
-    for stage in STAGES:
-        if stage not in metrics["stages"]:
-            continue
-        figures = metrics["stages"][stage]
+    for stage, figures in metrics["stages"].items():
         measured = latency.get("dense" if stage == "dense" else "pruned", [])
         rows.append(
             [
                 stage,
-                f"{100 * figures['test_accuracy']:.2f} %",
+                percent(figures["test_accuracy"], figures["n_test"]),
                 f"{figures['params']:,}",
                 human(figures["macs"]),
                 *(f"{x['median_ms']:.2f} ms" for x in measured),
@@ -73,33 +75,78 @@ def stage_table(metrics: Metrics) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
+def below_table(metrics: Metrics) -> dict[str, str]:
+    """What a reader of the table must know: what its numbers are, and the notices."""
+    machines = dict.fromkeys(x["machine"] for x in _latencies(metrics))
+    runs = sorted({x["n"] for x in _latencies(metrics)})
+    lines = {"in brackets": "95 % interval of the accuracy (Wilson)"}
+    if machines:
+        n = " to ".join(str(n) for n in dict.fromkeys((runs[0], runs[-1])))
+        lines["latency"] = f"median of {n} runs, nets in turn; {'; '.join(machines)}"
+    for notice in metrics.get("notices", []):
+        key = f"notice ({notice['name']})"
+        lines[key] = f"{lines[key]}; {notice['text']}" if key in lines else notice["text"]
+    return lines
+
+
 def gains(metrics: Metrics, stage: str) -> list[str]:
     """What `stage` has against dense, in words."""
     dense, small = metrics["stages"]["dense"], metrics["stages"][stage]
-    lines = [
-        f"asked: {100 * r['requested']:g} % fewer {_UNITS[r['unit']]}; "
-        f"achieved: {100 * r['achieved']:.2f} %"
-        for r in metrics.get("rounds", [])[-1:]
-    ]
+    lines = [_asked(r) for r in metrics.get("rounds", [])[-1:]]
     for key, name in (("params", "params"), ("macs", "MACs"), ("file_bytes", "bytes on disk")):
         lines.append(f"{name}: {100 * (1 - small[key] / dense[key]):.1f} % fewer")
-    latency = metrics.get("latency", {})
-    for before, after in zip(latency.get("dense", []), latency.get("pruned", []), strict=False):
+    for before, after in _pairs(metrics):
         lines.append(
-            f"latency, batch {before['batch_size']}: {before['median_ms']:.2f} -> "
-            f"{after['median_ms']:.2f} ms ({before['median_ms'] / after['median_ms']:.2f} times "
-            "as fast)"
+            f"latency, {_timed(before)}: {before['median_ms']:.2f} -> {after['median_ms']:.2f} ms "
+            f"({before['median_ms'] / after['median_ms']:.2f} times as fast; "
+            f"{100 * (1 - after['median_ms'] / before['median_ms']):.1f} % fewer ms, n = {after['n']})"
         )
     points = 100 * (small["test_accuracy"] - dense["test_accuracy"])
     lines.append(f"test accuracy: {points:+.2f} points (n = {small['n_test']:,})")
     return lines
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table: the first column to the left, the rest to the right."""
-    lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
-    lines += ["| " + " | ".join(map(str, row)) + " |" for row in rows]
-    return "\n".join(lines)
+def _asked(done: Metrics) -> str:
+    asked = f"asked: {100 * done['requested']:g} % fewer {_UNITS[done['unit']]}"
+    achieved = f"achieved: {100 * done['achieved']:.2f} %"
+    if "runtime" in done:
+        asked += f", {done['runtime']}, batch {done['batch_size']}"
+        achieved += " as timed while planning"
+    return f"{asked}; {achieved}"
+
+
+def _latencies(metrics: Metrics) -> list[Metrics]:
+    return [row for rows in metrics.get("latency", {}).values() for row in rows]
+
+
+def _pairs(metrics: Metrics) -> list[tuple[Metrics, Metrics]]:
+    latency = metrics.get("latency", {})
+    return list(zip(latency.get("dense", []), latency.get("pruned", []), strict=False))
+
+
+def _timed(row: Metrics) -> str:
+    return f"{row['runtime']}, batch {row['batch_size']}"
+
+
+def _latency_parts(metrics: Metrics) -> list[str]:
+    rows = [
+        [
+            net,
+            row["runtime"],
+            str(row["batch_size"]),
+            *(f"{row[key]:.2f}" for key in ("median_ms", "p10_ms", "p90_ms")),
+            str(row["n"]),
+            in_markdown(row["machine"]),
+        ]
+        for net, measured in metrics["latency"].items()
+        for row in measured
+    ]
+    header = ["net", "runtime", "batch", "median, ms", "10 %", "90 %", "n", "machine"]
+    return [
+        "Milliseconds for one batch, the nets timed in turns. In onnxruntime it is the exported "
+        "file that runs.",
+        markdown_table(header, rows),
+    ]
 
 
 def human(number: float) -> str:
@@ -112,9 +159,9 @@ def human(number: float) -> str:
 
 def _plan_parts(plan: Metrics, count: int) -> list[str]:
     name = "The plan" if count == 1 else f"Plan of round {plan['round']}"
-    requested = ", ".join(f"{k} {_plain(v)}" for k, v in plan["requested"].items())
+    requested = ", ".join(f"{k} {_words(v)}" for k, v in plan["requested"].items())
     rows = [
-        [r["name"], r["kind"], str(r["before"]), str(r["after"]), _share(r)]
+        [in_markdown(r["name"]), r["kind"], str(r["before"]), str(r["after"]), _share(r)]
         for r in plan["layers"]
         if r["before"] != r["after"]
     ]
@@ -128,7 +175,10 @@ def _plan_parts(plan: Metrics, count: int) -> list[str]:
     if plan["protected"]:
         parts += [
             "Protected:",
-            "\n".join(f"- {unit}: {reason}" for unit, reason in plan["protected"].items()),
+            "\n".join(
+                f"- {in_markdown(unit)}: {in_markdown(why)}"
+                for unit, why in plan["protected"].items()
+            ),
         ]
     if count == 1 or plan["round"] == count:
         parts.append("![widths before and after](widths.png)")
@@ -139,26 +189,23 @@ def _share(row: Metrics) -> str:
     return f"{100 * row['after'] / row['before']:.0f} %"
 
 
-def _plain(value: Any) -> str:
+def _words(value: Any) -> str:
     if isinstance(value, (list, tuple)):
-        return " + ".join(map(str, value)) or "none"
-    return str(value)
+        return in_markdown(" + ".join(map(str, value)) or "none")
+    return in_markdown(value)
 
 
 def _environment(metrics: Metrics, environment: Metrics) -> str:
     seconds = sum(p["seconds"] for p in metrics["phases"].values())
     phases = ", ".join(f"{k} {p['seconds']:.1f}" for k, p in metrics["phases"].items())
     versions = ", ".join(f"{k} {v}" for k, v in environment["versions"].items())
-    measured = [x for rows in metrics.get("latency", {}).values() for x in rows]
     lines = [
-        f"- machine: {environment['machine']}",
+        f"- machine: {in_markdown(environment['machine'])}",
         f"- versions: {versions}",
         f"- seed: {environment['seed']}; processes: {environment['processes']}",
         f"- time: {seconds:.0f} s ({phases})",
-        f"- command: `{environment['command']}`",
+        f"- command: {code(environment['command'])}",
     ]
-    if measured:
-        lines.append(f"- latency: {measured[0]['n']} runs per figure, {measured[0]['runtime']}")
     return "\n".join(lines)
 
 

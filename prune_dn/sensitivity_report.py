@@ -10,6 +10,7 @@ from typing import Any
 
 from prune_dn.console import finite
 from prune_dn.files import atomic_path, write_text
+from prune_dn.markdown import in_markdown, markdown_table
 
 # Metric: unit of its values, whether higher is better, and the drop that is borne unless given.
 METRICS = {"accuracy": ("%", True, 0.5), "loss": ("nats", False, 0.05)}
@@ -50,13 +51,11 @@ def table(facts: Facts) -> tuple[list[str], list[list[str]]]:
 
 def render(facts: Facts) -> str:
     """The findings as Markdown."""
-    from prune_dn.report import markdown_table
-
     recalibrated = facts["recalibrated_on_batches"]
     one = "" if facts["one_image"] is None else f"; one image is {facts['one_image']:.2f} points"
     norms = f"refreshed on {recalibrated} training batches" if recalibrated else "not refreshed"
     parts = [
-        f"# Sensitivity of {Path(facts['checkpoint']).name}",
+        f"# Sensitivity of {in_markdown(Path(facts['checkpoint']).name)}",
         f"Each group of units is cut alone, its least important by `{facts['criterion']}` first, "
         "with real surgery and its exact consequences; nothing is fine-tuned. A drop is what that "
         f"costs in {facts['metric']} ({_drop_unit(facts)}) against the dense net's "
@@ -67,7 +66,7 @@ def render(facts: Facts) -> str:
         "holds for the group alone; all together cost more. The same, by module, is `ratios` in "
         "sensitivity.json.",
         "![heat map of the drops](sensitivity.png)",
-        f"Norm statistics: {norms}. Protected: {', '.join(facts['protect']) or 'nothing'}. Seed: "
+        f"Norm statistics: {norms}. Protected: {in_markdown(', '.join(facts['protect']) or 'nothing')}. Seed: "
         f"{facts['seed']}. Images for the criterion: {facts['calibration_images'] or 'none'}. The "
         f"dense net has {facts['params']:,} params and {facts['macs']:,} MACs at "
         f"{facts['image_size']} pixels. Machine: {facts['machine']}.",

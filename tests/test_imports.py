@@ -17,6 +17,7 @@ PACKAGE = Path(prune_dn.__file__).parent
 # Each floor may import from the floors above it in this list, and from its own.
 FLOORS = [
     {"limits", "errors", "files", "yaml_lines", "console", "processes", "signals", "pickles"},
+    {"intervals", "markdown"},
     {"losses", "sound"},
     {"models"},
     {"profiling"},
@@ -32,7 +33,7 @@ FLOORS = [
     {"report"},
     {"sensitivity_report"},
     {"run_folder"},
-    {"rounds"},
+    {"rounds", "figures"},
     {"phases"},
     {"pipeline", "data_options"},
     {"jobs"},

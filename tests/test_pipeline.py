@@ -6,21 +6,24 @@ import dataclasses
 import json
 import multiprocessing
 import platform
+import re
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
-from prune_dn import phases, pipeline
+from prune_dn import figures, phases, pipeline
 from prune_dn.checkpoint import load, read_info, save
+from prune_dn.cli import main
 from prune_dn.data import calibration_batches, load_datasets, make_loader
 from prune_dn.errors import DataError, PruneDNError, PruningError, RecipeError
 from prune_dn.models import MaxFeatureMap, densenet, light_cnn_9
 from prune_dn.profiling import count
-from prune_dn.pruning import Plan, apply_plan, make_plan, settling_plan
+from prune_dn.pruning import Plan, apply_plan, compensate_plan, make_plan, settling_plan
 from prune_dn.pruning.ratios import FORMAT
 from prune_dn.pruning.sensitivity import sensitivity
 from prune_dn.recipe import Recipe
@@ -144,7 +147,7 @@ def test_environment_and_resolved_recipe(finished: pipeline.RunResult) -> None:
 def test_finished_phases_are_read_not_run(
     finished: pipeline.RunResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("fit", "evaluate", "plan_round", "export_onnx", "compare_latency"):
+    for name in ("fit", "stage_figures", "plan_round", "export_onnx", "latency_rows"):
         monkeypatch.setattr(phases, name, None)  # a call would be an error
     again = go(tiny(finished.output_dir))
     assert again.metrics == finished.metrics
@@ -230,7 +233,11 @@ def test_from_a_checkpoint_without_training(tmp_path: Path, finished: pipeline.R
     result = go(recipe)
     stages, reference = result.metrics["stages"], finished.metrics["stages"]
     assert stages["dense"]["test_accuracy"] == reference["dense"]["test_accuracy"]
-    assert stages["fine-tuned"]["test_accuracy"] == stages["recalibrated"]["test_accuracy"]
+    assert list(stages) == ["dense", "pruned", "recalibrated"]  # nothing was fine-tuned
+    pruned = accuracy(
+        result.output_dir / "pruned.safetensors", phases.load_data(recipe.data, seed=0).test
+    )
+    assert stages["recalibrated"]["test_accuracy"] == pytest.approx(pruned)
 
 
 def test_ratios_of_a_sensitivity_file(tmp_path: Path, finished: pipeline.RunResult) -> None:
@@ -265,6 +272,95 @@ def test_checkpoint_that_does_not_fit_the_data(
     with pytest.raises(DataError, match=message):
         go(recipe)
     assert not (tmp_path / "o").exists()
+
+
+REFITTED = "prune={pruning_ratio: 0.4, unit: macs, compensate: mean, calibration: 32}"
+
+
+def test_a_refitted_net_has_its_row_and_is_not_recalibrated(tmp_path: Path) -> None:
+    """Another stage than those of a plain cut: it was left out of the report."""
+    result = go(tiny(tmp_path, NO_ONNX, REFITTED))
+    stages = result.metrics["stages"]
+    assert list(stages) == ["dense", "pruned", "compensated", "fine-tuned"]
+    cut = load(tmp_path / "cut.safetensors")
+    data = phases.load_data(tiny(tmp_path).data, seed=0)
+    assert stages["compensated"]["test_loss"] == evaluate(cut, data.test).loss
+    assert stages["compensated"]["file_bytes"] == (tmp_path / "cut.safetensors").stat().st_size
+    dense, plan = load(tmp_path / "dense.safetensors"), Plan.load(tmp_path / "plan.json")
+    images = calibration_batches(data.train, 32)
+    expected = compensate_plan(apply_plan(dense, plan), dense, plan, images, "mean").state_dict()
+    assert all(torch.equal(v, expected[k]) for k, v in cut.state_dict().items())
+    assert "| compensated |" in (tmp_path / "report.md").read_text()
+    asked = go(tiny(tmp_path, NO_ONNX, REFITTED, "prune.recalibrate_batches=1"), overwrite=True)
+    assert list(asked.metrics["stages"])[2:4] == ["compensated", "recalibrated"]
+    assert "recalibrate_batches: 1" in (tmp_path / "recipe.yaml").read_text()
+
+
+def test_finetuning_that_makes_it_worse_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    harm = "finetune={epochs: 1, batch_size: 16, learning_rate: 0.9, max_steps: 1}"
+    (tmp_path / "tiny.yaml").write_text(TINY.replace("epochs: 2", "epochs: 20"))
+    command = ["run", str(tmp_path / "tiny.yaml"), "--output-dir", str(tmp_path / "run")]
+    assert main([*command, "--set", harm, "--set", NO_ONNX]) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    before, after = (metrics["stages"][s]["test_accuracy"] for s in ("recalibrated", "fine-tuned"))
+    assert after < before
+    (notice,) = metrics["notices"]
+    assert notice["name"] == "finetune-1"
+    assert (
+        f"worse: {100 * before:.2f} % (" in notice["text"]
+        and f"{100 * after:.2f} % (" in notice["text"]
+    )
+    assert notice["text"] in capsys.readouterr().out
+    assert (
+        "**Notice** (finetune-1): fine-tuning made the test accuracy worse"
+        in (tmp_path / "run" / "report.md").read_text()
+    )
+
+
+def test_a_warning_of_ours_is_in_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = phases.plan_round
+
+    def warned(*arguments):
+        warnings.warn("the fit is bad", stacklevel=2)
+        return real(*arguments)
+
+    monkeypatch.setattr(phases, "plan_round", warned)
+    result = go(tiny(tmp_path, NO_ONNX))
+    assert result.metrics["notices"] == [{"name": "prune-1", "text": "the fit is bad"}]
+    assert "**Notice** (prune-1): the fit is bad" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.usefixtures("made_up_times")
+def test_the_exported_file_is_timed_in_the_runtime_that_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, int, object]] = []
+    real = figures.compare_latency
+
+    def seen(nets, **how):
+        asked.append((how["runtime"], how["batch_size"], how["onnx_paths"]))
+        return real(nets, **how)
+
+    monkeypatch.setattr(figures, "compare_latency", seen)
+    result = go(tiny(tmp_path, "prune={pruning_ratio: 0.3, unit: latency, batch_size: 3}"))
+    assert asked == [
+        ("eager", 2, None),
+        ("onnxruntime", 3, {"pruned": tmp_path / "model.onnx"}),
+    ]
+    for net in ("dense", "pruned"):
+        rows = result.metrics["latency"][net]
+        assert [row["batch_size"] for row in rows] == [2, 3]
+        assert rows[1]["runtime"].startswith("onnxruntime ")
+    (done,) = result.metrics["rounds"]
+    assert (done["runtime"], done["batch_size"]) == ("onnxruntime", 3)
+    text = (tmp_path / "report.md").read_text()
+    assert "asked: 30 % fewer milliseconds, onnxruntime, batch 3; achieved: " in text
+    assert re.search(r"^- latency, onnxruntime \S+, batch 3: .* times as fast", text, re.M)
+    assert re.search(r"^\| pruned \| onnxruntime \S+ \| 3 \|.*\| 2 \| .* thread", text, re.M)
 
 
 def test_impossible_request_fails_in_dry_run_too(tmp_path: Path) -> None:
@@ -361,7 +457,7 @@ def test_two_processes_leave_one_run(tmp_path: Path) -> None:
 
 def test_time_is_recorded(finished: pipeline.RunResult) -> None:
     done = finished.metrics["phases"]
-    assert list(done) == ["train", "prune-1", "finetune-1", "latency", "export"]
+    assert list(done) == ["train", "prune-1", "finetune-1", "export", "latency"]
     assert all(0 <= phase["seconds"] < time.monotonic() for phase in done.values())
 
 

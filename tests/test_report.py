@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 from PIL import Image
 
 from prune_dn import report
+from prune_dn.console import plain
 from prune_dn.models import densenet
 from prune_dn.pruning import make_plan
+
+# 353 and 351 of 360, by scipy.stats.binomtest(k, 360).proportion_ci(method="wilson").
+DENSE, TUNED = "98.06 % (96.0 to 99.1)", "97.50 % (95.3 to 98.7)"
 
 
 def stage(accuracy: float, params: int, macs: int, size: int) -> dict[str, Any]:
@@ -27,7 +33,15 @@ def stage(accuracy: float, params: int, macs: int, size: int) -> dict[str, Any]:
 
 
 def latency(batch: int, median: float) -> dict[str, Any]:
-    return {"batch_size": batch, "median_ms": median, "n": 30, "runtime": "eager"}
+    return {
+        "batch_size": batch,
+        "median_ms": median,
+        "p10_ms": median - 0.5,
+        "p90_ms": median + 0.5,
+        "n": 30,
+        "runtime": "eager",
+        "machine": "a CPU, 2 threads",
+    }
 
 
 @pytest.fixture
@@ -36,7 +50,7 @@ def metrics() -> dict[str, Any]:
         "name": "mine",
         "data": {"name": "digits", "classes": list("0123456789"), "image_size": 32},
         "stages": {
-            "dense": stage(0.98, 2_000_000, 40_000_000, 8_000_000),
+            "dense": stage(353 / 360, 2_000_000, 40_000_000, 8_000_000),
             "pruned": stage(0.10, 1_500_000, 20_000_000, 6_000_000),
             "recalibrated": stage(0.80, 1_500_000, 20_000_000, 6_000_000),
             "fine-tuned": stage(0.975, 1_500_000, 20_000_000, 6_000_000),
@@ -74,15 +88,15 @@ def test_table_is_one_row_per_stage(metrics: dict[str, Any]) -> None:
     header, rows = report.stage_table(metrics)
     assert header == [
         "net",
-        "test accuracy",
+        "test accuracy (n = 360)",
         "params",
         "MACs",
-        "latency, batch 1",
-        "latency, batch 32",
+        "eager, batch 1",
+        "eager, batch 32",
         "file",
     ]
-    dense = ["dense", "98.00 %", "2,000,000", "40 M", "4.00 ms", "60.00 ms", "8 MB"]
-    tuned = ["fine-tuned", "97.50 %", "1,500,000", "20 M", "2.00 ms", "40.00 ms", "6 MB"]
+    dense = ["dense", DENSE, "2,000,000", "40 M", "4.00 ms", "60.00 ms", "8 MB"]
+    tuned = ["fine-tuned", TUNED, "1,500,000", "20 M", "2.00 ms", "40.00 ms", "6 MB"]
     assert rows[0] == dense
     assert rows[3] == tuned
     assert [row[0] for row in rows] == ["dense", "pruned", "recalibrated", "fine-tuned"]
@@ -95,9 +109,9 @@ def test_gains(metrics: dict[str, Any]) -> None:
         "params: 25.0 % fewer",
         "MACs: 50.0 % fewer",
         "bytes on disk: 25.0 % fewer",
-        "latency, batch 1: 4.00 -> 2.00 ms (2.00 times as fast)",
-        "latency, batch 32: 60.00 -> 40.00 ms (1.50 times as fast)",
-        "test accuracy: -0.50 points (n = 360)",
+        "latency, eager, batch 1: 4.00 -> 2.00 ms (2.00 times as fast; 50.0 % fewer ms, n = 30)",
+        "latency, eager, batch 32: 60.00 -> 40.00 ms (1.50 times as fast; 33.3 % fewer ms, n = 30)",
+        "test accuracy: -0.56 points (n = 360)",
     ]
 
 
@@ -107,7 +121,7 @@ def test_page_says_all(
     text = report.render(metrics, environment, [plan])
     for part in (
         "# mine",
-        "| fine-tuned | 97.50 % |",
+        f"| fine-tuned | {TUNED} |",
         "Asked: pruning_ratio 0.5, unit macs, criterion l2",
         "widths.png",
         "training.png",
@@ -116,7 +130,8 @@ def test_page_says_all(
         "seed: 5",
         "time: 70 s",
         "`prune-dn run mine.yaml`",
-        "30 runs per figure",
+        "| pruned | eager | 32 | 40.00 | 39.50 | 40.50 | 30 | a CPU, 2 threads |",
+        "95 % interval (Wilson)",
     ):
         assert part in text
     for name, reason in plan["protected"].items():
@@ -125,6 +140,85 @@ def test_page_says_all(
     for row in plan["layers"]:
         line = f"| {row['name']} | {row['kind']} | {row['before']} | {row['after']} |"
         assert (line in text) == (row["before"] != row["after"])
+
+
+def test_every_stage_is_in_the_table(metrics: dict[str, Any]) -> None:
+    before = metrics["stages"]
+    metrics["stages"] = {
+        "dense": before["dense"],
+        "pruned": before["pruned"],
+        "compensated": stage(0.95, 1_500_000, 20_000_000, 6_000_000),
+    }
+    _, rows = report.stage_table(metrics)
+    assert [row[0] for row in rows] == ["dense", "pruned", "compensated"]
+
+
+def test_the_runtime_that_was_asked_for_stands_beside_eager(
+    metrics: dict[str, Any], environment: dict[str, Any]
+) -> None:
+    for net, median in (("dense", 7.0), ("pruned", 2.0)):
+        row = {**latency(4, median), "runtime": "onnxruntime 9.9", "machine": "a CPU, 1 thread"}
+        metrics["latency"][net].append(row)
+    metrics["rounds"] = [
+        {
+            "unit": "latency",
+            "requested": 0.5,
+            "achieved": 0.64,
+            "runtime": "onnxruntime",
+            "batch_size": 4,
+        }
+    ]
+    lines = report.gains(metrics, "fine-tuned")
+    assert lines[0] == (
+        "asked: 50 % fewer milliseconds, onnxruntime, batch 4; achieved: 64.00 % as timed while "
+        "planning"
+    )
+    assert (
+        "latency, onnxruntime 9.9, batch 4: 7.00 -> 2.00 ms (3.50 times as fast; 71.4 % fewer ms, "
+        "n = 30)"
+    ) in lines
+    header, rows = report.stage_table(metrics)
+    assert header[-2] == "onnxruntime 9.9, batch 4"
+    assert [row[-2] for row in rows] == ["7.00 ms", "2.00 ms", "2.00 ms", "2.00 ms"]
+    text = report.render(metrics, environment, [])
+    assert "| dense | onnxruntime 9.9 | 4 | 7.00 | 6.50 | 7.50 | 30 | a CPU, 1 thread |" in text
+    below = report.below_table(metrics)
+    assert below["latency"] == "median of 30 runs, nets in turn; a CPU, 2 threads; a CPU, 1 thread"
+
+
+def test_notices_are_on_the_page_and_below_the_table(
+    metrics: dict[str, Any], environment: dict[str, Any]
+) -> None:
+    metrics["notices"] = [
+        {"name": "prune-1", "text": "fitted badly"},
+        {"name": "finetune", "text": "made worse"},
+        {"name": "finetune", "text": "and not sparse"},
+    ]
+    text = report.render(metrics, environment, [])
+    assert "**Notice** (prune-1): fitted badly" in text
+    assert "**Notice** (finetune): made worse" in text
+    below = report.below_table(metrics)
+    assert below["notice (prune-1)"] == "fitted badly"
+    assert below["notice (finetune)"] == "made worse; and not sparse"
+
+
+def test_names_cannot_write_markdown(
+    metrics: dict[str, Any], environment: dict[str, Any], plan: dict[str, Any]
+) -> None:
+    nasty = "a|b `c`\n# d\x1b[31m\u202e<script>"
+    metrics["name"] = metrics["data"]["name"] = nasty
+    metrics["notices"] = [{"name": "train", "text": nasty}]
+    environment["command"] = environment["machine"] = nasty
+    metrics["latency"]["dense"][0]["machine"] = nasty
+    plan["requested"]["protect"] = [nasty]
+    plan["layers"][0].update(name=nasty, after=1)
+    plan["protected"][nasty] = nasty
+    text = report.render(metrics, environment, [plan])
+    assert all(c.isprintable() or c == "\n" for c in text)
+    page = MarkdownIt("commonmark").enable("table").render(text)  # what a reader sees
+    assert page.count(escape(plain(nasty))) == 10
+    assert page.count("<h1>") == 1 and "<script" not in page
+    assert page.count("<table>") == 3
 
 
 def test_page_of_a_run_that_only_trained(

@@ -19,7 +19,7 @@ from torch import nn
 
 import prune_dn
 from prune_dn.latency import compare_latency, machine
-from prune_dn.report import markdown_table
+from prune_dn.markdown import markdown_table
 
 RUNTIMES = ("onnxruntime", "eager")
 CUTS: dict[str, dict[str, Any]] = {

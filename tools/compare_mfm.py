@@ -38,10 +38,10 @@ import prune_dn
 from prune_dn import pipeline
 from prune_dn.files import atomic_path, write_text
 from prune_dn.latency import compare_latency, machine
+from prune_dn.markdown import markdown_table
 from prune_dn.models import DenseNet
 from prune_dn.recipe import Recipe
 from prune_dn.recipe_file import load_recipe
-from prune_dn.report import markdown_table
 from prune_dn.sources import DATASETS
 from prune_dn.yaml_lines import parse
 
@@ -93,7 +93,7 @@ class Table:
         result = pipeline.run(recipe, progress=False)
         assert isinstance(result.model, DenseNet)
         metrics, stages = result.metrics, result.metrics["stages"]
-        last = stages["dense" if recipe.prune is None else "fine-tuned"]
+        last = list(stages.values())[-1]
         return {
             "accuracy": 100 * last["test_accuracy"],
             "val_accuracy": 100 * last["val_accuracy"],

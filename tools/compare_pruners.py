@@ -37,8 +37,8 @@ from prune_dn.data import Datasets, calibration_batches, calibration_loader, loa
 from prune_dn.data_options import NORMALISATIONS
 from prune_dn.files import atomic_path, write_text
 from prune_dn.latency import compare_latency, machine
+from prune_dn.markdown import markdown_table
 from prune_dn.pruning import recalibrate_batch_norm_
-from prune_dn.report import markdown_table
 from prune_dn.training import FitConfig, evaluate, fit
 
 ACCURACIES = ("one_shot", "recalibrated", "fine_tuned")

@@ -24,6 +24,7 @@ from prune_dn.pruning.rates import Rates, total_cost
 from prune_dn.pruning.units import Units
 
 LATENCY = "latency"
+RUNTIME: Runtime = "onnxruntime"  # unless another is asked for
 TRIES = 4
 TOLERANCE = 0.03
 FEATURES = (
@@ -69,7 +70,7 @@ class LatencyModel:
 def fit_latency_model(
     model: nn.Module,
     *,
-    runtime: Runtime = "onnxruntime",
+    runtime: Runtime = RUNTIME,
     batch_size: int = 1,
     image_size: ImageSize | None = None,
     nets: int = 16,
@@ -128,7 +129,7 @@ def requested_model(
     return functools.partial(
         fit_latency_model,
         model,
-        runtime=runtime or "onnxruntime",
+        runtime=runtime or RUNTIME,
         batch_size=batch_size or 1,
         image_size=image_size,
     )

@@ -1,0 +1,65 @@
+"""The figures of a net in a run: accuracy and cost, and how long it takes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prune_dn.data import Datasets
+from prune_dn.latency import Runtime, compare_latency
+from prune_dn.models import Net
+from prune_dn.profiling import count
+from prune_dn.pruning.latency_model import LATENCY, RUNTIME
+from prune_dn.recipe import Recipe
+from prune_dn.training import evaluate
+
+
+def stage_figures(model: Net, data: Datasets) -> dict[str, Any]:
+    """Accuracy on test and validation images, params and MACs."""
+    test, val = evaluate(model, data.test), evaluate(model, data.val)
+    return {
+        "test_accuracy": test.accuracy,
+        "test_loss": test.loss,
+        "n_test": test.n,
+        "val_accuracy": val.accuracy,
+        "n_val": val.n,
+        **dataclasses.asdict(count(model, data.spec.image_size)),
+    }
+
+
+def asked_latency(recipe: Recipe) -> tuple[Runtime, int] | None:
+    """Runtime and batch size of the latency that a recipe asks for; None where it asks for none."""
+    cut = recipe.prune
+    if cut is None or cut.unit != LATENCY:
+        return None
+    return cut.runtime or RUNTIME, cut.batch_size or 1
+
+
+def latency_rows(
+    recipe: Recipe, nets: Mapping[str, Net], image_size: int, exported: Path
+) -> dict[str, list[dict[str, Any]]]:
+    """Rows of each net, all nets timed in turns: eager, and in the runtime that the recipe asks for.
+
+    In onnxruntime the pruned net is the file `exported`, where there is one.
+    """
+    wishes: list[tuple[Runtime, int]] = [("eager", size) for size in recipe.report.batch_sizes]
+    asked = asked_latency(recipe)
+    if asked is not None and asked not in wishes:
+        wishes.append(asked)
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in nets}
+    for runtime, batch_size in wishes:
+        there = runtime == "onnxruntime" and "pruned" in nets and exported.is_file()
+        found = compare_latency(
+            nets,
+            batch_size=batch_size,
+            image_size=image_size,
+            repeats=recipe.report.repeats,
+            max_seconds=recipe.report.max_seconds,
+            runtime=runtime,
+            onnx_paths={"pruned": exported} if there else None,
+        )
+        for name, latency in found.items():
+            rows[name].append(dataclasses.asdict(latency))
+    return rows
