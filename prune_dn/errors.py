@@ -1,5 +1,23 @@
 """What can go wrong, by kind. Every message says what, where, and what to do."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import islice
+
+_WIDEST = 500  # characters of a line
+
+
+def listed(problems: Iterable[str], most: int = 20) -> str:
+    """The first problems, one a line, and whether there are more; no more than these are found.
+
+    >>> listed(f"{i} is wrong" for i in range(1000)).splitlines()[-2:]
+    ['19 is wrong', 'and more']
+    """
+    found = list(islice(problems, most + 1))
+    lines = [x if len(x) <= _WIDEST else f"{x[:_WIDEST]}..." for x in found[:most]]
+    return "\n".join(lines + ["and more"] * (len(found) > most))
+
 
 class PruneDNError(Exception):
     """Base of every error that prune_dn raises for bad input; the command line exits with 2."""

@@ -131,9 +131,11 @@ class ModelSection(Strict):
             raise ValueError(f"{self.name} takes no {', '.join(foreign)}; it takes {takes}")
         try:
             with torch.device("meta"):
-                self.build()
+                params = sum(p.numel() for p in self.build().parameters())
         except (ConfigError, TypeError) as error:  # TypeError: null where a number must be
             raise ValueError(str(error)) from error
+        if params > limits.PARAMS:
+            raise ValueError(f"it has {params:,} params; nets have at most {limits.PARAMS:,}")
         return self
 
     def _arguments(self) -> dict[str, Any]:

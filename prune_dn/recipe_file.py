@@ -14,10 +14,13 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from prune_dn.errors import RecipeError
+from prune_dn.errors import RecipeError, listed
+from prune_dn.files import read_text
 from prune_dn.recipe import Recipe
 from prune_dn.yaml_lines import KeyPath, parse
 
+_MOST_PROBLEMS = 50  # that are shown
+_MOST_DETAILS = 500  # of pydantic's that are looked at
 _KINDS = {
     "int_type": "is not an integer",
     "int_from_float": "is not an integer",
@@ -58,10 +61,10 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path)
     except FileNotFoundError:
         raise RecipeError(f"{path}: there is no such recipe") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise RecipeError(f"{path}: cannot be read as text: {error}") from error
     return parse_recipe(text, source=str(path), name=path.stem, overrides=overrides)
 
@@ -85,7 +88,7 @@ def parse_recipe(
     if not isinstance(data, dict):
         if not problems:
             problems.append(f"{source}:1: a recipe is a mapping (key: value), not {_show(data)}")
-        raise RecipeError("\n".join(problems))
+        raise RecipeError(listed(problems, _MOST_PROBLEMS))
     for override in overrides:
         problems += _override(data, where, override)
     data.setdefault("output_dir", f"runs/{name}")
@@ -95,7 +98,7 @@ def parse_recipe(
     except ValidationError as error:
         problems += _messages(error, data, where)
     if problems:
-        raise RecipeError("\n".join(problems))
+        raise RecipeError(listed(problems, _MOST_PROBLEMS))
     return recipe
 
 
@@ -126,7 +129,7 @@ def _override(data: dict[str, Any], where: dict[KeyPath, str], override: str) ->
 def _messages(error: ValidationError, data: Any, where: Mapping[KeyPath, str]) -> list[str]:
     """One line per place; what a union's members say about the same place is joined by 'or'."""
     found: dict[KeyPath, list[str]] = {}
-    details = error.errors(include_url=False)
+    details = error.errors(include_url=False)[:_MOST_DETAILS]
     for detail in details:
         inside = [d for d in details if d["loc"][: len(detail["loc"])] == detail["loc"]]
         if detail["type"] == "too_short" and len(inside) > 1:

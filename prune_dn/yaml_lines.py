@@ -13,6 +13,9 @@ import yaml
 
 KeyPath = tuple[str | int, ...]
 
+_MOST_TEXT = 100_000  # characters
+_MOST_VALUES = 10_000
+_MOST_BRACKETS = 1_000
 _DIGITS = 40  # of the longest integers that are read
 
 _SCALARS = [
@@ -47,6 +50,10 @@ for _kind, _pattern, _first in _SCALARS:
         )
 
 
+class _TooMuch(Exception):
+    """More than a document may hold."""
+
+
 @dataclass
 class Document:
     """A YAML value, the line (from 1) of each key path in it, and what was wrong: (line, text)."""
@@ -65,17 +72,27 @@ def parse(text: str) -> Document:
     [(3, "duplicate key 'a'; it was given before on line 1")]
     """
     document = Document()
+    if len(text) > _MOST_TEXT:
+        problem = f"it has {len(text):,} characters; at most {_MOST_TEXT:,} are read"
+        document.problems.append((1, problem))
+        return document
     try:
+        if (
+            text.count("[") + text.count("{") > _MOST_BRACKETS
+        ):  # PyYAML takes the square of the time
+            raise RecursionError
         node = yaml.compose(text, Loader=_Loader)
+        if node is not None:
+            document.value = _value(node, (), document, ())
+    except _TooMuch as error:
+        document.problems.append((1, str(error)))
+    except RecursionError:
+        document.problems.append((1, "it has too many lists and mappings in each other"))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         document.problems.append((mark.line + 1 if mark else 1, _syntax(error)))
-        return document
     except yaml.YAMLError as error:
         document.problems.append((1, f"not valid YAML: {str(error).splitlines()[0]}"))
-        return document
-    if node is not None:
-        document.value = _value(node, (), document, ())
     return document
 
 
@@ -97,6 +114,8 @@ def _syntax(error: yaml.MarkedYAMLError) -> str:
 def _value(node: yaml.Node, path: KeyPath, document: Document, above: tuple[int, ...]) -> Any:
     line = node.start_mark.line + 1
     document.lines.setdefault(path, line)
+    if len(document.lines) > _MOST_VALUES:
+        raise _TooMuch(f"it has more than {_MOST_VALUES:,} values, with those that aliases repeat")
     if id(node) in above:
         document.problems.append((line, "an alias that contains itself"))
         return None
@@ -118,6 +137,9 @@ def _mapping(
         if not isinstance(key, str) or key_node.tag != "tag:yaml.org,2002:str":
             shown = key if isinstance(key, str) else "a list or mapping"
             document.problems.append((line, f"the key {shown!r} is not a string"))
+            continue
+        if not _is_unicode(key):
+            document.problems.append((line, f"the key {key!r} is no Unicode text"))
             continue
         place = (*path, key)
         if key in result:
@@ -149,6 +171,14 @@ def _scalar(node: yaml.Node, document: Document) -> Any:
     except (KeyError, ValueError):
         document.problems.append((node.start_mark.line + 1, f"{text!r} is not a {kind}"))
         return None
+    if not _is_unicode(text):
+        document.problems.append((node.start_mark.line + 1, f"{text!r} is no Unicode text"))
+        return None
     if kind != "str":
         document.problems.append((node.start_mark.line + 1, f"the tag {node.tag!r} is not allowed"))
     return text
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it has no half of a surrogate pair, which an escape can put there."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)

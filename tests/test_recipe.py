@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -201,7 +202,7 @@ def test_no_number_is_infinite_or_nan(key: str, shape: str, number: str) -> None
         (f"report.repeats={10**12}", "must be at most 1000000"),
         (f"report.batch_sizes=[{10**12}]", "must be at most 65536"),
         (f"model.growth_rate={10**18}", "must be at most 1000000"),
-        (f"model.block_config=[{10**9}]", "must be at most 10000"),
+        (f"model.block_config=[{10**9}]", "must be at most 1000"),
         (f"seed={'9' * 5000}", "is too large: it has 5000 characters"),
         (f"seed=0x{'f' * 5000}", "is too large: it has 5002 characters"),
         (f"train.learning_rate={'9' * 400}", "is too large: it has 400 characters"),
@@ -370,3 +371,53 @@ def test_what_is_wrong_for_a_light_cnn(override: str, message: str) -> None:
 def test_a_densenet_takes_no_widths() -> None:
     (found,) = problems(GOOD, "model.widths=[4, 4, 4, 4, 4]")
     assert "takes no widths" in found
+
+
+def test_thousands_of_mistakes_are_not_all_listed() -> None:
+    for text in (
+        "".join(f"k{i}: 1\n" for i in range(4000)),
+        "seed: 1\n" * 4000,
+        f"model: {{name: densenet, block_config: [{'x, ' * 4000}x]}}\ndata: {{name: digits}}\n",
+    ):
+        with pytest.raises(RecipeError) as error:
+            parse_recipe(text)
+        lines = str(error.value).splitlines()
+        assert len(lines) == 51 and lines[-1] == "and more"
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("name: densenet, block_config: [600, 600], growth_rate: 1", "ask for 1,200 layers and 1,202 ch"),
+        ("name: densenet, block_config: [900], growth_rate: 1000000", "900 layers and 902,000,000 channels"),
+        (
+            "name: densenet, block_config: [900], growth_rate: 1000, mfm_skipped: middle_and_last",
+            "it has 4,502,013 channels; nets have at most 1,000,000",
+        ),
+        ("name: densenet, block_config: [1], bn_size: 1000000", "it has 32,000,109 channels; nets have"),
+        ("name: light_cnn_29, block_config: [999, 999, 1, 1]", "asks for 2,000 residual blocks; nets have"),
+        ("name: light_cnn_9, widths: [1000000, 1, 1, 1, 1]", "channels; nets have at most 1,000,000"),
+        ("name: densenet, block_config: [1], growth_rate: 100000", "params; nets have at most 10,000,000"),
+    ],
+)  # fmt: skip
+def test_nets_that_no_machine_holds(model: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe(f"model: {{{model}}}\ndata: {{name: digits}}\n")
+
+
+def test_recipes_that_are_no_files(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for name, message in (
+        ("pipe.yaml", "it is no regular file, but a pipe or a device"),
+        (".", "it is a folder"),
+        ("x" * 300, "File name too long"),
+        ("a\0b", "null byte in its name"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            load_recipe(tmp_path / name)
+    with (tmp_path / "huge.yaml").open("wb") as file:
+        file.truncate(1 << 40)  # takes no room
+    with pytest.raises(
+        RecipeError, match=r"it has 1,099,511,627,776 bytes, and such a file has at most"
+    ):
+        load_recipe(tmp_path / "huge.yaml")

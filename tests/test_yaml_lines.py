@@ -76,6 +76,41 @@ def test_problems_have_lines(text: str, line: int, message: str) -> None:
     assert message in said
 
 
+LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 20)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (LAUGHS, "it has more than 10,000 values, with those that aliases repeat"),
+        ("a0: &a0 1\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 900)), "it has more than 10,000 values"),
+        ("a: " + "[" * 90_000, "it has too many lists and mappings in each other"),
+        ("{a: " * 20_000, "it has too many lists and mappings in each other"),
+        ("- " * 30_000, "it has too many lists and mappings in each other"),
+        ("? " * 30_000, "it has too many lists and mappings in each other"),
+        ("x" * 1_000_000, "it has 1,000,000 characters; at most 100,000 are read"),
+        ("- 1\n" * 20_000, "it has more than 10,000 values"),
+    ],
+)  # fmt: skip
+def test_small_texts_that_would_take_for_ever(text: str, message: str) -> None:
+    problems = parse(text).problems
+    assert any(message in said for _, said in problems), problems[:3]
+
+
+def test_aliases_that_end_are_read() -> None:
+    text = "a: &a [1, 2]\n" + "".join(f"b{i}: *a\n" for i in range(1000))
+    document = parse(text)
+    assert document.problems == [] and document.value["b999"] == [1, 2]
+
+
+@pytest.mark.parametrize("text", ['a: "\\ud800"', '"\\udfff": 1', 'a: [x, "b\\udc00\\ud800"]'])
+def test_halves_of_surrogate_pairs_are_no_text(text: str) -> None:
+    ((line, said),) = parse(text).problems
+    assert line == 1 and "is no Unicode text" in said
+
+
 def test_all_duplicates_are_named() -> None:
     assert len(parse("a: 1\na: 2\nb: 1\nb: 2\nb: 3").problems) == 3
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 
+from prune_dn import limits
 from prune_dn.errors import ConfigError
 from prune_dn.models.config import (
     DenseNetConfig,
@@ -66,6 +67,13 @@ def densenet(
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ConfigError(f"{name} is {value!r}; it must be an integer of at least 1")
     width = 2 * growth_rate if num_init_features is None else num_init_features
+    total = sum(block_config)
+    made = width + growth_rate * total
+    if total > limits.LAYERS or made > limits.CHANNELS:
+        raise ConfigError(
+            f"block_config and growth_rate ask for {total:,} layers and {made:,} channels; nets have at "
+            f"most {limits.LAYERS:,} and {limits.CHANNELS:,}"
+        )
     readers = _names(block_config)
     kinds = _mfm_kinds(readers[:-1], "mfm", mfm, tuple(MFM_KINDS))
     skipped = _mfm_kinds(readers, "mfm_skipped", mfm_skipped, ("2/1",))
@@ -122,8 +130,10 @@ def _after_mfm(filters: int, kind: str | None) -> int:
 
 def _read(width: int, competes: bool) -> tuple[Indices, Indices]:
     """What a reader of a whole stream reads, and the rivals of that."""
+    if not competes:
+        return None, None
     leads, rivals = pair_up(tuple(range(width)))
-    return (leads, rivals) if competes and rivals != leads else (None, None)
+    return (leads, rivals) if rivals != leads else (None, None)
 
 
 def _names(block_config: Sequence[int]) -> list[str]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import math
 import re
+import sys
+from collections import Counter
 from dataclasses import dataclass
+from textwrap import indent
 from typing import Any, Literal
 
-from prune_dn.errors import ConfigError
+from prune_dn import limits
+from prune_dn.errors import ConfigError, listed
 from prune_dn.files import parse_json
 from prune_dn.models.mfm import MFM_KINDS
 
@@ -97,9 +100,9 @@ class DenseNetConfig:
     classifier_rivals: Indices = None
 
     def __post_init__(self) -> None:
-        problems = list(_problems(self))
+        problems = listed(_problems(self))
         if problems:
-            raise ConfigError("this DenseNetConfig cannot be built:\n  " + "\n  ".join(problems))
+            raise ConfigError(f"this DenseNetConfig cannot be built:\n{indent(problems, '  ')}")
 
     def to_json(self) -> str:
         """One line of JSON; `from_json` gives back an equal config."""
@@ -147,6 +150,10 @@ def _indices(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _problems(config: DenseNetConfig) -> Any:
+    too_large = _excess(config)
+    if too_large:
+        yield too_large
+        return
     if config.stem not in ("cifar", "imagenet"):
         yield f"stem is {config.stem!r}; choose 'cifar' or 'imagenet'"
     for field in ("num_init_features", "num_classes", "in_channels"):
@@ -154,7 +161,7 @@ def _problems(config: DenseNetConfig) -> Any:
             yield f"{field} is {getattr(config, field)!r}; it must be an integer of at least 1"
     if not _is_number(config.drop_rate) or not 0.0 <= config.drop_rate < 1.0:
         yield f"drop_rate is {config.drop_rate!r}; it must lie in [0, 1)"
-    if not _is_number(config.norm_eps) or not 0.0 < config.norm_eps < math.inf:
+    if not _is_number(config.norm_eps) or not 0.0 < config.norm_eps <= sys.float_info.max:
         yield f"norm_eps is {config.norm_eps!r}; it must be a number above 0"
     if not config.blocks:
         yield "there are no blocks; a DenseNet has at least one"
@@ -163,8 +170,8 @@ def _problems(config: DenseNetConfig) -> Any:
         return
     width = config.num_init_features
     for b, block in enumerate(config.blocks, start=1):
-        names = [layer.name for layer in block]
-        for name in sorted({n for n in names if names.count(n) > 1}):
+        names = Counter(layer.name for layer in block)
+        for name in sorted(n for n, times in names.items() if times > 1):
             yield f"block {b} has two layers named {name!r}"
         for layer in block:
             if re.fullmatch(r"denselayer\d+", str(layer.name)) is None:
@@ -173,14 +180,41 @@ def _problems(config: DenseNetConfig) -> Any:
             yield from _part_problems(where, layer, width)
             if layer.bottleneck is not None and not _is_width(layer.bottleneck):
                 yield f"{where}: bottleneck is {layer.bottleneck!r}; it must be None or at least 1"
-            width += layer.out_channels if _is_width(layer.out_channels) else 0
+            width += _counted(layer.out_channels)
         if b <= len(config.transitions):
             transition = config.transitions[b - 1]
             yield from _part_problems(f"transition {b}", transition, width)
-            width = transition.out_channels if _is_width(transition.out_channels) else 0
+            width = _counted(transition.out_channels)
     indices, rivals = config.classifier_indices, config.classifier_rivals
     yield from _index_problems("classifier_indices", indices, width)
     yield from _rival_problems("classifier_rivals", indices, rivals, width)
+
+
+def _excess(config: DenseNetConfig) -> str | None:
+    """What there is too much of to be a net."""
+    layers = sum(map(len, config.blocks)) + len(config.transitions)
+    width = made = _counted(config.num_init_features)
+    made += _counted(config.num_classes) + _counted(config.in_channels)
+    readings = 0
+    for block, transition in itertools.zip_longest(config.blocks, config.transitions):
+        for layer in block or ():
+            readings += width if layer.input_indices is None else len(layer.input_indices)
+            made += _counted(layer.out_channels) + _counted(layer.bottleneck)
+            width += _counted(layer.out_channels)
+        width = _counted(transition.out_channels) if transition else 0
+        made += width
+    for what, found, most in (
+        ("layers", layers, limits.LAYERS),
+        ("channels", made, limits.CHANNELS),
+        ("channels to be read", readings, limits.READINGS),
+    ):
+        if found > most:
+            return f"it has {found:,} {what}; nets have at most {most:,}"
+    return None
+
+
+def _counted(width: Any) -> int:
+    return width if _is_width(width) else 0
 
 
 def _part_problems(where: str, part: LayerConfig | TransitionConfig, width: int) -> Any:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prune_dn import limits
 from prune_dn.errors import ConfigError
 from prune_dn.models.light_cnn_config import STAGES, LightCNNConfig, MFMConfig, Variant
 from prune_dn.models.mfm import MaxFeatureMap
@@ -228,6 +229,12 @@ def light_cnn_config(
         raise ConfigError(
             f"block_config is {blocks!r}; give the residual blocks of {STAGES} stages"
         )
+    if sum(blocks) > limits.LAYERS:
+        raise ConfigError(
+            f"block_config asks for {sum(blocks):,} residual blocks; nets have at most {limits.LAYERS:,}"
+        )
+    if not isinstance(embedding, int) or not 1 <= embedding <= limits.CHANNELS:
+        raise ConfigError(f"embedding is {embedding!r}; give 1 to {limits.CHANNELS:,}")
     units = [widths[0]]
     for depth, before, after in zip(blocks, widths[:-1], widths[1:], strict=True):
         units += [before] * (2 * depth + 1) + [after]

@@ -7,9 +7,11 @@ import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from textwrap import indent
 from typing import Any, Literal, NamedTuple
 
-from prune_dn.errors import ConfigError
+from prune_dn import limits
+from prune_dn.errors import ConfigError, listed
 from prune_dn.files import parse_json
 
 Variant = Literal["9", "29", "29_v2"]
@@ -70,9 +72,9 @@ class LightCNNConfig:
     drop_rate: float = 0.5
 
     def __post_init__(self) -> None:
-        problems = list(_problems(self))
+        problems = listed(_problems(self))
         if problems:
-            raise ConfigError("this LightCNNConfig cannot be built:\n  " + "\n  ".join(problems))
+            raise ConfigError(f"this LightCNNConfig cannot be built:\n{indent(problems, '  ')}")
 
     @property
     def side(self) -> int:
@@ -142,6 +144,16 @@ def _problems(config: LightCNNConfig) -> Iterator[str]:
     if config.variant == "9" and any(config.blocks):
         yield f"blocks is {config.blocks!r}; variant 9 has no residual blocks"
         return
+    channels = sum(layer.units for layer in config.layers if _is_count(layer.units, 1))
+    channels += config.num_classes + config.in_channels
+    for what, found, most in (
+        ("residual blocks", sum(config.blocks), limits.LAYERS),
+        ("channels", channels, limits.CHANNELS),
+        ("pixels a side", config.image_size, limits.IMAGE_SIZE),
+    ):
+        if found > most:
+            yield f"it has {found:,} {what}; nets have at most {most:,}"
+            return
     if len(config.layers) != len(config.places()):
         yield f"there are {len(config.layers)} layers; these blocks need {len(config.places())}"
         return

@@ -121,6 +121,9 @@ def fill(
     Missing counters (`num_batches_tracked`) become 0. Raises ConversionError with the list of
     tensors that are missing, unexpected or of another shape.
     """
+    layers = config.layers if isinstance(config, LightCNNConfig) else sum(config.blocks, ())
+    if len(layers) > len(tensors):  # before so many are made
+        raise ConversionError(f"{len(tensors)} tensors do not fit a net of {len(layers)} layers")
     model = empty_net(config)
     filled = {
         name: tensor.detach() if share else tensor.detach().clone()

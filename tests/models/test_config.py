@@ -10,7 +10,13 @@ from hypothesis import given
 from strategies import pruned_configs
 
 from prune_dn.errors import ConfigError
-from prune_dn.models import DenseNetConfig, LayerConfig, TransitionConfig
+from prune_dn.models import (
+    DenseNetConfig,
+    LayerConfig,
+    LightCNNConfig,
+    TransitionConfig,
+    light_cnn_9,
+)
 from prune_dn.models.config import filters_before_mfm, pair_up
 
 GOOD = DenseNetConfig(
@@ -185,3 +191,65 @@ def test_unknown_fields_are_refused() -> None:
     data = {**json.loads(GOOD.to_json()), "growth": 12}
     with pytest.raises(ConfigError, match="growth"):
         DenseNetConfig.from_json(json.dumps(data))
+
+
+def many(layers: int, **changes: object) -> DenseNetConfig:
+    block = tuple(LayerConfig(f"denselayer{i + 1}", 1) for i in range(layers))
+    return dataclasses.replace(GOOD, **{"blocks": (block,), "transitions": (), **changes})
+
+
+def test_configs_that_are_too_large() -> None:
+    with pytest.raises(ConfigError, match="it has 20,000 layers; nets have at most 1,000"):
+        many(20_000)
+    with pytest.raises(ConfigError, match=r"it has .* channels; nets have at most 1,000,000"):
+        dataclasses.replace(GOOD, num_classes=10**18)
+    with pytest.raises(ConfigError, match=r"it has 1,000,0\d\d channels"):
+        dataclasses.replace(GOOD, **layer(out_channels=10**6))
+    with pytest.raises(ConfigError, match=r"it has 1,000,0\d\d channels"):
+        dataclasses.replace(GOOD, **layer(bottleneck=10**6))
+    with pytest.raises(
+        ConfigError, match=r"it has 180,.* channels to be read; nets have at most 20,0"
+    ):
+        many(900, num_init_features=200_000)
+    assert many(1_000).blocks[0][-1].name == "denselayer1000"
+    text = many(1_000).to_json().replace('"denselayer1000"', '"denselayer999"')
+    with pytest.raises(ConfigError, match="block 1 has two layers named 'denselayer999'"):
+        DenseNetConfig.from_json(text)
+
+
+def test_thousands_of_mistakes_are_not_all_listed() -> None:
+    text = many(900).to_json().replace('"out_channels":1', '"out_channels":0')
+    with pytest.raises(ConfigError) as error:
+        DenseNetConfig.from_json(text)
+    assert len(str(error.value).splitlines()) == 22 and str(error.value).endswith("  and more")
+    long = GOOD.to_json().replace('"denselayer1"', f'"{"x" * 100_000}"')
+    with pytest.raises(ConfigError) as error:
+        DenseNetConfig.from_json(long)
+    assert len(str(error.value)) < 1_000
+
+
+@pytest.mark.parametrize("cls", [DenseNetConfig, LightCNNConfig])
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "9" * 10_000, "null", "", "\0"])
+def test_hostile_json(cls: type[DenseNetConfig] | type[LightCNNConfig], text: str) -> None:
+    with pytest.raises(ConfigError, match=f"not a {cls.__name__} in JSON"):
+        cls.from_json(text)
+
+
+@pytest.mark.parametrize("eps", ["1e400", "-1e-5", "NaN", '"x"', "null", "1" + "0" * 400, "0"])
+def test_eps_that_no_float_can_be(eps: str) -> None:
+    with pytest.raises(ConfigError, match=r"norm_eps is .*; it must be a number above 0"):
+        DenseNetConfig.from_json(GOOD.to_json().replace("1e-05", eps))
+
+
+def test_light_cnns_that_are_too_large() -> None:
+    config = light_cnn_9(10, image_size=32).config
+    for changes, message in (
+        ({"num_classes": 10**18}, "channels; nets have at most 1,000,000"),
+        ({"image_size": 10**9}, "it has 1,000,000,000 pixels a side; nets have at most 16,384"),
+        (
+            {"variant": "29", "blocks": (10**9, 0, 0, 0)},
+            "it has 1,000,000,000 residual blocks; nets",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            dataclasses.replace(config, **changes)
