@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -12,16 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prune_dn.errors import PruningError
+from prune_dn.losses import LossFunction
 from prune_dn.models import DenseNet
 from prune_dn.models.dense_net import DenseLayer, ReadStream, Transition
 from prune_dn.models.mfm import MaxFeatureMap
-from prune_dn.pruning.calibration import Batches, PixelSampler, patches, read_batches
+from prune_dn.pruning.calibration import PixelSampler, patches, read_batches
+from prune_dn.pruning.judge import Judge, split_images
+from prune_dn.pruning.least_squares import Moments, solve
 from prune_dn.pruning.plan import Plan
 from prune_dn.sound import check_sound
 
 Compensation = Literal["none", "mean", "least_squares"]
 COMPENSATIONS: tuple[Compensation, ...] = ("none", "mean", "least_squares")
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 
 Maps = list[Tensor]  # one tensor per calibration batch
 Streams = list[list[Tensor]]  # per calibration batch, the sources that make the stream
@@ -34,6 +36,7 @@ def compensate_plan(
     calibration: Iterable[object],
     method: str = "least_squares",
     *,
+    loss: str | LossFunction | None = None,
     seed: int = 0,
 ) -> DenseNet:
     """A copy of `small` (`dense` after `plan`) whose readers give nearly what the dense net's give.
@@ -41,14 +44,22 @@ def compensate_plan(
     From front to back, each conv and the classifier: its inputs come from the pruned net as it is
     by then, its targets from the dense net. `least_squares` refits the weights (after ThiNet,
     arXiv:1707.06342, and channel pruning, arXiv:1707.06168) with a ridge towards the present
-    weights; the ridge is the one of RIDGES that does best on every other batch when fitted on the
-    rest. `mean` leaves the weights. Both move what is left of the mean difference into the norms
-    that read the output, or the classifier's bias; an MFM layer's mean is not moved (a maximum
-    stands between, as it does where what is read competes), so `mean` does nothing there. A filter
-    whose sibling went is refitted to what the whole unit gave.
+    weights. Fitted on half the images, each ridge of RIDGES is judged on the other half, and so are
+    the present weights: they stay where no ridge does better. `mean` leaves all weights. Both
+    move what is left of the mean difference into the norms that read the output, or the
+    classifier's bias; an MFM layer's mean is not moved (a maximum stands between, as it does where
+    what is read competes), so `mean` does nothing there. A filter whose sibling went is refitted
+    to what the whole unit gave.
 
-    The streams of one block, of both nets and all images, are in memory at a time. Warns when the
-    result is further from `dense` on the calibration images than `small` was.
+    Gives `small` itself, with a warning, when the result is further than `small` from `dense`:
+    every tenth image is kept from the refit for this; of fewer than 128 images all are used for
+    both. How far is the loss's distance of the outputs, summed in float64 (`loss` as in
+    `find_loss`; None: half the squared differences). A difference that rounding alone can make
+    does not count.
+
+    The streams of one block, of both nets and all images, are in memory at a time. Raises
+    PruningError for an unknown method, unusable images, or a dense net whose answers to them are
+    not finite, and DataError for a loss that does not fit.
 
     >>> from prune_dn.models import densenet
     >>> from prune_dn.pruning import apply_plan, make_plan
@@ -61,20 +72,24 @@ def compensate_plan(
         return small
     for model in (small, dense):
         check_sound(model)
-    batches = read_batches(calibration)
+    images = read_batches(calibration).images
+    fitted, judged = split_images(images)
     was_training = {name: module.training for name, module in small.named_modules()}
-    net, teacher = copy.deepcopy(small).eval(), copy.deepcopy(dense).eval()
+    net, cut, teacher = (copy.deepcopy(each).eval() for each in (small, small, dense))
     with torch.no_grad():
-        before = _distance(net, teacher, batches)
-        _Walk(net, teacher, plan, batches, method == "least_squares", seed).run()
-        after = _distance(net, teacher, batches)
-    if not after <= before:
+        judge = Judge(teacher, judged, loss)
+        _Walk(net, teacher, plan, fitted, method == "least_squares", seed).run()
+        before, after = judge(cut), judge(net)
+    if not after <= before + judge.rounding:
+        unseen = "" if judged is images else " that the refit did not see"
         warnings.warn(
-            f"compensate={method!r} did not help: on the calibration images the divergence from the "
-            f"dense net is {after:.4g}, without it {before:.4g}; give more or better images, or "
-            "compensate='none'",
+            f"compensate={method!r} did not help, so the net is left as it was cut: on the "
+            f"{sum(map(len, judged))} calibration images{unseen} its {judge.loss.name} distance "
+            f"from the dense net is {before:.4g}, compensated {after:.4g}; give more or better "
+            "images, or compensate='none'",
             stacklevel=2,
         )
+        return small
     for name, module in net.named_modules():
         module.training = was_training[name]
     return net
@@ -100,18 +115,18 @@ class _Walk:
         small: DenseNet,
         dense: DenseNet,
         plan: Plan,
-        batches: Batches,
+        images: Sequence[Tensor],
         refit: bool,
         seed: int,
     ) -> None:
         self.small, self.dense, self.refit = small, dense, refit
-        self.keep_indices, self.batches = plan.keep_indices, batches
-        self.sampler = PixelSampler(len(batches), seed)
+        self.keep_indices, self.images = plan.keep_indices, images
+        self.sampler = PixelSampler(sum(map(len, images)), seed)
 
     def run(self) -> None:
         nets = (self.small, self.dense)
         weight = self.dense.classifier.weight
-        images = [x.to(weight.device, weight.dtype) for x in self.batches.images]
+        images = [x.to(weight.device, weight.dtype) for x in self.images]
         small, dense = ([[_stem(net, x)] for x in images] for net in nets)
         shift = weight.new_zeros(small[0][0].shape[1])
         for b in range(1, len(self.dense.config.blocks) + 1):
@@ -182,94 +197,26 @@ class _Walk:
         kept = self.keep_indices.get(name)
         alone = _alone(kept, mfm, dense_mfm)
         kernel = new.kernel_size[0] if isinstance(new, nn.Conv2d) else 1
-        weight = new.weight.flatten(1).T.float()  # (inputs * taps, outputs)
-        halves = [_Moments(weight, self.refit), _Moments(weight, self.refit)]
+        width = new.weight[0].numel()
+        halves = [Moments(new.weight, self.refit), Moments(new.weight, self.refit)]
         for i, (x, y) in enumerate(zip(inputs, targets, strict=True)):
-            positions = self.sampler(x, len(weight))
+            positions = self.sampler(x, width)
             whole = old(y)
             target = whole if kept is None else whole[:, list(kept)]
             if alone is not None and dense_mfm is not None:
                 filters, units = alone
                 target[:, filters] = dense_mfm(whole)[:, units]
-            if new.bias is not None:
-                target = target - new.bias
-            halves[i % 2].add(patches(x, kernel, positions), patches(target, 1, positions))
+            missing = patches(target - new(x), 1, positions)
+            halves[i % 2].add(patches(x, kernel, positions), missing)
         both = halves[0] + halves[1]
+        left = both.output
         if self.refit:
-            weight = _solve(halves, both, weight, centred=mfm is None)
-            new.weight.copy_(weight.T.reshape(new.weight.shape))
-        left = both.output - both.input @ weight
+            change = solve(halves, both, centred=mfm is None)
+            new.weight.add_(change.T.reshape(new.weight.shape))
+            left = left - both.input @ change
         if mfm is not None:
             left = torch.zeros_like(mfm(left[None])[0])
         return left.to(new.weight.dtype)
-
-
-class _Moments:
-    """Sums over patches p (rows, inputs) and targets y (rows, outputs); `products` if asked for."""
-
-    def __init__(self, weight: Tensor, products: bool) -> None:
-        inputs, outputs = weight.shape
-        self.rows, self.products = 0, products
-        width = inputs if products else 0
-        self.gram = weight.new_zeros(width, width)
-        self.cross = weight.new_zeros(width, outputs)
-        self.sum_inputs = weight.new_zeros(inputs)
-        self.sum_outputs = weight.new_zeros(outputs)
-
-    @property
-    def input(self) -> Tensor:
-        return self.sum_inputs / self.rows
-
-    @property
-    def output(self) -> Tensor:
-        return self.sum_outputs / self.rows
-
-    def add(self, p: Tensor, y: Tensor) -> None:
-        p, y = p.float(), y.float()
-        self.rows += len(p)
-        if self.products:
-            self.gram.addmm_(p.T, p)
-            self.cross.addmm_(p.T, y)
-        self.sum_inputs += p.sum(0)
-        self.sum_outputs += y.sum(0)
-
-    def __add__(self, other: _Moments) -> _Moments:
-        both = copy.copy(self)
-        for key in ("rows", "gram", "cross", "sum_inputs", "sum_outputs"):
-            setattr(both, key, getattr(self, key) + getattr(other, key))
-        return both
-
-    def normal(self, centred: bool) -> tuple[Tensor, Tensor]:
-        """The normal equations' two sides, per row, with or without a free constant."""
-        gram, cross = self.gram / self.rows, self.cross / self.rows
-        if centred:
-            gram = gram.addr_(self.input, self.input, alpha=-1)
-            cross = cross.addr_(self.input, self.output, alpha=-1)
-        return gram, cross
-
-
-def _solve(halves: list[_Moments], both: _Moments, weight: Tensor, *, centred: bool) -> Tensor:
-    """The refitted weights, with the ridge that does best on the half it was not fitted on."""
-    ridge = RIDGES[1]
-    if halves[1].rows:
-        fitted, held = halves[0].normal(centred), halves[1].normal(centred)
-        errors = []
-        for candidate in RIDGES:
-            found = _ridge(*fitted, weight, candidate)
-            errors.append(float(((held[0] @ found) * found - 2 * held[1] * found).sum()))
-        ridge = RIDGES[errors.index(min(errors))]
-    return _ridge(*both.normal(centred), weight, ridge)
-
-
-def _ridge(gram: Tensor, cross: Tensor, weight: Tensor, ridge: float) -> Tensor:
-    """argmin over w of the squared error plus ridge * mean diagonal * |w - weight|²."""
-    strength = ridge * gram.diagonal().mean()
-    regular = gram.clone()
-    regular.diagonal().add_(strength.clamp_min(torch.finfo(gram.dtype).tiny))
-    factor, failed = torch.linalg.cholesky_ex(regular)
-    if failed:  # more rounding than ridge
-        return weight if ridge >= 1 else _ridge(gram, cross, weight, 10 * ridge)
-    return torch.cholesky_solve(cross + strength * weight, factor)
 
 
 def _stem(net: DenseNet, x: Tensor) -> Tensor:
@@ -321,14 +268,3 @@ def _raise_mean(norm: nn.BatchNorm2d, shift: Tensor) -> None:
 def _made(conv: nn.Module, mfm: nn.Module | None, x: Tensor) -> Tensor:
     out: Tensor = conv(x)
     return out if mfm is None else mfm(out)
-
-
-def _distance(net: nn.Module, dense: nn.Module, batches: Batches) -> float:
-    """Mean Kullback-Leibler divergence of the net's prediction from the dense net's."""
-    weight = next(dense.parameters())
-    total = 0.0
-    for images in batches.images:
-        x = images.to(weight.device, weight.dtype)
-        target, found = (n(x).float().log_softmax(1) for n in (dense, net))
-        total += float(F.kl_div(found, target, reduction="sum", log_target=True))
-    return total / len(batches)

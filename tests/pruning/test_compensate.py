@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
 from oracle import randomise_
 
-from prune_dn.errors import PruningError
+from prune_dn.errors import DataError, PruningError
 from prune_dn.models import densenet
 from prune_dn.pruning import (
     Plan,
     apply_plan,
     compensate,
     compensate_plan,
+    judge,
     make_plan,
     prune,
     settling_plan,
 )
+from prune_dn.pruning.judge import split_images
+from prune_dn.pruning.least_squares import Moments, solve
 
 KINDS = {
     "basic": {"bn_size": None},
@@ -28,9 +34,9 @@ KINDS = {
 }
 
 
-def case(kind: str, ratio: float = 0.4):
+def case(kind: str, ratio: float = 0.4, outputs: int = 5):
     torch.manual_seed(0)
-    net = densenet([3, 2], 6, **{"stem": "cifar", "num_classes": 5, **KINDS[kind]})
+    net = densenet([3, 2], 6, **{"stem": "cifar", "num_classes": outputs, **KINDS[kind]})
     net = randomise_(net, 2).eval()
     side = 32 if kind == "imagenet" else 8
     batches = [torch.randn(32, 3, side, side) for _ in range(4)]
@@ -72,9 +78,9 @@ def test_each_step_comes_closer_to_the_dense_net(kind) -> None:
 @pytest.mark.parametrize("units", [("sibling",), ("sibling", "stream", "edge")])
 def test_who_stands_alone_follows_its_whole_unit(units) -> None:
     """All filters of layer 1 stand alone: each is the least-squares fit of the pair's maximum."""
-    net, _, batches = case("bottleneck")
     net = densenet([3, 2], 6, bn_size=2, stem="cifar", num_classes=5, mfm={"denseblock1.*": "2/1"})
     randomise_(net, 2).eval()
+    batches = [torch.randn(32, 3, 8, 8) for _ in range(2)]  # so few that no pixel is drawn
     plan = settling_plan(net, batches)
     if units != ("sibling",):
         plan = make_plan(net, 0.2, unit="macs", units=units, criterion="l2", input_size=8)
@@ -195,17 +201,141 @@ def test_a_layer_that_went_whole() -> None:
     compensate_plan(apply_plan(net, plan), net, plan, batches)
 
 
-@pytest.mark.parametrize("divergences", [(0.1, 0.2), (0.1, float("nan")), (0.2, 0.1)])
-def test_a_refit_that_harms_is_told(monkeypatch: pytest.MonkeyPatch, divergences) -> None:
-    net, _, batches = case("bottleneck")
+def misled(batches):
+    """Nine images of ten are of another kind, and those the refit goes by."""
+    images = torch.cat(batches) + 10
+    images[9::10] -= 10
+    return list(images.split(32))
+
+
+@pytest.mark.parametrize("loss", [None, "softmax", "sigmoid"])
+@pytest.mark.parametrize("outputs", [1, 5])
+@pytest.mark.parametrize("method", ["mean", "least_squares"])
+def test_a_refit_that_harms_is_dropped(method, outputs, loss) -> None:
+    """Judged on images that it did not see; of one output too, of which a softmax says nothing."""
+    net, plan, batches = case("basic", 0.2, outputs)
+    cut, batches = apply_plan(net, plan), misled(batches)
+    if (outputs, loss) == (1, "softmax"):
+        with pytest.raises(DataError, match="'softmax' of one output is always 0"):
+            compensate_plan(cut, net, plan, batches, method, loss=loss)
+        return
+    with pytest.warns(UserWarning, match="did not help") as told:
+        assert compensate_plan(cut, net, plan, batches, method, loss=loss) is cut
+    (text,) = (str(warning.message) for warning in told)
+    unseen = torch.cat(batches)[9::10]
+    with torch.no_grad():
+        found, target = (n(unseen).double() for n in (cut, net))
+    away = {
+        None: lambda: (found - target).square().sum() / 2,
+        "softmax": lambda: F.kl_div(found.log_softmax(1), target.softmax(1), reduction="sum"),
+        "sigmoid": lambda: (
+            F.binary_cross_entropy_with_logits(found, target.sigmoid(), reduction="sum")
+            - F.binary_cross_entropy_with_logits(target, target.sigmoid(), reduction="sum")
+        ),
+    }[loss]()
+    expected = (
+        rf"compensate='{method}' did not help, so the net is left as it was cut: on the 12 calibration "
+        rf"images that the refit did not see its {loss or 'mse'} distance from the dense net is "
+        r"([\d.e+-]+), compensated ([\d.e+-]+); give more or better images, or compensate='none'"
+    )
+    before, after = map(float, re.fullmatch(expected, text).groups())
+    assert before == pytest.approx(float(away) / len(unseen), rel=1e-3)
+    assert after > before
+
+
+def test_few_images_are_fitted_and_judged_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 127 all, of 128 a tenth is held out; whether they come in one batch or many is equal."""
+    images = torch.arange(127.0)[:, None]
+    for batches in ([images], list(images.split(1)), list(images.split(50))):
+        fitted, judged = split_images(batches)
+        assert torch.equal(torch.cat(list(judged)), images)
+        assert torch.equal(torch.cat(fitted).sort(0).values, images)
+        assert torch.equal(torch.cat(fitted[::2]) % 2, torch.zeros(64, 1))
+    images = torch.arange(128.0)[:, None]
+    for batches in ([images], list(images.split(1)), list(images.split(50))):
+        fitted, judged = split_images(batches)
+        assert torch.equal(torch.cat(list(judged)), images[9::10])
+        both = torch.cat([*fitted, *judged])
+        assert torch.equal(both.sort(0).values, images)
+    net, plan, batches = case("basic")
+    cut, left = apply_plan(net, plan), iter([0.1, 0.2])
+    monkeypatch.setattr(judge.Judge, "__call__", lambda *_: next(left))
+    with pytest.warns(
+        UserWarning, match=r"on the 64 calibration images its mse distance .* is 0\.1,"
+    ):
+        assert compensate_plan(cut, net, plan, batches[:2]) is cut
+
+
+def test_batches_are_no_more_than_a_way_to_give_images() -> None:
+    net, plan, batches = case("bottleneck")
+    net, images = net.double(), torch.cat(batches).double()
+    cut = apply_plan(net, plan)
+    one, many = (
+        compensate_plan(cut, net, plan, given)
+        for given in ([images[:64]], list(images[:64].split(30)))  # so few that no pixel is drawn
+    )
+    for name, value in one.state_dict().items():
+        torch.testing.assert_close(many.state_dict()[name], value, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize("count", [1, 8, 16, 128])
+def test_rounding_is_neither_harm_nor_help(kind, count) -> None:
+    """Where the cut changes nothing there is nothing to refit, nor anything to warn of."""
+    net, _, batches = case(kind)
     nothing = Plan(net.config, net.config, {}, {}, {}, {})
-    left = iter(divergences)
-    monkeypatch.setattr(compensate, "_distance", lambda *_: next(left))
-    if divergences == (0.2, 0.1):
-        compensate_plan(net, net, nothing, batches)  # a warning would be an error
-    else:
-        with pytest.warns(UserWarning, match="compensate='least_squares' did not help"):
-            compensate_plan(net, net, nothing, batches)
+    images = torch.cat(batches)[:count]
+    for loss in (None, "softmax"):
+        same = compensate_plan(net, net, nothing, [images], loss=loss)
+        with torch.no_grad():
+            torch.testing.assert_close(same(images), net(images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "most"), [(torch.float32, 1e-9), (torch.bfloat16, 2e-3), (torch.float64, 1e-26)]
+)
+def test_the_floor_is_about_what_rounding_does(dtype, most) -> None:
+    """Above what the same net in float64 differs by; `most` is its share of the outputs' squares."""
+    for kind in KINDS:
+        net, _, batches = case(kind)
+        net, images = net.to(dtype), [x.to(dtype) for x in batches]
+        with torch.no_grad():
+            found = judge.Judge(net, images, None)
+            exact = torch.cat([net.double()(x.double()) for x in images])
+        rounded = torch.cat(found.targets)
+        off = float((rounded - exact).square().sum()) / 2 / 128
+        assert off < found.rounding or off == 0
+        assert found.rounding < most * float(exact.square().sum()) / 2 / 128
+
+
+def test_answers_that_are_no_numbers() -> None:
+    """A dense net that gives NaN is refused; a refit that does is dropped."""
+    net, plan, batches = case("basic")
+    cut = apply_plan(net, plan)
+    broken = copy.deepcopy(net)
+    broken.classifier.weight.data.fill_(3e38)  # a sum overflows
+    with pytest.raises(
+        PruningError, match="the dense net gives NaN or infinity on the calibration"
+    ):
+        compensate_plan(cut, broken, plan, batches)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compensate, "solve", lambda halves, both, **_: both.cross * float("nan"))
+        with pytest.warns(
+            UserWarning, match=r"distance from the dense net is \S+, compensated nan;"
+        ):
+            assert compensate_plan(cut, net, plan, batches) is cut
+
+
+def test_a_reader_keeps_its_weights_where_no_ridge_does_better() -> None:
+    """Noise on the half that is fitted, none on the other: only the present weights are right."""
+    generator = torch.Generator().manual_seed(0)
+    weight, halves = torch.zeros(2, 6), []
+    for noise in (1.0, 0.0):
+        halves.append(Moments(weight, True))
+        x = torch.randn(12, 6, generator=generator)
+        halves[-1].add(x, noise * torch.randn(12, 2, generator=generator))
+    assert not solve(halves, halves[0] + halves[1], centred=True).any()
+    assert solve(halves[:1] * 2, halves[0] + halves[0], centred=True).any()
 
 
 def test_errors() -> None:
