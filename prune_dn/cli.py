@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
@@ -104,6 +105,8 @@ from prune_dn import cli_checkpoints, cli_sensitivity  # noqa: E402, F401
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry of `prune-dn`. Returns 0, 2 for bad input, 128 + n for signal n, 1 for anything else."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    notices = logging.StreamHandler() if _is_first() else logging.NullHandler()
+    logging.getLogger("prune_dn").addHandler(notices)
     try:
         typer.main.get_command(app).main(args=given, prog_name="prune-dn")
     except SystemExit as end:
@@ -125,6 +128,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             1,
             given,
         )
+    finally:
+        logging.getLogger("prune_dn").removeHandler(notices)
     return 0
 
 

@@ -75,6 +75,7 @@ def prune(
     mean: options.Mean = None,
     std: options.Std = None,
     normalize: options.Normalize = None,
+    ema: options.Ema = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Cut a trained DenseNet; the checkpoint itself stays as it is."""
@@ -104,6 +105,7 @@ def prune(
         runtime=runtime,
         batch_size=batch_size,
         data=DataOptions(data, data_root, image_size, mean, std, normalize, seed=seed),
+        ema=ema,
     )
     _show(figures, as_json)
 
@@ -133,6 +135,7 @@ def finetune(
     normalize: options.Normalize = None,
     limit: options.Limit = None,
     seed: options.Seed = 0,
+    ema: options.Ema = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Train a (pruned) checkpoint further."""
@@ -149,6 +152,7 @@ def finetune(
         data=DataOptions(data, data_root, image_size, mean, std, normalize, limit, seed),
         seed=seed,
         progress=not as_json,
+        ema=ema,
     )
     _show(figures, as_json)
 
@@ -181,6 +185,7 @@ def evaluate(
     ] = 64,
     precision: Annotated[str, typer.Option(help="no (float32) or bf16 autocast.")] = "no",
     seed: options.Seed = 0,
+    ema: options.Ema = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Accuracy and loss of a checkpoint."""
@@ -194,6 +199,7 @@ def evaluate(
         recalibrate=recalibrate,
         batch_size=batch_size,
         precision=precision,
+        ema=ema,
     )
     _show(figures, as_json)
 
@@ -203,12 +209,13 @@ def export(
     checkpoint: options.Checkpoint,
     output: options.Output,
     image_size: options.ImageSize = None,
+    ema: options.Ema = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Write ONNX (.onnx), torch.export (.pt2) or a plain state dict (.pt), by OUTPUT's ending."""
     from prune_dn import jobs
 
-    _show(jobs.export_checkpoint(checkpoint, output, image_size), as_json)
+    _show(jobs.export_checkpoint(checkpoint, output, image_size, ema=ema), as_json)
 
 
 @example("profile pruned.safetensors", "profile pruned.safetensors --batch-size 1 --json")
@@ -221,12 +228,13 @@ def profile(
     repeats: Annotated[
         int, typer.Option(min=1, max=limits.REPEATS, help="Runs per latency figure.")
     ] = 30,
+    ema: options.Ema = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Params and MACs per layer, and measured latency."""
     from prune_dn import jobs
 
-    facts = jobs.profile_checkpoint(checkpoint, image_size, batch_size or [1, 32], repeats)
+    facts = jobs.profile_checkpoint(checkpoint, image_size, batch_size or [1, 32], repeats, ema=ema)
     rows = [[r["name"], f"{r['params']:,}", f"{r['macs']:,}"] for r in facts["layers"]]
     rows.append(["total", f"{facts['params']:,}", f"{facts['macs']:,}"])
     latency = {
@@ -241,12 +249,13 @@ def profile(
 @example("show runs/quickstart/pruned.safetensors", "show runs/quickstart/plan.json")
 def show(
     file: Annotated[Path, typer.Argument(help="A checkpoint or a plan.", show_default=False)],
+    ema: options.Ema = False,
     as_json: options.AsJson = False,
 ) -> None:
     """What a checkpoint or a plan holds."""
     from prune_dn import jobs
 
-    facts, table = jobs.show_file(file)
+    facts, table = jobs.show_file(file, ema=ema)
     hidden = ("layers", "config")
     lines = {key: value for key, value in facts.items() if key not in hidden}
     _show(facts, as_json, table=table, lines=lines)

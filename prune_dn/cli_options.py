@@ -26,6 +26,9 @@ RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", sho
 Checkpoint = Annotated[
     Path, typer.Argument(help="A checkpoint: .safetensors, or .pt state dict.", show_default=False)
 ]
+Ema = Annotated[
+    bool, typer.Option("--ema", help="Of a checkpoint with several weights take the averaged ones.")
+]
 Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Replace a value; may be given repeatedly."),

@@ -69,6 +69,7 @@ def sensitivity(
     std: options.Std = None,
     normalize: options.Normalize = None,
     seed: options.Seed = 0,
+    ema: options.Ema = False,
     as_json: options.AsJson = False,
 ) -> None:
     """What each module bears: cut each group of units alone and evaluate, with real surgery.
@@ -96,6 +97,7 @@ def sensitivity(
         recalibrate=recalibrate,
         calibration=calibration,
         progress=not as_json,
+        ema=ema,
     )
     if process_state().is_main_process:
         write(facts, out)
@@ -114,16 +116,17 @@ def measure(
     recalibrate: int = 0,
     calibration: int | None = None,
     progress: bool = False,
+    ema: bool = False,
 ) -> dict[str, Any]:
     """All that is found, ready for JSON; `arguments` are those of `pruning.sensitivity`.
 
     Raises PruneDNError for bad input, before anything is evaluated.
     """
-    from prune_dn.checkpoint import load, read_info
     from prune_dn.data import calibration_batches, calibration_loader
     from prune_dn.jobs import refuse_calibration
     from prune_dn.latency import machine
     from prune_dn.models import DenseNet
+    from prune_dn.opened import open_checkpoint
     from prune_dn.processes import process_state
     from prune_dn.profiling import count
     from prune_dn.pruning import recalibrate_batch_norm_
@@ -143,7 +146,7 @@ def measure(
     if not reads:
         refuse_calibration(calibration, arguments["criterion"])
     state = process_state()
-    model, info = load(checkpoint).to(state.device), read_info(checkpoint)
+    model, info = open_checkpoint(checkpoint, ema)
     sets = data.load(info, model, checkpoint)
     images = _balanced(sets.val, max_images, data.seed)
     seen = calibration_batches(sets.train, calibration, seed=data.seed) if reads else None

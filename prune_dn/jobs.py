@@ -10,13 +10,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from prune_dn.checkpoint import load, read_info, save, save_state_dict
+from prune_dn.checkpoint import load, save, save_state_dict
 from prune_dn.data import Datasets, calibration_batches, calibration_loader
 from prune_dn.data_options import DataOptions
 from prune_dn.errors import DataError, ExportError, PruningError, RecipeError
 from prune_dn.export import export_onnx, export_torch
 from prune_dn.latency import measure_latency
 from prune_dn.models import DenseNet, LightCNN, Net
+from prune_dn.opened import open_checkpoint
 from prune_dn.phases import check_fit, load_data
 from prune_dn.processes import process_state
 from prune_dn.profiling import count, count_per_layer, default_image_size
@@ -55,6 +56,7 @@ def prune_checkpoint(
     runtime: str | None,
     batch_size: int | None,
     data: DataOptions,
+    ema: bool = False,
 ) -> dict[str, Any]:
     """Cut a checkpoint by `ratio`; `arguments` are those of `make_plan`.
 
@@ -64,7 +66,7 @@ def prune_checkpoint(
     _output(output, ".safetensors")
     names = ("unit", "criterion", "scope", "units", "min_channels", "round_to")
     check_request(ratio, *(arguments[name] for name in names))
-    model, info = load(checkpoint), read_info(checkpoint)
+    model, info = open_checkpoint(checkpoint, ema)
     size = image_size or (info.get("data") or {}).get("image_size")
     check_compensation(compensate, True)
     reads = reads_images(arguments["criterion"])
@@ -151,10 +153,11 @@ def finetune_checkpoint(
     data: DataOptions,
     seed: int,
     progress: bool,
+    ema: bool = False,
 ) -> dict[str, Any]:
     """Train a checkpoint further, by a recipe's `finetune` part or by options."""
     _output(output, ".safetensors")
-    model, info = _on_device(checkpoint), read_info(checkpoint)
+    model, info = open_checkpoint(checkpoint, ema)
     base: dict[str, Any] = {}
     if recipe is not None:
         section = recipe.finetune or recipe.train
@@ -210,13 +213,14 @@ def evaluate_checkpoint(
     recalibrate: int,
     batch_size: int,
     precision: str,
+    ema: bool = False,
 ) -> dict[str, Any]:
     """Accuracy and loss on the test (or validation) images."""
     if split not in ("test", "val"):
         raise DataError(f"--split {split!r} is unknown; choose test or val")
     if precision not in ("no", "bf16"):
         raise DataError(f"--precision {precision!r} is unknown; choose no or bf16")
-    model, info = _on_device(checkpoint), read_info(checkpoint)
+    model, info = open_checkpoint(checkpoint, ema)
     sets = data.load(info, model, checkpoint)
     if recalibrate:
         _recalibrate(model, sets, recalibrate, info, data.seed)
@@ -236,9 +240,11 @@ def evaluate_checkpoint(
     }
 
 
-def export_checkpoint(checkpoint: Path, output: Path, image_size: int | None) -> dict[str, Any]:
+def export_checkpoint(
+    checkpoint: Path, output: Path, image_size: int | None, *, ema: bool = False
+) -> dict[str, Any]:
     """Write the model in the format of `output`'s ending."""
-    model, info = load(checkpoint), read_info(checkpoint)
+    model, info = open_checkpoint(checkpoint, ema)
     size = _image_size(model, info, image_size)
     if output.suffix == ".onnx":
         export_onnx(model, output, image_size=size)
@@ -252,10 +258,15 @@ def export_checkpoint(checkpoint: Path, output: Path, image_size: int | None) ->
 
 
 def profile_checkpoint(
-    checkpoint: Path, image_size: int | None, batch_sizes: Sequence[int], repeats: int
+    checkpoint: Path,
+    image_size: int | None,
+    batch_sizes: Sequence[int],
+    repeats: int,
+    *,
+    ema: bool = False,
 ) -> dict[str, Any]:
     """Params, MACs and channels by layer, and measured eager latency."""
-    model, info = load(checkpoint), read_info(checkpoint)
+    model, info = open_checkpoint(checkpoint, ema)
     size = _image_size(model, info, image_size)
     latency = [
         measure_latency(model, batch_size=batch, image_size=size, repeats=repeats, max_seconds=60.0)
@@ -270,7 +281,7 @@ def profile_checkpoint(
     }
 
 
-def show_file(file: Path) -> tuple[dict[str, Any], Table]:
+def show_file(file: Path, *, ema: bool = False) -> tuple[dict[str, Any], Table]:
     """The facts in a plan (.json) or a checkpoint, and its widths as a table."""
     if file.suffix == ".json":
         plan = Plan.load(file)
@@ -283,7 +294,7 @@ def show_file(file: Path) -> tuple[dict[str, Any], Table]:
             "layers": plan.layers,
         }
         return facts, (["unit group", "kind", "before", "after"], rows)
-    model, info = load(file), read_info(file)
+    model, info = open_checkpoint(file, ema)
     config = model.config
     size = _image_size(model, info, None)
     layers = [dataclasses.asdict(row) for row in count_per_layer(model, size)]
@@ -316,10 +327,6 @@ def _shape(model: Net) -> dict[str, Any]:
 def _image_size(model: Net, info: Mapping[str, Any], given: int | None) -> int:
     known = (info.get("data") or {}).get("image_size")
     return given or known or default_image_size(model.config)
-
-
-def _on_device(checkpoint: Path) -> Net:
-    return load(checkpoint).to(process_state().device)
 
 
 def _recalibrate(

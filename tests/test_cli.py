@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from collections.abc import Callable
@@ -288,6 +289,59 @@ def test_evaluate_a_foreign_checkpoint(run: Run, net: Path) -> None:
     bad(run("evaluate", "plain.pt", *options, "--normalize", "cifer10"), "cifar10")
 
 
+def test_checkpoints_of_training_scripts(run: Run, net: Path) -> None:
+    """Which weights were taken is said on stderr; --ema takes the others, in every command."""
+    plain = load(net).state_dict()
+    averaged = {key: value * 1.5 for key, value in plain.items()}
+    script = {"model": plain, "model_ema": averaged, "args": argparse.Namespace(lr=0.1)}
+    torch.save(script, "script.pth")
+    options = ["--data", "digits", "--image-size", 8, "--json"]
+    code, out, err = run("evaluate", "script.pth", *options)
+    assert code == 0, err
+    assert "script.pth: took the mapping 'model', not the mapping 'model_ema' (ema: the" in err
+    assert "was assumed: eps 1e-05, no dropout, ReLU and the poolings of torchvision" in err
+    assert json.loads(out)["loss"] == document(run("evaluate", net, "--json"))["loss"]
+    torch.save(averaged, "averaged.pth")
+    expected = document(run("evaluate", "averaged.pth", *options))["loss"]
+    assert document(run("evaluate", "script.pth", "--ema", *options))["loss"] == expected
+    written = {
+        "export": ["-o", "a.pt"],
+        "prune": ["--ratio", 0.3, "-o", "a.safetensors"],
+        "finetune": [*options[:-1], "--epochs", 1, "--limit", 64, "-o", "b.safetensors"],
+        "profile": ["--repeats", 1, "--batch-size", 1],
+        "show": [],
+        "sensitivity": [*options[:-1], "--ratios", 0.5, "--max-images", 10, "--out", "found"],
+    }
+    for command, arguments in written.items():
+        code, _, err = run(command, "script.pth", "--ema", *arguments, "--json")
+        assert code == 0, err
+        assert "took the mapping 'model_ema', not the mapping 'model'" in err, command
+        bad(run(command, net, "--ema", *arguments, "--json"), r"holds no averaged \(EMA\) weights")
+    assert torch.equal(load("a.pt").state_dict()["classifier.bias"], averaged["classifier.bias"])
+
+
+@pytest.mark.parametrize(
+    ("info", "message"),
+    [
+        ({"data": "digits"}, "its info says that data is 'digits', which is not a mapping"),
+        ({"data": [1]}, r"data is \[1\], which is not a mapping"),
+        ({"data": {"name": ["digits"]}}, r"data.name is \['digits'\], which is not a string"),
+        ({"data": {"image_size": "8"}}, "data.image_size is '8', which is not a size of 1 to"),
+        ({"data": {"image_size": 10**30}}, "data.image_size is 10*, which is not a size"),
+        ({"data": {"mean": 0.5}}, "data.mean is 0.5, which is not a list of numbers"),
+        ({"data": {"std": ["x"]}}, r"data.std is \['x'\], which is not a list of numbers"),
+        ({"history": [1]}, r"history is \[1\], which is not a mapping"),
+        ({"augment": "flips"}, "augment is 'flips', which is not an augmentation"),
+        ({"augment": {}}, "augment is {}, which is not an augmentation"),
+    ],
+)  # fmt: skip
+def test_info_of_another_shape(run: Run, net: Path, info: dict[str, Any], message: str) -> None:
+    save(load(net), "net.safetensors", info=info)
+    assert read_info("net.safetensors") == info  # Python may keep what it likes
+    for command in (["show"], ["evaluate"], ["prune", "--ratio", 0.5, "-o", "a.safetensors"]):
+        bad(run(command[0], "net.safetensors", *command[1:]), message)
+
+
 def test_evaluate_with_the_wrong_number_of_classes(run: Run, tmp_path: Path) -> None:
     save(densenet((2,), 4, stem="cifar", num_classes=3, in_channels=1), tmp_path / "3.safetensors")
     bad(
@@ -362,7 +416,7 @@ def test_siblings_go_and_show_says_who_still_competes(run: Run, tmp_path: Path) 
 
 
 def test_what_nobody_expects(run: Run, net: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("by chance")
 
     monkeypatch.setattr(jobs, "show_file", broken)

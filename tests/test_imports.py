@@ -28,6 +28,7 @@ FLOORS = [
     {"data"},
     {"training", "pruning"},
     {"checkpoint"},
+    {"opened"},
     {"recipe"},
     {"recipe_file"},
     {"report"},

@@ -1,0 +1,60 @@
+"""A checkpoint as a command gets it: the net, and what its file says of data and training."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from prune_dn import limits
+from prune_dn.augment import AUGMENTATIONS
+from prune_dn.checkpoint import load, read_info
+from prune_dn.errors import CheckpointError
+from prune_dn.models import Net
+from prune_dn.processes import process_state
+
+
+def open_checkpoint(path: Path, ema: bool = False) -> tuple[Net, dict[str, Any]]:
+    """The net, on this process's device, and the info that its file holds.
+
+    With `ema` the averaged weights. Raises CheckpointError for a file that `load` refuses, or whose
+    info commands cannot go by.
+    """
+    net, info = load(path, ema=ema), read_info(path)
+    _check_info(path, info)
+    return net.to(process_state().device), info
+
+
+def _check_info(path: Path, info: dict[str, Any]) -> None:
+    """Raise CheckpointError unless the parts that commands read have the shape that they need."""
+    told = info.get("data")
+    data: dict[str, Any] = told if isinstance(told, dict) else {}
+    size = data.get("image_size")
+    for key, value, right, needed in (
+        ("data", told, isinstance(told, dict), "a mapping"),
+        ("history", info.get("history"), isinstance(info.get("history"), dict), "a mapping"),
+        ("augment", info.get("augment"), _is_augmentation(info.get("augment")), "an augmentation"),
+        ("data.name", data.get("name"), isinstance(data.get("name"), str), "a string"),
+        ("data.image_size", size, _is_size(size), f"a size of 1 to {limits.IMAGE_SIZE:,} pixels"),
+        ("data.mean", data.get("mean"), _are_numbers(data.get("mean")), "a list of numbers"),
+        ("data.std", data.get("std"), _are_numbers(data.get("std")), "a list of numbers"),
+    ):
+        if value is not None and not right:
+            raise CheckpointError(
+                f"{path}: its info says that {key} is {value!r:.100}, which is not {needed}; save the "
+                "net again with another info"
+            )
+
+
+def _is_augmentation(value: Any) -> bool:
+    return isinstance(value, str) and value in AUGMENTATIONS
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and value is not True and 1 <= value <= limits.IMAGE_SIZE
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(x, int | float) and math.isfinite(x) for x in value
+    )
