@@ -107,7 +107,7 @@ def test_every_command_and_only_the_first_process_speaks(
     net: Path,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(jobs, "show_file", lambda *_: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(jobs, "show_file", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
     assert run("show", net) == (143, "", "stopped by SIGTERM\n")
     monkeypatch.setenv("RANK", "1")
     assert run("show", net) == (143, "", "")
@@ -121,7 +121,7 @@ def test_what_is_ignored_stays_ignored(
     """As under nohup."""
     facts = jobs.show_file(net)
 
-    def show(*_: object) -> Any:
+    def show(*_: object, **__: object) -> Any:
         signal.raise_signal(signal.SIGHUP)
         return facts
 
