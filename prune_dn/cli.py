@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -13,9 +14,9 @@ import typer
 
 from prune_dn import cli_options as options
 from prune_dn.cli_options import app, example, read_recipe
-from prune_dn.console import plain
+from prune_dn.console import open_standard_streams_, plain, say
 from prune_dn.console import show as _show
-from prune_dn.errors import PruneDNError
+from prune_dn.errors import PruneDNError, RecipeError, WriteError
 from prune_dn.signals import Stopped
 
 
@@ -86,8 +87,8 @@ def validate(
     if as_json:
         _show(read.model_dump(mode="json"), as_json)
     else:
-        typer.echo(to_yaml(read), nl=False)
-        typer.echo(f"{plain(recipe)} is valid", err=True)
+        say(to_yaml(read).rstrip("\n"))
+        say(f"{plain(recipe)} is valid", error=True)
 
 
 @example("schema > recipe.schema.json")
@@ -105,23 +106,31 @@ from prune_dn import cli_checkpoints, cli_sensitivity  # noqa: E402, F401
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry of `prune-dn`. Returns 0, 2 for bad input, 128 + n for signal n, 1 for anything else."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    open_standard_streams_()
     notices = logging.StreamHandler() if _is_first() else logging.NullHandler()
+    notices.addFilter(_escape_)
     logging.getLogger("prune_dn").addHandler(notices)
     try:
         typer.main.get_command(app).main(args=given, prog_name="prune-dn")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
-    except PruneDNError as error:
+    except RecipeError as error:
         return _fail(f"error: {error}", 2, given)
+    except PruneDNError as error:
+        return _fail(f"error: {_one_line(error)}", 2, given)
     except Stopped as stop:
-        return _fail(str(stop), stop.code, given) if _is_first() else stop.code
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return _fail(_one_line(stop), stop.code, given) if _is_first() else stop.code
     except OSError as error:
-        return _fail(f"error: {error}", 1, given)
+        return _fail(f"error: {_one_line(error)}", 1, given)
     except Exception as error:
-        text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        if _is_memory(error):
+            return _fail(
+                "error: out of memory: use smaller batches (batch_size), images (image_size) or "
+                f"fewer of them (calibration, limit) ({_one_line(error) or 'MemoryError'})",
+                1,
+                given,
+            )
+        text = type(error).__name__ + (f": {_one_line(error)}" if str(error) else "")
         return _fail(
             f"unexpected error: {text}\nThis is a mistake in prune-dn or its surroundings; "
             "`prune-dn --debug ...` shows where.",
@@ -133,10 +142,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _escape_(record: logging.LogRecord) -> bool:
+    record.msg, record.args = plain(record.getMessage()), None
+    return True
+
+
+def _one_line(error: BaseException) -> str:
+    """What an error says; only lines that it indents are lines of their own, not those of names."""
+    return "\n  ".join(map(plain, str(error).split("\n  ")))
+
+
+def _is_memory(error: Exception) -> bool:
+    """Whether Python, torch or onnxruntime had too little memory; the latter two have no type for it."""
+    signs = ("can't allocate memory", "out of memory", "bad_alloc", "bad allocation")
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
+
+
 def _fail(message: str, code: int, arguments: Sequence[str]) -> int:
     if "--debug" in arguments:
         traceback.print_exc()
-    print(message, file=sys.stderr)
+    with contextlib.suppress(WriteError):  # stderr is full: the code says it too
+        say(message, error=True)
     return code
 
 
@@ -162,4 +188,4 @@ def _part() -> None:
 
 def _say(as_json: bool, text: str) -> None:
     if not as_json:
-        typer.echo(plain(text))
+        say(text)

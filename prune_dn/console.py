@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 import typer
+
+from prune_dn.errors import WriteError
 
 
 def plain(text: object) -> str:
@@ -20,10 +25,49 @@ def plain(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
+def say(text: str, *, error: bool = False) -> None:
+    """Write lines to stdout, or stderr; whatever is not `plain` is escaped, but for their ends.
+
+    Raises WriteError where stdout takes nothing: it is closed, or what it goes to is full. A pipe
+    that nobody reads any more is a BrokenPipeError, which ends a command without a word.
+    """
+    try:
+        typer.echo("\n".join(map(plain, text.split("\n"))), err=error)
+    except BrokenPipeError:
+        raise
+    except OSError as problem:
+        raise WriteError(f"cannot write to stdout: {problem.strerror or problem}") from problem
+
+
+class _Closed(io.TextIOBase):
+    """A stdout that is closed: nothing can be written to it. `kept` has its number meanwhile."""
+
+    def __init__(self, kept: io.IOBase) -> None:
+        self.kept = kept
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.EBADF, "it is closed")
+
+
+def open_standard_streams_() -> None:
+    """Put something in the place of stdin, stdout and stderr where they are closed.
+
+    Otherwise the next files that are opened get their numbers, and what libraries print. Writing to
+    such a stdout is an error; what goes to such a stderr is lost.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            number = os.open(os.devnull, os.O_RDWR)
+            stream = os.fdopen(number, "r" if name == "stdin" else "w")
+            setattr(sys, name, _Closed(stream) if name == "stdout" else stream)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not Unicode
+
+
 def show(document: Any, as_json: bool, *, table: Any = None, lines: Any = None) -> None:
     """The document as JSON; or else a table, then `lines` as `key: value`."""
     if as_json:
-        typer.echo(json.dumps(finite(document), indent=1, allow_nan=False))
+        say(json.dumps(finite(document), indent=1, allow_nan=False))
         return
     if table is not None:
         from rich.console import Console
@@ -36,9 +80,12 @@ def show(document: Any, as_json: bool, *, table: Any = None, lines: Any = None) 
         for row in rows:
             drawn.add_row(*map(plain, row))
         width = None if sys.stdout.isatty() else 160
-        Console(width=width, markup=False, emoji=False, highlight=False).print(drawn)
+        console = Console(width=width, markup=False, emoji=False, color_system=None)
+        with console.capture() as text:
+            console.print(drawn, highlight=False)
+        say(text.get().rstrip("\n"))
     for line in as_lines(document if table is None else lines or {}):
-        typer.echo(line)
+        say(line)
 
 
 def as_lines(facts: dict[str, Any], indent: str = "") -> Iterator[str]:

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from prune_dn.console import plain
 from prune_dn.errors import RecipeError, listed
 from prune_dn.files import read_text
 from prune_dn.recipe import Recipe
@@ -63,9 +64,9 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     try:
         text = read_text(path)
     except FileNotFoundError:
-        raise RecipeError(f"{path}: there is no such recipe") from None
+        raise RecipeError(f"{plain(path)}: there is no such recipe") from None
     except (OSError, ValueError) as error:
-        raise RecipeError(f"{path}: cannot be read as text: {error}") from error
+        raise RecipeError(f"{plain(path)}: cannot be read as text: {plain(error)}") from error
     return parse_recipe(text, source=str(path), name=path.stem, overrides=overrides)
 
 
@@ -79,7 +80,7 @@ def parse_recipe(
     ...
     prune_dn.errors.RecipeError: recipe.yaml:3: prune.pruning_ratio: 0 would remove nothing, ...
     """
-    document = parse(text)
+    document, source = parse(text), plain(source)
     problems = [f"{source}:{line}: {message}" for line, message in document.problems]
     where = {path: f"{source}:{line}" for path, line in document.lines.items()}
     data = document.value
@@ -104,7 +105,7 @@ def parse_recipe(
 
 def _override(data: dict[str, Any], where: dict[KeyPath, str], override: str) -> list[str]:
     """Put one `a.b=c` into `data`; the places under it now point to the argument."""
-    source = f"--set {override if len(override) <= 80 else f'{override[:77]}...'}"
+    source = f"--set {plain(override) if len(override) <= 80 else f'{plain(override[:77])}...'}"
     dotted, equals, text = override.partition("=")
     keys = tuple(dotted.strip().split("."))
     if not equals or not all(keys):
@@ -147,7 +148,7 @@ def _messages(error: ValidationError, data: Any, where: Mapping[KeyPath, str]) -
     for path, texts in sorted(found.items(), key=lambda item: _order(item[0], where)):
         place = next(where[path[:n]] for n in range(len(path), -1, -1) if path[:n] in where)
         dotted = f"{'.'.join(map(str, path))}: " if path else ""
-        lines.append(f"{place}: {dotted}{'; or '.join(texts)}")
+        lines.append(f"{place}: {plain(dotted + '; or '.join(texts))}")
     return lines
 
 

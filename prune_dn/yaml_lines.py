@@ -98,9 +98,12 @@ def parse(text: str) -> Document:
 
 def dump(data: Any) -> str:
     """Block-style YAML that `parse` reads back equal."""
-    return yaml.dump(
-        data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=None
-    )
+    how: Any = {"Dumper": _Dumper, "sort_keys": False, "default_flow_style": None}
+    text = str(yaml.dump(data, allow_unicode=True, **how))
+    # What a terminal acts on is escaped; PyYAML knows some of it only as not ASCII.
+    if not all(line.isprintable() for line in text.split("\n")):
+        text = str(yaml.dump(data, allow_unicode=False, **how))
+    return text
 
 
 def _syntax(error: yaml.MarkedYAMLError) -> str:
