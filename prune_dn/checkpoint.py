@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from prune_dn.errors import CheckpointError, ConfigError, ConversionError, WriteError
 from prune_dn.files import StrPath, atomic_path, file_size, parse_json
 from prune_dn.models import DenseNet, DenseNetConfig, LightCNN, LightCNNConfig, Net
-from prune_dn.models.state_dicts import check_usable, empty_net, fill, misfits, net_of
+from prune_dn.models.as_built import as_built
+from prune_dn.models.state_dicts import check_usable, fill, net_of
 from prune_dn.models.weights import find_weights, shorten
 from prune_dn.pickles import read_pickle, write_pickle
 
@@ -44,10 +45,13 @@ def save(model: nn.Module, path: StrPath, *, info: Mapping[str, Any] | None = No
     `info` is anything that JSON can hold, read back by `read_info`; usual keys are "data",
     "history" and "metrics". Norm momentum is kept; modes, hooks and `requires_grad` are not.
 
-    The same model and `info` give the same bytes. A digest of all that the file says is in it.
+    The config is that of the layers as they are (see `models.as_built`), so that the file gives back
+    what the model answers. The same model and `info` give the same bytes. A digest of all that the
+    file says is in it.
 
-    Raises CheckpointError for a model that is no DenseNet or Light CNN of ours, that was changed by
-    hand or has weights that are not finite, and for a path that cannot be written.
+    Raises CheckpointError for a model that is no DenseNet or Light CNN of ours, where it was changed
+    so that the file would be another net (other layers, hooks, computed weights), for weights that
+    are not finite, and for a path that cannot be written.
     """
     if not isinstance(model, Net):
         raise CheckpointError(
@@ -55,14 +59,13 @@ def save(model: nn.Module, path: StrPath, *, info: Mapping[str, Any] | None = No
             "(model.module of a wrapped one, prune_dn.models.convert.convert(model) for one of torchvision or timm); "
             "other nets go through torch.save(model, path) or torch.export"
         )
-    state = model.state_dict()
-    problems = list(misfits(empty_net(model.config).state_dict(), state))
-    if problems:
+    try:
+        model = as_built(model, share=True)
+    except ConversionError as error:
         raise CheckpointError(
-            "cannot save a model that no longer fits its own config, so it could not be loaded: "
-            + shorten(problems)
-        )
-    tensors = _own_tensors(state)
+            f"cannot save a model that would be loaded as another: {error}"
+        ) from error
+    tensors = _own_tensors(model.state_dict())
     try:
         check_usable(tensors)
     except ConversionError as error:
@@ -74,7 +77,7 @@ def save(model: nn.Module, path: StrPath, *, info: Mapping[str, Any] | None = No
     }
     metadata = {
         "format": f"{_FORMAT}{FORMAT_VERSION}",
-        "architecture": type(model).__name__,
+        "architecture": next(n for n, kind in CONFIGS.items() if isinstance(model.config, kind)),
         "config": model.config.to_json(),
         "info": _info_json(info or {}),
         "norm_momentum": json.dumps(momentum),

@@ -16,6 +16,7 @@ from torch import Tensor
 from prune_dn.errors import ConfigError, ExportError
 from prune_dn.files import atomic_path
 from prune_dn.models import DenseNet, LightCNN, Net
+from prune_dn.models.as_built import as_built
 from prune_dn.models.convert import convert
 
 INPUT_NAME, OUTPUT_NAME = "input", "logits"
@@ -122,7 +123,7 @@ def _prepare(
     model: Net, image_size: ImageSize, in_channels: int | None
 ) -> tuple[Net, Callable[[int], Tensor]]:
     """A float32 copy in eval mode on the CPU, and random images of any batch size for it."""
-    net = copy.deepcopy(model if isinstance(model, LightCNN) else convert(model))
+    net = copy.deepcopy(as_built(model) if isinstance(model, LightCNN) else convert(model))
     net = net.cpu().float().eval()
     if isinstance(net, DenseNet):
         net.memory_efficient = False

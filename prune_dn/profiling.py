@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from prune_dn.errors import ConfigError
 from prune_dn.models import DenseNet, DenseNetConfig, LightCNN, LightCNNConfig
+from prune_dn.models.as_built import as_built
 
 ImageSize = int | tuple[int, int]
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -68,9 +69,10 @@ def count_per_layer(
     Of a net that is not our DenseNet: of each module with parameters, in the order of its modules.
     """
     if isinstance(model, DenseNet):
-        model = model.config
-    if isinstance(model, LightCNN) and image_size is None:
-        image_size = model.config.image_size
+        model = as_built(model, share=True).config
+    if isinstance(model, LightCNN):
+        model = as_built(model, share=True)
+        image_size = model.config.image_size if image_size is None else image_size
     if isinstance(model, nn.Module):
         return list(module_rows(model, weight_uses(model, image_size)))
     return list(_densenet_rows(model, image_size))

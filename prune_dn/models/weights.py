@@ -95,7 +95,7 @@ def clean_state_dict(state_dict: Mapping[Any, Any], prefix: str = "") -> dict[st
     tensors: dict[str, Tensor] = {}
     for key, value in state_dict.items():
         name = _plain(key)
-        if not name.startswith(prefix) or _is_counter(name):
+        if not name.startswith(prefix) or is_counter(name):
             continue
         name = name.removeprefix(prefix)
         if not isinstance(value, Tensor):
@@ -170,7 +170,7 @@ def _nets(where: str, mapping: Mapping[Any, Any]) -> Iterator[Weights]:
     extra = [
         name
         for name in _tensor_names(mapping)
-        if not names[name].startswith(tuple(prefixes)) and not _is_counter(names[name])
+        if not names[name].startswith(tuple(prefixes)) and not is_counter(names[name])
     ]
     if prefixes and extra:
         raise ConversionError(
@@ -185,7 +185,7 @@ def _tensor_names(mapping: Mapping[Any, Any]) -> list[str]:
     return [str(key) for key, value in mapping.items() if isinstance(value, Tensor)]
 
 
-def _is_counter(name: str) -> bool:
+def is_counter(name: str) -> bool:
     return name.rpartition(".")[2] in _COUNTERS
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from prune_dn.data import ImageSet, loading, make_loader
 from prune_dn.errors import DataError
+from prune_dn.models.answers import eval_mode
 from prune_dn.processes import process_state
 
 
@@ -61,18 +60,6 @@ def evaluate(
     if not sums[2]:
         raise DataError("there are no images to evaluate on")
     return EvalResult(float(sums[1] / sums[2]), float(sums[0] / sums[2]), int(sums[2]))
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards each submodule has its own training flag again."""
-    flags = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
 
 
 def check_classes(answers: int, labels: torch.Tensor, data: object) -> None:

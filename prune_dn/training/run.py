@@ -18,10 +18,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from prune_dn.data import Datasets, ImageSet, loading, make_loader
 from prune_dn.errors import TrainingError
 from prune_dn.models import DenseNet, Net
+from prune_dn.models.answers import eval_mode
 from prune_dn.processes import process_state
 from prune_dn.training.config import FitConfig
 from prune_dn.training.distillation import distillation_loss
-from prune_dn.training.evaluation import check_classes, eval_mode, evaluate
+from prune_dn.training.evaluation import check_classes, evaluate
 from prune_dn.training.optim import build_optimizer, learning_rate
 from prune_dn.training.progress import Display
 from prune_dn.training.regularizers import (

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from prune_dn.data import Datasets, load_datasets, make_loader
 from prune_dn.errors import DataError
 from prune_dn.models import DenseNet, densenet
+from prune_dn.models.answers import eval_mode
 from prune_dn.training import evaluate
-from prune_dn.training.evaluation import eval_mode
 
 
 @pytest.fixture(scope="module")
