@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from prune_dn.errors import ConfigError
-from prune_dn.models import DenseNet, DenseNetConfig, LightCNN, LightCNNConfig
+from prune_dn.models import DenseNet, DenseNetConfig, LightCNN
 from prune_dn.models.as_built import as_built
+from prune_dn.models.as_built import default_image_size as default_image_size
 
 ImageSize = int | tuple[int, int]
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -107,9 +109,33 @@ def weight_uses(model: nn.Module, image_size: ImageSize | None) -> Mapping[str, 
     except Exception as error:
         raise ConfigError(
             f"this {type(model).__name__} does not run on an image of shape {tuple(image.shape)} "
-            f"({type(error).__name__}: {error}); give the size that it takes"
+            f"({type(error).__name__}: {error}); {_remedy(model, error)}"
         ) from error
     return uses
+
+
+def _remedy(model: nn.Module, error: Exception) -> str:
+    """What to do where a net does not run on an image."""
+    try:
+        needed = [
+            parameter.name
+            for parameter in inspect.signature(model.forward).parameters.values()
+            if parameter.default is parameter.empty
+            and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        ]
+    except (TypeError, ValueError):  # a forward without a signature
+        needed = []
+    if len(needed) > 1 or isinstance(error, TypeError | KeyError | IndexError | AttributeError):
+        takes = (
+            f"its forward takes {', '.join(needed)}"
+            if len(needed) > 1
+            else "its forward needs more"
+        )
+        return (
+            f"{takes}, but only a forward of one image tensor (N, C, H, W) can be run here: wrap the "
+            "net in a module whose forward takes images and makes the rest"
+        )
+    return "give the size that it takes"
 
 
 def example_image(model: nn.Module, image_size: ImageSize | None) -> Tensor:
@@ -195,13 +221,6 @@ def _densenet_rows(config: DenseNetConfig, image_size: ImageSize | None) -> Iter
 
 def _read(indices: Sequence[int] | None, stream: int) -> int:
     return stream if indices is None else len(indices)
-
-
-def default_image_size(config: DenseNetConfig | LightCNNConfig) -> int:
-    """32 pixels for a cifar stem, 224 for an imagenet stem; a Light CNN takes one size."""
-    if isinstance(config, LightCNNConfig):
-        return config.image_size
-    return 32 if config.stem == "cifar" else 224
 
 
 def stem_pixels(config: DenseNetConfig, image_size: ImageSize | None) -> int:

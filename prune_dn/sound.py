@@ -49,3 +49,12 @@ def check_sound(model: object) -> None:
             f"{problem}: every score and answer would follow it; load weights that are sound, or "
             "train again with a lower learning rate"
         )
+
+
+def check_filled(model: nn.Module) -> None:
+    """Raise PruningError where a parameter or buffer has no values: the last look at a new net."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise PruningError(
+                f"{name} is on the meta device, so it has no values: nothing was cut"
+            )

@@ -12,7 +12,7 @@ from prune_dn.errors import PruningError
 from prune_dn.models import DenseNet, densenet, light_cnn_9
 from prune_dn.pruning import apply_plan, compensate_plan, make_plan, prune, settling_plan
 from prune_dn.pruning.sensitivity import sensitivity
-from prune_dn.sound import find_unsound
+from prune_dn.sound import check_filled, find_unsound
 
 IMAGES = [torch.randn(4, 3, 16, 16)]
 
@@ -112,3 +112,11 @@ def test_what_is_sound() -> None:
 def test_a_tensor_without_values() -> None:
     with pytest.raises(PruningError, match=r"features.conv0.weight is on the meta device"):
         prune(net().to("meta"), 0.3)
+
+
+def test_the_last_look_at_a_new_net() -> None:
+    small = net()
+    check_filled(small)
+    small.features.norm5.running_var = torch.empty(15, device="meta")
+    with pytest.raises(PruningError, match=r"features.norm5.running_var is on the meta device"):
+        check_filled(small)

@@ -59,7 +59,7 @@ def peculiarities(net: nn.Module) -> Iterator[str]:
         where, kind = name or "the model", type(module)
         for key, value in vars(module).items():
             if callable(getattr(kind, key, None)) and not isinstance(value, nn.Module):
-                yield f"{where} has a {key} of its own, not that of {_path(kind)}"
+                yield f"{where} has a {key} of its own, not that of {path_of(kind)}"
         for hooks, what in _HOOKS.items():
             for hook in getattr(module, hooks).values():
                 yield f"{where} has {what} ({_name(hook)})"
@@ -69,8 +69,8 @@ def peculiarities(net: nn.Module) -> Iterator[str]:
             methods = [key for key in changed if callable(getattr(base, key, None))]
             methods = [key for key in methods if key not in ("__init__", "__doc__")]
             if methods:
-                whose = f"{where} is a {_path(kind)}: " if name else ""
-                yield f"{whose}{_path(kind)} changes the {', '.join(methods)} of {_path(base)}"
+                whose = f"{where} is a {path_of(kind)}: " if name else ""
+                yield f"{whose}{path_of(kind)} changes the {', '.join(methods)} of {path_of(base)}"
     for hooks, what in _HOOKS.items():
         for hook in getattr(global_hooks, f"_global{hooks}").values():
             yield f"all modules have {what} ({_name(hook)})"
@@ -99,7 +99,7 @@ def difference(given: nn.Module, ours: nn.Module, shape: tuple[int, ...]) -> str
             continue
         if failed:
             warnings.warn(
-                f"this {_path(type(given))} cannot run in float64 ({failed}); its answers were "
+                f"this {path_of(type(given))} cannot run in float64 ({failed}); its answers were "
                 f"compared in {dtype}, where small differences are lost in rounding",
                 stacklevel=4,
             )
@@ -110,7 +110,7 @@ def difference(given: nn.Module, ours: nn.Module, shape: tuple[int, ...]) -> str
 
 def _compare(answer: object, wanted: Tensor) -> str | None:
     if not isinstance(answer, Tensor):
-        return f"it answers with a {_path(type(answer))}, not with logits"
+        return f"it answers with a {path_of(type(answer))}, not with logits"
     if answer.shape != wanted.shape:
         return f"it answers with shape {tuple(answer.shape)}, not {tuple(wanted.shape)}"
     off = ((answer.double() - wanted.double()).abs().max() / wanted.double().abs().max()).item()
@@ -195,5 +195,5 @@ def _name(function: object) -> str:
     return str(getattr(function, "__qualname__", type(function).__qualname__))
 
 
-def _path(kind: type) -> str:
+def path_of(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from prune_dn.errors import ConversionError
-from prune_dn.models.answers import computed_weights, difference, peculiarities
+from prune_dn.models.answers import computed_weights, difference, path_of, peculiarities
 from prune_dn.models.config import DenseNetConfig
 from prune_dn.models.dense_net import DenseLayer, DenseNet
 from prune_dn.models.light_cnn import LightCNN
@@ -20,7 +20,7 @@ from prune_dn.models.light_cnn_config import LightCNNConfig
 from prune_dn.models.state_dicts import Net, empty_net, fill, misfits
 from prune_dn.models.weights import clean_state_dict, is_counter, shorten
 
-AnyNet = TypeVar("AnyNet", DenseNet, LightCNN)
+AnyNet = TypeVar("AnyNet", DenseNet, LightCNN, Net)
 Modules = Mapping[str, nn.Module]
 # Attributes of modules that say nothing of their own: tensors tell the widths, and the rest either
 # does not change answers or is kept with the module.
@@ -71,12 +71,19 @@ def as_built(model: AnyNet, *, share: bool = False) -> AnyNet:
 
 
 def check_same_answers(given: nn.Module, ours: Net, causes: list[str]) -> None:
-    """Raise ConversionError, naming the possible causes, where the two answer differently."""
-    if (differs := difference(given, ours, _image_shape(ours.config))) is not None:
-        why = shorten(causes, 3) or "no hook, missing module or forward of its own was found"
+    """Raise ConversionError, naming the possible causes, where the two answer differently.
+
+    Where there may be causes, images of the usual size are tried as well.
+    """
+    usual = default_image_size(ours.config)
+    shapes = [_image_shape(ours.config), (1, ours.config.in_channels, usual, usual)]
+    tried = (difference(given, ours, shape) for shape in (shapes if causes else shapes[:1]))
+    if (differs := next((text for text in tried if text is not None), None)) is not None:
+        found = shorten(list(dict.fromkeys(causes)), 3)
+        why = found or "not found; no hook, missing module or forward of its own is there"
         raise ConversionError(
-            f"this {type(given).__module__}.{type(given).__qualname__} does not compute what a plain "
-            f"{type(ours).__name__} with its weights does: {differs}. Look at: {why}; {WAY_OUT}"
+            f"this {path_of(type(given))} does not compute what a plain "
+            f"{type(ours).__name__} with its weights does: {differs}. The cause: {why}; {WAY_OUT}"
         )
 
 
@@ -100,6 +107,13 @@ def copy_modes_(model: Net, modules: Modules) -> None:
         for key, parameter in mine._parameters.items():
             if parameter is not None:
                 parameter.requires_grad_(theirs.get_parameter(key).requires_grad)
+
+
+def default_image_size(config: DenseNetConfig | LightCNNConfig) -> int:
+    """32 pixels for a cifar stem, 224 for an imagenet stem; a Light CNN takes one size."""
+    if isinstance(config, LightCNNConfig):
+        return config.image_size
+    return 32 if config.stem == "cifar" else 224
 
 
 def _config(model: Net) -> DenseNetConfig | LightCNNConfig:
@@ -139,11 +153,11 @@ def _differences(model: Net, reference: Net) -> Iterator[tuple[str, bool]]:
             continue
         found = theirs.get(name)
         if found is None or not _replaces(found, wanted):
-            kind = "missing" if found is None else f"{type(found).__name__}, not"
-            yield f"{name} is {kind} {type(wanted).__name__}".replace("missing", "missing, a"), True
+            instead = "missing" if found is None else path_of(type(found))
+            yield f"{name} is {instead}, not a {type(wanted).__name__}", True
             continue
-        if type(found) is not type(wanted):
-            yield f"{name or 'it'} is a {type(found).__name__}", False
+        if isinstance(wanted, _BatchNorm) and not isinstance(found, type(wanted)):
+            yield f"{name} is a {type(found).__name__}", False
         for key, value in vars(wanted).items():
             other = getattr(found, key, None)
             if key[0] != "_" and key not in _SILENT and other != value:

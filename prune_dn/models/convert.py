@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from prune_dn.errors import ConversionError
-from prune_dn.models.answers import peculiarities
+from prune_dn.models.answers import path_of, peculiarities
 from prune_dn.models.as_built import as_built, check_same_answers, copy_modes_, refuse_computed
 from prune_dn.models.config import DenseNetConfig
 from prune_dn.models.dense_net import DenseNet, ReadStream, Transition
@@ -81,7 +81,7 @@ def check_not_wrapped(module: object) -> None:
 
 
 def _known_classes(module: object) -> list[type]:
-    return [c for c in type(module).__mro__ if _class_path(c) in _KNOWN]
+    return [c for c in type(module).__mro__ if path_of(c) in _KNOWN]
 
 
 def _check_class(module: Any) -> None:
@@ -173,13 +173,9 @@ def _missing(modules: dict[str, nn.Module], model: DenseNet) -> Iterator[str]:
         if isinstance(mine, nn.BatchNorm2d) and name != "features.norm5":
             plain = type(modules[name]) is nn.BatchNorm2d  # timm's has its ReLU inside
             needed.append(f"{parent}.relu{last[4:]}" if plain else f"{name}.act")
-        if not isinstance(mine, ReadStream):
+        if not isinstance(mine, ReadStream | nn.ReLU):
             yield from (f"{n} is missing" for n in needed if n not in modules)
 
 
 def _class_name(module: Any) -> str:
-    return _class_path(type(module))
-
-
-def _class_path(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
+    return path_of(type(module))

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves
 
 from prune_dn.errors import PruningError
 from prune_dn.models import LightCNN
+from prune_dn.pruning.branches import tensors, to_inference_
 
 Conv = nn.Conv2d | nn.ConvTranspose2d
 Norm = _BatchNorm | nn.InstanceNorm2d
@@ -22,6 +22,7 @@ Layer = Conv | nn.Linear | Norm | nn.PReLU
 Keep = dict[str, Tensor]  # the root of a group to the mask of its channels that stay
 
 OUT, IN = 0, 1
+_ROUNDING = torch.finfo(torch.float64).eps ** 0.5  # of the largest answer: half of the digits
 _WIDTHS = {
     "out_channels": OUT,
     "in_channels": IN,
@@ -58,8 +59,10 @@ class Group:
     members: tuple[Member, ...]
 
 
-def find_groups(model: nn.Module, image: Tensor) -> list[Group]:
+def find_groups(model: nn.Module, image: Tensor, *, branches: bool = False) -> list[Group]:
     """The conv outputs that can go, by what must go together; `image` (1, C, H, W) is passed through.
+
+    With `branches` also through those that only training takes (see `branches`).
 
     Raises PruningError when the net cannot be followed, or nothing can go.
     """
@@ -73,6 +76,7 @@ def find_groups(model: nn.Module, image: Tensor) -> list[Group]:
             graph = torch_pruning.DependencyGraph().build_dependency(
                 net,
                 image,
+                forward_fn=lambda model, x: to_inference_(model, branches=branches)(x),
                 output_transform=lambda out: [x * 1 for x in tensors(out) if x.requires_grad],
                 verbose=False,
             )
@@ -105,7 +109,11 @@ def _group(tie: Any, names: dict[nn.Module, str], shared: set[int]) -> Group | s
         computed = getattr(layer, "weight", None) is not layer._parameters.get("weight")
         if computed or any(id(p) in shared for p in layer._parameters.values()):
             return f"{names[root]} reaches {names[layer]}, whose weight is shared or computed"
+        outward = item.dep.handler.__name__ == "prune_out_channels"
         channels, units = torch.tensor(item.idxs), torch.tensor(item.root_idxs)
+        widths = dict(zip((OUT, IN), _widths(layer), strict=True))
+        if int(channels.max()) >= widths[OUT if outward else IN]:
+            return f"{names[root]} reaches {names[layer]} with another number of channels"
         if len(set(units.bincount(minlength=size).tolist())) > 1:
             return f"{names[root]} reaches {names[layer]} in part only"
         parts = 1 if channelwise(layer) else getattr(layer, "groups", 1)
@@ -114,7 +122,6 @@ def _group(tie: Any, names: dict[nn.Module, str], shared: set[int]) -> Group | s
             if not isinstance(layer, nn.Conv2d) or parts == layer.out_channels or not whole:
                 return f"{names[root]} reaches {names[layer]}, a grouped conv of an unusual kind"
             blocks = math.lcm(blocks, parts)
-        outward = item.dep.handler.__name__ == "prune_out_channels"
         sides = (OUT, IN) if channelwise(layer) else (OUT if outward else IN,)
         if not isinstance(layer, nn.PReLU) or layer.num_parameters > 1:
             members.append(Member(names[layer], sides, channels, units))
@@ -147,12 +154,14 @@ def cut(model: nn.Module, groups: list[Group], keep: Keep) -> nn.Module:
     return net
 
 
-def is_exact(model: nn.Module, groups: list[Group], keep: Keep, image: Tensor) -> bool:
+def is_exact(
+    model: nn.Module, groups: list[Group], keep: Keep, image: Tensor, *, branches: bool = False
+) -> bool:
     """Whether cutting equals masking what convs and linear layers read; on the CPU, in float64.
 
     In a Light CNN, filters that go are minus infinity in their maximum as well.
     """
-    dense = copy.deepcopy(model).cpu().double().eval()
+    dense = to_inference_(copy.deepcopy(model).cpu().double(), branches=branches)
     for name, masks in _masks(model, groups, keep).items():
         layer = dense.get_submodule(name)
         if isinstance(layer, Conv | nn.Linear) and not channelwise(layer):
@@ -160,7 +169,7 @@ def is_exact(model: nn.Module, groups: list[Group], keep: Keep, image: Tensor) -
             layer.register_forward_pre_hook(lambda _, x, ins=ins: x[0].masked_fill(ins, 0))
             if isinstance(model, LightCNN):
                 layer.register_forward_hook(lambda _, x, y, o=outs: y.masked_fill(o, -math.inf))
-    small = cut(model, groups, keep).cpu().double().eval()
+    small = to_inference_(cut(model, groups, keep).cpu().double(), branches=branches)
     with torch.no_grad():
         wanted = tensors(dense(image.double()))
         try:
@@ -168,7 +177,8 @@ def is_exact(model: nn.Module, groups: list[Group], keep: Keep, image: Tensor) -
         except (RuntimeError, ValueError, IndexError):
             return False
     return all(
-        a.shape == b.shape and bool((a - b).abs().max() <= 1e-6 * a.abs().max()) for a, b in pairs
+        a.shape == b.shape and bool((a - b).abs().max() <= _ROUNDING * a.abs().max())
+        for a, b in pairs
     )
 
 
@@ -190,11 +200,6 @@ def channelwise(layer: nn.Module) -> bool:
     if isinstance(layer, Conv):
         return 1 < layer.groups == layer.in_channels == layer.out_channels
     return not isinstance(layer, nn.Linear)
-
-
-def tensors(output: object) -> list[Tensor]:
-    """All floating-point tensors in what a model returned."""
-    return [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()]
 
 
 def _masks(model: nn.Module, groups: list[Group], keep: Keep) -> dict[str, tuple[Tensor, Tensor]]:

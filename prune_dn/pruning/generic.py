@@ -8,18 +8,24 @@ one with masks where convs and linear layers read the cut channels. Every call c
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from prune_dn.errors import PruningError
 from prune_dn.models import LightCNN
+from prune_dn.models.answers import computed_weights
+from prune_dn.models.as_built import as_built
 from prune_dn.profiling import ImageSize, example_image, module_rows, total, weight_uses
+from prune_dn.pruning.branches import has_branches
 from prune_dn.pruning.budget import unreachable
 from prune_dn.pruning.coupled import (
+    IN,
+    OUT,
     Conv,
     Group,
     Keep,
@@ -34,7 +40,7 @@ from prune_dn.pruning.importance import CRITERIA
 from prune_dn.pruning.light_cnn import light_cnn_groups, light_cnn_scores, losers, sibling_groups
 from prune_dn.pruning.plan import calibration_for, check_request, names_in
 from prune_dn.pruning.protect import matching
-from prune_dn.sound import check_sound
+from prune_dn.sound import check_filled, check_sound
 
 
 def prune_cnn(
@@ -81,6 +87,12 @@ def prune_cnn(
     check_request(pruning_ratio, unit, criterion, scope, ("stream",), min_channels, round_to)
     _check_model(model)
     check_sound(model)
+    if isinstance(model, LightCNN):
+        model = as_built(model, share=True)
+    if computed := list(computed_weights(model)):
+        raise PruningError(
+            f"this {type(model).__name__} has weights that are not its own: {computed[0]}"
+        )
     _check_criterion(model, criterion)
     batches = calibration_for(calibration, criterion)
     if input_size is None and batches is not None:
@@ -89,8 +101,11 @@ def prune_cnn(
         input_size = model.config.image_size
     _check_size(model, input_size)
     image, uses = example_image(model, input_size), weight_uses(model, input_size)
-    groups = _groups(model, image, siblings)
+    branches = has_branches(model, image)
+    groups = _groups(model, image, siblings, branches)
     free = _unprotected(model, groups, patterns)
+    if branches:
+        free = _judged(free, uses)
     if criterion == "bn_scale":
         free = scaled(model, free)
     generator = torch.Generator().manual_seed(seed)
@@ -117,8 +132,10 @@ def prune_cnn(
         amounts = (whole, target, least)
         raise unreachable(unit, amounts, min_channels, round_to, "and the channels that must stay")
     keep = ladder(bisect_left(range(most), True, key=lambda count: remains(count) <= target))
-    _check_exact(model, groups, keep, image)
-    return cut(model, groups, keep)
+    _check_exact(model, groups, keep, image, branches)
+    small = cut(model, groups, keep)
+    check_filled(small)
+    return small
 
 
 def usual_criterion(model: nn.Module) -> str:
@@ -127,10 +144,10 @@ def usual_criterion(model: nn.Module) -> str:
     return "bn_scale" if scaled else "l2"
 
 
-def _groups(model: nn.Module, image: Tensor, siblings: bool) -> list[Group]:
+def _groups(model: nn.Module, image: Tensor, siblings: bool, branches: bool) -> list[Group]:
     """What may go together; for `siblings` each filter of a Light CNN's pairs."""
     if not isinstance(model, LightCNN):
-        return find_groups(model, image)
+        return find_groups(model, image, branches=branches)
     if not siblings:
         return light_cnn_groups(model.config)
     if found := sibling_groups(model.config):
@@ -190,12 +207,35 @@ def _unprotected(model: nn.Module, groups: list[Group], patterns: tuple[str, ...
     raise PruningError(f"protect={list(patterns)} leaves no channels that could be cut")
 
 
-def _check_exact(model: nn.Module, groups: list[Group], keep: Keep, image: Tensor) -> None:
+def _judged(groups: list[Group], uses: Mapping[str, int]) -> list[Group]:
+    """Groups made by layers that run in eval mode, with those of their readers that do.
+
+    What only training runs keeps fitting, but its own channels stay, and it judges no others.
+    """
+    return [
+        dataclasses.replace(
+            group,
+            members=tuple(m for m in group.members if m.sides != (IN,) or m.layer in uses),
+        )
+        for group in groups
+        if any(m.sides == (OUT,) and m.layer in uses for m in group.members)
+    ]
+
+
+def _check_exact(
+    model: nn.Module, groups: list[Group], keep: Keep, image: Tensor, branches: bool
+) -> None:
     """Raise PruningError where the contract does not hold, with the cuts that break it alone."""
-    if is_exact(model, groups, keep, image):
+
+    def exact(part: Keep) -> bool:
+        return all(
+            is_exact(model, groups, part, image, branches=mode) for mode in {False, branches}
+        )
+
+    if exact(keep):
         return
     cuts = [root for root, mask in keep.items() if not mask.all()]
-    wrong = [root for root in cuts if not is_exact(model, groups, {root: keep[root]}, image)]
+    wrong = [root for root in cuts if not exact({root: keep[root]})]
     raise PruningError(
         "the pruned net would not equal the masked one: what the model does with the outputs "
         f"of {', '.join(wrong) or 'several layers together'} depends on their number or order "

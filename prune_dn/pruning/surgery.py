@@ -18,7 +18,7 @@ from prune_dn.pruning.importance import reads_images
 from prune_dn.pruning.latency_model import LATENCY, LatencyModel
 from prune_dn.pruning.plan import Plan, make_plan, names_in
 from prune_dn.pruning.ratios import Ratios
-from prune_dn.sound import check_sound
+from prune_dn.sound import check_filled, check_sound
 
 _UNITS = ("stream", "bottleneck")
 _SIBLINGS = ("sibling",)
@@ -171,6 +171,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> DenseNet:
             for key, index in new._buffers.items():
                 if index is not None:
                     new._buffers[key] = index.to(device)
+    check_filled(small)
     return small
 
 

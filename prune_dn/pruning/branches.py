@@ -1,0 +1,85 @@
+"""Weights that a forward in eval mode never reaches: auxiliary heads, branches for training only."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from prune_dn.errors import PruningError
+from prune_dn.models.state_dicts import shorten
+
+
+def has_branches(model: nn.Module, image: Tensor) -> bool:
+    """Whether some weights are reached only with the branches for training on.
+
+    Raises PruningError, naming the modules, where weights are reached in neither way: nobody could
+    say whether they would still fit.
+    """
+    unused = _unreached(model, image, branches=False)
+    if not unused:
+        return False
+    try:
+        left, why = _unreached(model, image, branches=True), ""
+    except Exception as error:  # whatever a foreign forward raises
+        left = unused
+        why = f" (with its branches for training on it raises {type(error).__name__}: {error})"
+    if not left:
+        return True
+    raise PruningError(
+        f"what {shorten(left)} reads cannot be followed: no forward of this "
+        f"{type(model).__name__} on an image of shape {tuple(image.shape)} reaches it{why}, so it "
+        "might no longer fit the pruned net; take it out first (model.x = None, or without "
+        "auxiliary heads: aux_logits=False), or give the input_size that it takes in training"
+    )
+
+
+def to_inference_(model: nn.Module, *, branches: bool) -> nn.Module:
+    """Eval mode, but with `branches` modules that hold others take their branch for training.
+
+    Norms, dropout and other layers stay in eval mode, so answers do not depend on the batch.
+    """
+    for module in model.modules():
+        module.training = branches and next(module.children(), None) is not None
+    return model
+
+
+def tensors(output: object) -> list[Tensor]:
+    """All floating-point tensors in what a model returned."""
+    return [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+def _unreached(model: nn.Module, image: Tensor, *, branches: bool) -> list[str]:
+    """The modules with weights of their own that no answer depends on.
+
+    What runs without gradients cannot tell, and counts as reached.
+    """
+    net = to_inference_(copy.deepcopy(model).cpu().float(), branches=branches)
+    ran: set[nn.Module] = set()
+
+    def note(module: nn.Module, _: Any, output: object) -> None:
+        if not any(x.requires_grad for x in tensors(output)):
+            ran.add(module)
+
+    for module in net.modules():
+        module.register_forward_hook(note)
+    weights = {n: p.requires_grad_() for n, p in net.named_parameters() if p.is_floating_point()}
+    with torch.enable_grad():
+        answers = [x.sum() for x in tensors(net(image)) if x.requires_grad]
+        inputs = list(weights.values()) if answers else []
+        slopes = torch.autograd.grad(answers, inputs, allow_unused=True) if answers else ()
+    used = {
+        name.rpartition(".")[0]
+        for name, slope in zip(weights, slopes, strict=False)
+        if slope is not None
+    }
+    return [
+        name
+        for name, module in net.named_modules()
+        if any(True for _ in module.parameters(recurse=False))
+        and module not in ran
+        and name not in used
+    ]

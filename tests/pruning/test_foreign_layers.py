@@ -1,0 +1,189 @@
+"""Layers that change the number or order of channels, computed weights, other inputs: right or refused."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torch.nn.utils.prune
+from oracle import randomise_
+from torch import nn
+
+import prune_dn
+from prune_dn import prune
+from prune_dn.errors import ConfigError, PruningError
+
+X = torch.randn(2, 3, 16, 16)
+
+
+class Call(nn.Module):
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def maxout(x: torch.Tensor) -> torch.Tensor:
+    return torch.maximum(*x.chunk(2, 1))
+
+
+def gated(x: torch.Tensor) -> torch.Tensor:
+    left, right = x.split(8, 1)
+    return left * right.sigmoid()
+
+
+WHOLE = "the conv before it stays whole"
+REFUSED = "refused, naming the conv before it"
+Follow = Callable[[torch.Tensor], torch.Tensor]
+# A layer between two convs, how many channels it makes of 16, and what is right: the mask of its
+# channels by the mask of those that it reads, or that nothing is cut before it.
+CHANGES: dict[str, tuple[nn.Module, int, str | Follow]] = {
+    "GLU": (nn.GLU(1), 8, WHOLE),
+    "functional GLU": (Call(lambda x: F.glu(x, 1)), 8, WHOLE),
+    "maxout": (Call(maxout), 8, WHOLE),
+    "gate": (Call(gated), 8, WHOLE),
+    "CReLU": (Call(lambda x: torch.cat([x, -x], 1).relu()), 32, lambda mask: mask.repeat(2)),
+    "PixelShuffle": (nn.PixelShuffle(2), 4, WHOLE),
+    "PixelUnshuffle": (nn.PixelUnshuffle(2), 64, REFUSED),
+    "Unfold": (
+        nn.Sequential(nn.Unfold(2, stride=2), nn.Unflatten(2, (8, 8))),
+        64,
+        lambda mask: mask.repeat_interleave(4),
+    ),
+    "pooling over channels": (Call(lambda x: F.max_pool3d(x[:, None], (2, 1, 1))[:, 0]), 8, WHOLE),
+    "top channels": (Call(lambda x: x.topk(8, 1)[0]), 8, WHOLE),
+    "slice": (Call(lambda x: x[:, ::2]), 8, WHOLE),
+    "sum of parts": (Call(lambda x: sum(x.chunk(4, 1))), 4, WHOLE),
+    "padding": (
+        Call(lambda x: F.pad(x, (0, 0, 0, 0, 0, 4))),
+        20,
+        lambda mask: F.pad(mask, (0, 4), value=1),
+    ),
+    "repeat": (Call(lambda x: x.repeat(1, 2, 1, 1)), 32, REFUSED),
+    "ChannelShuffle": (nn.ChannelShuffle(4), 16, REFUSED),
+    "LocalResponseNorm": (nn.LocalResponseNorm(3), 16, REFUSED),
+    "softmax": (nn.Softmax2d(), 16, REFUSED),
+    "depthwise, twice as many": (nn.Conv2d(16, 32, 3, padding=1, groups=16), 32, WHOLE),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_changes_channels_is_cut_right_or_refused(name) -> None:
+    layer, width, right = CHANGES[name]
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), layer,
+        nn.Conv2d(width, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 4),
+    )  # fmt: skip
+    net = randomise_(net, 0).double().eval()
+    options = {"criterion": "l2", "unit": "params", "input_size": 16, "scope": "local"}
+    if right == REFUSED:
+        with pytest.raises(PruningError, match=r"of 0 depends on .* protect=\['0'\]"):
+            prune(net, 0.3, **options)
+        right, options["protect"] = WHOLE, ["0"]
+    small, dense = prune(net, 0.15, **options), copy.deepcopy(net)
+    left, last = (torch.isin(net[n].bias, small[n].bias).double() for n in (1, 4))
+    if isinstance(right, str):
+        assert bool(left.all())
+    else:
+        assert not bool(left.all())
+        mask = right(left)[:, None, None]
+        dense[3].register_forward_pre_hook(lambda _, x: x[0] * mask)
+    assert not bool(last.all())
+    dense[8].register_forward_pre_hook(lambda _, x: x[0] * last)
+    torch.testing.assert_close(small(X.double()), dense(X.double()))
+
+
+def test_layers_that_see_neighbouring_channels_are_refused() -> None:
+    """The effect is small: 1e-5 of the answers."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.LocalResponseNorm(3), nn.Conv2d(8, 4, 3))
+    with pytest.raises(PruningError, match=r"outputs of 0 depends .* protect=\['0'\]"):
+        prune(net, 0.3, input_size=16)
+
+
+# -- computed weights ----------------------------------------------------------------------------
+
+
+def masked(layer: nn.Module) -> None:
+    torch.nn.utils.prune.l1_unstructured(layer, "weight", 0.5)
+
+
+def old_spectral_norm(layer: nn.Module) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nn.utils.spectral_norm(layer)
+
+
+@pytest.mark.parametrize(
+    "apply", [masked, nn.utils.parametrizations.weight_norm, old_spectral_norm]
+)
+def test_computed_weights_are_refused_with_the_remedy(apply) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    apply(model[2])
+    with pytest.raises(PruningError, match=r"2.weight is computed by .*; bake it in first") as e:
+        prune(model, 0.3, input_size=16)
+    want = model(X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        eval(str(e.value).rpartition("first: ")[2], {"torch": torch, "model": model})
+    torch.testing.assert_close(model(X), want)
+    assert prune(model, 0.3, input_size=16)(X).shape == want.shape
+
+
+# -- inputs --------------------------------------------------------------------------------------
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(9, 2)
+
+    def forward(self, image, age, scale=1.0):
+        return self.head(torch.cat([self.conv(image).mean((2, 3)), age * scale], 1))
+
+
+class FromDict(TwoInputs):
+    def forward(self, batch):
+        return super().forward(batch["image"], batch["age"])
+
+
+class KeywordOnly(TwoInputs):
+    def forward(self, image, *, age):
+        return super().forward(image, age)
+
+
+@pytest.mark.parametrize(
+    "use", [lambda net: prune(net, 0.3, input_size=16), lambda net: prune_dn.count(net, 16)]
+)
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [
+        (TwoInputs, "its forward takes image, age, but only"),
+        (KeywordOnly, "its forward takes image, age, but only"),
+        (FromDict, "its forward needs more, but only"),
+    ],
+)
+def test_other_inputs_than_one_image(use, kind, what) -> None:
+    text = rf"{what} a forward of one image tensor \(N, C, H, W\) can be run here: wrap the net"
+    with pytest.raises(ConfigError, match=text) as e:
+        use(kind())
+    assert "size" not in str(e.value)
+
+
+def test_the_remedy_for_two_inputs() -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = TwoInputs()
+
+        def forward(self, image):
+            return self.net(image, torch.zeros(len(image), 1))
+
+    small = prune(Wrapped(), 0.3, input_size=16)
+    assert small.net(X, torch.ones(2, 1)).shape == (2, 2) and small.net.conv.out_channels < 8
