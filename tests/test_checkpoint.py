@@ -330,9 +330,9 @@ def test_only_our_densenets_are_saved(tmp_path: Path) -> None:
     ):
         save(nn.DataParallel(uneven()), tmp_path / "net")  # type: ignore[arg-type]
     net = uneven()
-    net.classifier = nn.Linear(3, 7)
+    net.classifier = nn.Linear(4, 7)
     with pytest.raises(
-        CheckpointError, match=r"classifier.weight has shape 7x3 where 5x3 is needed"
+        CheckpointError, match=r"classifier.weight has shape 7x4 where 7x3 is needed"
     ):
         save(net, tmp_path / "net")
     with pytest.raises(CheckpointError, match="on the meta device: it has no weights yet"):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from prune_dn.errors import PruningError
-from prune_dn.models.state_dicts import shorten
+from prune_dn.models.weights import shorten
 
 
 def has_branches(model: nn.Module, image: Tensor) -> bool:
