@@ -14,7 +14,7 @@ import typer
 
 from prune_dn import cli_options as options
 from prune_dn.cli_options import app, example, read_recipe
-from prune_dn.console import open_standard_streams_, plain, say
+from prune_dn.console import open_standard_streams_, plain, plain_warnings, say
 from prune_dn.console import show as _show
 from prune_dn.errors import PruneDNError, RecipeError, WriteError
 from prune_dn.signals import Stopped
@@ -111,7 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     notices.addFilter(_escape_)
     logging.getLogger("prune_dn").addHandler(notices)
     try:
-        typer.main.get_command(app).main(args=given, prog_name="prune-dn")
+        with plain_warnings():
+            typer.main.get_command(app).main(args=given, prog_name="prune-dn")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
     except RecipeError as error:

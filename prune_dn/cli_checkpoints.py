@@ -72,6 +72,7 @@ def prune(
     ] = None,
     data: options.DataName = None,
     data_root: options.DataRoot = "data",
+    resize: options.Resize = None,
     mean: options.Mean = None,
     std: options.Std = None,
     normalize: options.Normalize = None,
@@ -104,7 +105,7 @@ def prune(
         calibration=calibration,
         runtime=runtime,
         batch_size=batch_size,
-        data=DataOptions(data, data_root, image_size, mean, std, normalize, seed=seed),
+        data=DataOptions(data, data_root, image_size, resize, mean, std, normalize, seed=seed),
         ema=ema,
     )
     _show(figures, as_json)
@@ -130,6 +131,7 @@ def finetune(
     data: options.DataName = None,
     data_root: options.DataRoot = "data",
     image_size: options.ImageSize = None,
+    resize: options.Resize = None,
     mean: options.Mean = None,
     std: options.Std = None,
     normalize: options.Normalize = None,
@@ -149,7 +151,7 @@ def finetune(
         recipe=None if recipe is None else read_recipe(recipe, sets, None),
         fields={key: value for key, value in fields.items() if value is not None},
         teacher=teacher,
-        data=DataOptions(data, data_root, image_size, mean, std, normalize, limit, seed),
+        data=DataOptions(data, data_root, image_size, resize, mean, std, normalize, limit, seed),
         seed=seed,
         progress=not as_json,
         ema=ema,
@@ -166,11 +168,12 @@ def evaluate(
     data: options.DataName = None,
     data_root: options.DataRoot = "data",
     image_size: options.ImageSize = None,
+    resize: options.Resize = None,
     mean: options.Mean = None,
     std: options.Std = None,
     normalize: options.Normalize = None,
     split: Annotated[
-        str, typer.Option(help="test, or val (part of the training images).")
+        str, typer.Option(help="test, or val (of its own, or part of the training images).")
     ] = "test",
     recalibrate: Annotated[
         int,
@@ -194,7 +197,7 @@ def evaluate(
 
     figures = jobs.evaluate_checkpoint(
         checkpoint,
-        DataOptions(data, data_root, image_size, mean, std, normalize, seed=seed),
+        DataOptions(data, data_root, image_size, resize, mean, std, normalize, seed=seed),
         split=split,
         recalibrate=recalibrate,
         batch_size=batch_size,

@@ -55,6 +55,12 @@ ImageSize = Annotated[
     int | None,
     typer.Option(min=1, max=limits.IMAGE_SIZE, help="Pixels; default: the checkpoint's."),
 ]
+Resize = Annotated[
+    str | None,
+    typer.Option(
+        help="How images become square: crop, squash or pad.  [default: the checkpoint's]"
+    ),
+]
 Mean = Annotated[str | None, typer.Option(help="Pixel means, such as 0.4914,0.4822,0.4465.")]
 Std = Annotated[str | None, typer.Option(help="Pixel standard deviations.")]
 Normalize = Annotated[str | None, typer.Option(help="Take mean and std of this data set.")]

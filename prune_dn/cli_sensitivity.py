@@ -65,6 +65,7 @@ def sensitivity(
     data: options.DataName = None,
     data_root: options.DataRoot = "data",
     image_size: options.ImageSize = None,
+    resize: options.Resize = None,
     mean: options.Mean = None,
     std: options.Std = None,
     normalize: options.Normalize = None,
@@ -83,7 +84,7 @@ def sensitivity(
 
     facts = measure(
         checkpoint,
-        DataOptions(data, data_root, image_size, mean, std, normalize, seed=seed),
+        DataOptions(data, data_root, image_size, resize, mean, std, normalize, seed=seed),
         out,
         arguments={
             "ratios": _fractions(ratios),
@@ -180,7 +181,8 @@ def measure(
         "format": FORMAT,
         "checkpoint": str(checkpoint),
         "data": sets.spec.name,
-        "split": "val (held out from the training images)",
+        "split": "val"
+        + " (held out from the training images)" * (sets.val.images is sets.train.images),
         "n": len(images),
         "metric": metric,
         "value_unit": value_unit,

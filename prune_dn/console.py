@@ -8,7 +8,9 @@ import json
 import math
 import os
 import sys
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import typer
@@ -86,6 +88,19 @@ def show(document: Any, as_json: bool, *, table: Any = None, lines: Any = None) 
         say(text.get().rstrip("\n"))
     for line in as_lines(document if table is None else lines or {}):
         say(line)
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Inside, a warning is one line on stderr, from the first process alone."""
+
+    def say(message: Warning | str, *_: Any, **__: Any) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            typer.echo(f"warning: {plain(message)}", err=True)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = say
+        yield
 
 
 def as_lines(facts: dict[str, Any], indent: str = "") -> Iterator[str]:

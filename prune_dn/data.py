@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,17 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from prune_dn import limits
 from prune_dn.augment import AUGMENTATIONS
-from prune_dn.errors import DataError
-from prune_dn.images import Images
-from prune_dn.sources import DATASETS, Numbers, by_turns
+from prune_dn.errors import DataError, DataWarning
+from prune_dn.images import RESIZES, Images
+from prune_dn.sources import DATASETS, Numbers, Request, by_turns
 
 CALIBRATION_IMAGES = 512
 
 
 @dataclass(frozen=True)
 class DataSpec:
-    """What a net must know about its data. `mean` and `std` are those of pixels in [0, 1]."""
+    """What a net must know about its data. `mean` and `std` are those of pixels in [0, 1]; `resize`
+    is how images that are not square become so (None where all are)."""
 
     name: str
     classes: tuple[str, ...]
@@ -32,6 +34,7 @@ class DataSpec:
     in_channels: int
     mean: Numbers
     std: Numbers
+    resize: str | None = None
 
     @property
     def num_classes(self) -> int:
@@ -106,12 +109,18 @@ class ImageSet(Dataset[tuple[Tensor, Tensor]]):
 
 @dataclass(frozen=True)
 class Datasets:
-    """Training images, validation images held out from them (for every choice), test images."""
+    """Training images, validation images (for every choice), test images.
+
+    `contents` describe what the splits hold, file by file: equal contents are equal data. `notices`
+    are what `load_datasets` warned of.
+    """
 
     spec: DataSpec
     train: ImageSet
     val: ImageSet
     test: ImageSet
+    contents: Mapping[str, str] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
 
 
 def load_datasets(
@@ -119,6 +128,7 @@ def load_datasets(
     *,
     root: str | Path = "data",
     image_size: int | None = None,
+    resize: str | None = None,
     val_fraction: float = 0.1,
     seed: int = 0,
     augment: str | bool | None = None,
@@ -132,11 +142,17 @@ def load_datasets(
 
     `val_fraction` of each class's training images are held out; `limit` takes that many training
     images in all, evenly from the classes. `augment` is a name from AUGMENTATIONS, False for none,
-    or None for what is usual for the set. `image_folder` reads `root`/train/CLASS/ and
-    `root`/test/CLASS/ (or val/); decoded images stay in memory if they fit `memory_budget_mb`.
-    Its mean and std come from its training images unless given.
+    or None for what is usual for the set.
 
-    Raises DataError for what is missing, unreadable or impossible.
+    `image_folder` reads `root`/train/CLASS/, `root`/test/CLASS/, and `root`/val/CLASS/, which takes
+    the place of images held out (without test/ it is what is tested on). Images that are not square
+    are cropped at the centre; `resize="squash"` and `"pad"` (black) keep all of them. If any image is
+    in colour all have 3 channels. Decoded images stay in memory if they fit `memory_budget_mb`. Mean
+    and std come from the training images unless given. `images.decode` says what becomes of 16-bit
+    and transparent pixels.
+
+    Raises DataError for what is missing, unreadable or impossible; warns (DataWarning) of what the
+    owner of the images may not expect.
 
     >>> data = load_datasets("digits")
     >>> len(data.train), len(data.val), len(data.test)
@@ -151,7 +167,11 @@ def load_datasets(
         raise DataError(f"limit is {limit}; give the number of training images, or None for all")
     if image_size is not None and not 1 <= image_size <= limits.IMAGE_SIZE:
         raise DataError(f"image_size is {image_size}; give 1 to {limits.IMAGE_SIZE:,} pixels")
-    source = DATASETS[name](Path(root), image_size, download, memory_budget_mb)
+    if resize is not None and resize not in RESIZES:
+        raise DataError(f"resize {resize!r} is unknown; choose from {', '.join(sorted(RESIZES))}")
+    source = DATASETS[name](Request(Path(root), image_size, resize, download, memory_budget_mb))
+    for notice in source.notices:
+        warnings.warn(notice, DataWarning, stacklevel=2)
     chosen = source.augment if augment is None or augment is True else augment or "none"
     if chosen not in AUGMENTATIONS:
         raise DataError(
@@ -161,21 +181,32 @@ def load_datasets(
     mixed = by_turns(source.train.labels, generator)
     if limit is not None:
         mixed = mixed[:limit]
-    train, val = _split(source.train.labels, mixed, val_fraction)
+    if source.val is None:
+        train, val = _split(source.train.labels, mixed, val_fraction)
+    else:
+        train, val = mixed.sort().values, torch.arange(len(source.val.labels))
     if mean is None or std is None:
         usual = source.normalisation or _statistics(source.train, train)
         mean = usual[0] if mean is None else mean
         std = usual[1] if std is None else std
     check_normalisation(mean, std, source.in_channels)
     spec = DataSpec(
-        name, source.classes, source.image_size, source.in_channels, tuple(mean), tuple(std)
+        name,
+        source.classes,
+        source.image_size,
+        source.in_channels,
+        tuple(mean),
+        tuple(std),
+        source.resize,
     )
     everything = torch.arange(len(source.test.labels))
     return Datasets(
         spec,
         ImageSet(source.train, train, spec, augment=chosen, seed=seed),
-        ImageSet(source.train, val, spec),
+        ImageSet(source.train if source.val is None else source.val, val, spec),
         ImageSet(source.test, everything, spec),
+        source.contents,
+        source.notices,
     )
 
 

@@ -28,6 +28,7 @@ class DataOptions:
     name: str | None = None
     root: str = "data"
     image_size: int | None = None
+    resize: str | None = None
     mean: str | None = None
     std: str | None = None
     normalize: str | None = None
@@ -50,6 +51,7 @@ class DataOptions:
             image_size=self.image_size
             or known.get("image_size")
             or default_image_size(model.config),
+            resize=self.resize or known.get("resize"),
             seed=self.seed,
             limit=self.limit,
             mean=mean,

@@ -35,6 +35,10 @@ class DataError(PruneDNError):
     """A data set that is missing, unreadable or does not fit the model."""
 
 
+class DataWarning(UserWarning):
+    """Something about a data set that its owner may not expect; what is done is said."""
+
+
 class TrainingError(PruneDNError):
     """A training run that cannot work, or that went wrong."""
 

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from prune_dn.errors import DataError
 
-ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"}
+BILINEAR = Image.Resampling.BILINEAR
+GREY_MODES = {"1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "F"}
 
 
 class Images(Protocol):
@@ -32,10 +35,11 @@ class Images(Protocol):
 
 @dataclass(frozen=True)
 class MemoryImages:
-    """Decoded images, (N, C, H, W) uint8."""
+    """Decoded images, (N, C, H, W) uint8; `digests` are those of their files, if they had any."""
 
     pixels: Tensor
     labels: Tensor
+    digests: tuple[str, ...] = ()
 
     def take(self, indices: Sequence[int]) -> Tensor:
         return self.pixels[torch.as_tensor(indices)]
@@ -43,40 +47,117 @@ class MemoryImages:
 
 @dataclass(frozen=True)
 class FileImages:
-    """Image files, decoded each time."""
+    """Image files, decoded each time. With one channel an image in colour is refused."""
 
     paths: tuple[Path, ...]
     labels: Tensor
     image_size: int
     in_channels: int
+    resize: str = "crop"
 
     def take(self, indices: Sequence[int]) -> Tensor:
-        return torch.stack([self._decode(self.paths[i]) for i in indices])
+        return torch.stack([self._decode(self.paths[i])[0] for i in indices])
 
-    def _decode(self, path: Path) -> Tensor:
-        return decode(path, self.image_size, self.in_channels)
+    def _decode(self, path: Path) -> tuple[Tensor, str]:
+        """The image, and a digest of its file."""
+        with _reading(path):
+            content = path.read_bytes()
+            with Image.open(BytesIO(content)) as file:
+                if self.in_channels == 1 and file.mode not in GREY_MODES:
+                    raise DataError(
+                        f"{path} is in colour, but the images that were looked at are grey; convert "
+                        "it to grey, or all of them to colour"
+                    )
+                pixels = _decoded(file, self.image_size, self.in_channels, self.resize)
+        return pixels, hashlib.blake2b(content, digest_size=8).hexdigest()
 
     def in_memory(self) -> MemoryImages:
         """All of them decoded, by as many threads as there are cores."""
         with ThreadPoolExecutor(os.cpu_count()) as threads:
-            pixels = torch.stack(list(threads.map(self._decode, self.paths)))
-        return MemoryImages(pixels, self.labels)
+            pixels, digests = zip(*threads.map(self._decode, self.paths), strict=True)
+        return MemoryImages(torch.stack(pixels), self.labels, digests)
 
 
-def decode(path: Path, image_size: int, in_channels: int) -> Tensor:
-    """One file as (C, image_size, image_size) uint8; the shorter side is fitted, then the centre
-    cropped. Raises DataError naming a file that cannot be decoded."""
-    with _opened(path) as file:
-        image = file.convert("L" if in_channels == 1 else "RGB")
-    width, height = image.size
-    if (width, height) != (image_size, image_size):
-        scale = image_size / min(width, height)
-        width, height = (max(image_size, round(s * scale)) for s in (width, height))
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-        left, top = (width - image_size) // 2, (height - image_size) // 2
-        image = image.crop((left, top, left + image_size, top + image_size))
+def decode(path: Path, image_size: int, in_channels: int, resize: str = "crop") -> Tensor:
+    """One file as (C, image_size, image_size) uint8; `resize` is a name from RESIZES.
+
+    The image stands upright (EXIF). 16-bit pixels are scaled, 65535 to 255; transparent ones lie on
+    white; of several frames or pages it is the first. Raises DataError naming a file that cannot be
+    decoded, or whose pixels have no known range (32 bits, floating point).
+    """
+    with _reading(path), Image.open(path) as file:
+        return _decoded(file, image_size, in_channels, resize)
+
+
+def _decoded(file: Image.Image, image_size: int, in_channels: int, resize: str) -> Tensor:
+    _check_range(file)
+    ImageOps.exif_transpose(file, in_place=True)
+    image = _eight_bits(file).convert("L" if in_channels == 1 else "RGB")
+    if image.size != (image_size, image_size):
+        image = RESIZES[resize](image, image_size)
     pixels = np.array(image, dtype=np.uint8).reshape(image_size, image_size, in_channels)
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The image in a mode of 8 bits a channel without transparency."""
+    if is_deep(image):
+        levels = np.asarray(image).astype(np.uint32)
+        if (
+            getattr(image, "tag_v2", {}).get(262) == 0
+        ):  # of TIFF: 0 is white; of 8 bits Pillow knows
+            levels = 65535 - levels
+        return Image.fromarray(((levels * 255 + 32767) // 65535).astype(np.uint8))
+    if has_alpha(image):
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB") if image.mode == "LAB" else image
+
+
+def _check_range(image: Image.Image) -> None:
+    if image.mode in ("I", "F") and not is_deep(image):
+        kind = "32-bit" if image.mode == "I" else "floating-point"
+        raise DataError(
+            f"has {kind} pixels (mode {image.mode}): what is black and what is white is not known; "
+            "save it with 8 or 16 bits a pixel"
+        )
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether the pixels have 16 bits, 0 to 65535."""
+    # Pillow gives those of PGM files, and before version 11 of PNG files, 32 bits to lie in
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PPM", "PNG"))
+
+
+def has_alpha(image: Image.Image) -> bool:
+    """Whether pixels can be transparent."""
+    return image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
+
+
+def _crop(image: Image.Image, size: int) -> Image.Image:
+    """The shorter side fitted, the centre of the longer one."""
+    scale = size / min(image.size)
+    width, height = (max(size, round(s * scale)) for s in image.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.resize((width, height), BILINEAR).crop((left, top, left + size, top + size))
+
+
+def _squash(image: Image.Image, size: int) -> Image.Image:
+    """Both sides fitted, each by its own scale."""
+    return image.resize((size, size), BILINEAR)
+
+
+def _pad(image: Image.Image, size: int) -> Image.Image:
+    """The longer side fitted, black beside or above and below."""
+    return ImageOps.pad(image, (size, size), BILINEAR, color=0)
+
+
+RESIZES: dict[str, Callable[[Image.Image, int], Image.Image]] = {
+    "crop": _crop,
+    "squash": _squash,
+    "pad": _pad,
+}
 
 
 def resize(pixels: Tensor, image_size: int) -> Tensor:
@@ -89,60 +170,50 @@ def resize(pixels: Tensor, image_size: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Folder:
-    """The files of an image folder's split, by class."""
+class Header:
+    """What an image file says of itself before its pixels are decoded."""
 
     path: Path
-    classes: tuple[str, ...]
-    paths: tuple[Path, ...]
-    labels: tuple[int, ...]
+    size: tuple[int, int]  # width, height
+    grey: bool
+    deep: bool
+    alpha: bool
+    frames: bool  # more than one
 
 
-def list_folder(path: Path, classes: tuple[str, ...] | None = None) -> Folder:
-    """The image files of `path`/CLASS/, with labels by sorted class name (or by `classes`).
-
-    Raises DataError for a folder without classes, an empty class, or a class not in `classes`.
-    """
-    found = tuple(sorted(d.name for d in path.iterdir() if d.is_dir() and d.name[0] != "."))
-    if not found:
-        raise DataError(f"{path} has no class folders; put images under {path}/CLASS/")
-    strange = [name for name in found if classes is not None and name not in classes]
-    if strange and classes is not None:
-        raise DataError(
-            f"{path} has classes that the training images lack: {', '.join(strange)}; "
-            f"the training classes are {', '.join(classes)}"
-        )
-    classes = classes or found
-    paths: list[Path] = []
-    labels: list[int] = []
-    for name in found:
-        files = sorted(f for f in (path / name).rglob("*") if f.suffix.lower() in ENDINGS)
-        if not files:
-            raise DataError(f"{path / name} has no images ({', '.join(sorted(ENDINGS))})")
-        paths += files
-        labels += [classes.index(name)] * len(files)
-    return Folder(path, classes, tuple(paths), tuple(labels))
+def read_header(path: Path) -> Header:
+    """Raises DataError naming a file that is no image."""
+    with _reading(path), Image.open(path) as file:
+        _check_range(file)
+        found = file.size, file.mode in GREY_MODES, is_deep(file), has_alpha(file)
+        return Header(path, *found, frames=_has_more(file))
 
 
-def look_at(paths: Sequence[Path]) -> tuple[int | None, int]:
-    """Size and channels of the first files: (the side that all share, or None; 1 if all are grey)."""
-    seen = [_size_and_mode(path) for path in paths]
-    (width, height), modes = seen[0][0], {mode for _, mode in seen}
-    side = width if len({size for size, _ in seen}) == 1 and width == height else None
-    return side, 1 if modes <= {"1", "L", "I;16"} else 3
+def _has_more(file: Image.Image) -> bool:
+    if file.format == "MPO":  # a photograph with previews of itself
+        return False
+    try:
+        file.seek(1)
+    except EOFError:
+        return False
+    return True
 
 
-def _size_and_mode(path: Path) -> tuple[tuple[int, int], str]:
-    with _opened(path) as file:
-        return file.size, file.mode
+def brightest(path: Path) -> int:
+    """The largest value of a grey image, as it is in the file."""
+    with _reading(path), Image.open(path) as file:
+        return int(np.asarray(file).max())
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def _reading(path: Path) -> Iterator[None]:
+    """Name the file in what goes wrong: Pillow's decoders raise almost anything."""
     try:
-        with Image.open(path) as file:
-            yield file
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        yield
+    except DataError as error:
+        text = str(error)
+        raise DataError(text if str(path) in text else f"the image {path} {text}") from error
+    except Exception as error:
         raise DataError(
             f"cannot decode the image {path} ({type(error).__name__}: {error}); "
             "replace the file or remove it"

@@ -115,7 +115,8 @@ class Phases:
         for key in ("stages", "history", "latency"):
             metrics.setdefault(key, {})
         metrics.setdefault("rounds", [])
-        metrics.setdefault("notices", [])
+        others = [x for x in metrics.get("notices", []) if x["name"] != "data"]
+        metrics["notices"] = [{"name": "data", "text": x} for x in self.data.notices] + others
         self.environment = environment(self.recipe.seed)
         self.folder.write_json("environment.json", self.environment)
 

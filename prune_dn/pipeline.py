@@ -40,7 +40,7 @@ def run(
     data = load_data(recipe.data, seed=recipe.seed)
     model = _model(recipe, data)
     check_measured(recipe, model)
-    folder = RunFolder(recipe, overwrite=overwrite)
+    folder = RunFolder(recipe, data.contents, overwrite=overwrite)
     try:
         phases = Phases(recipe, data, folder, progress)
         dense = model = phases.train(model)

@@ -20,6 +20,7 @@ from pydantic import (
 from prune_dn import limits
 from prune_dn.augment import AUGMENTATIONS
 from prune_dn.errors import ConfigError, PruningError
+from prune_dn.images import RESIZES
 from prune_dn.models import BUILDERS, LIGHT_CNNS, Net
 from prune_dn.pruning import CRITERIA
 from prune_dn.pruning.importance import reads_images
@@ -154,6 +155,7 @@ class DataSection(Strict):
     name: _choice("data set", DATASETS)  # type: ignore[valid-type]
     root: str = "data"
     image_size: Pixels | None = None
+    resize: _choice("way to resize", RESIZES) | None = None  # type: ignore[valid-type]
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     augment: Augment = None
     download: bool = False

@@ -7,23 +7,25 @@ import fnmatch
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
-from prune_dn.errors import RecipeError
+from prune_dn.errors import DataError, PruneDNError, RecipeError
 from prune_dn.files import write_text
 from prune_dn.processes import process_state
 from prune_dn.recipe import Recipe, to_yaml
 from prune_dn.yaml_lines import parse
 
+DATA_FORMAT = "prune_dn.data/1"
 # Everything that a run may leave; --overwrite removes these and nothing else.
 ARTEFACTS = (
     "metrics.json",
     "report.md",
     "environment.json",
+    "data.json",
     "plan.json",
     "plan-*.json",
     "dense.safetensors",
@@ -45,20 +47,31 @@ ARTEFACTS = (
 class RunFolder:
     """State of one run: its path and `metrics`, which are saved after each phase.
 
+    `contents` are those of its data (`Datasets.contents`): they are kept in data.json, and a run does
+    not go on with others.
+
     A phase that is recorded and whose files all exist is not run again. When one has to run, what
     came after it no longer counts. Only the main process writes; all see the same answers.
     """
 
-    def __init__(self, recipe: Recipe, *, overwrite: bool = False) -> None:
+    def __init__(
+        self, recipe: Recipe, contents: Mapping[str, str], *, overwrite: bool = False
+    ) -> None:
         self.path = Path(recipe.output_dir)
         self.is_main = process_state().is_main_process
         self.metrics: dict[str, Any] = {"format": "prune_dn.metrics/1", "phases": {}}
         self._visited: list[str] = []
         self._lock = contextlib.ExitStack()
-        problem = self._open(recipe, overwrite) if self.is_main else None
+        problem = None
+        if self.is_main:
+            try:
+                self._open(recipe, contents, overwrite)
+            except PruneDNError as error:
+                problem = error
         problem, self.metrics = self.agree((problem, self.metrics))
         if problem:
-            raise RecipeError(problem)
+            self.close()
+            raise problem
 
     def agree(self, value: Any) -> Any:
         """The main process's value, in every process."""
@@ -93,27 +106,28 @@ class RunFolder:
         """Let another run use the folder."""
         self._lock.close()
 
-    def _open(self, recipe: Recipe, overwrite: bool) -> str | None:
+    def _open(self, recipe: Recipe, contents: Mapping[str, str], overwrite: bool) -> None:
         """Take the folder, or say why not."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if not self._lock.enter_context(_locked(self.path / ".lock")):
-                return f"output_dir {self.path} is in use by another run; wait for it to end"
+                raise RecipeError(
+                    f"output_dir {self.path} is in use by another run; wait for it to end"
+                )
         except OSError as error:
-            return f"output_dir {self.path} cannot be used: {error.strerror}"
+            raise RecipeError(f"output_dir {self.path} cannot be used: {error.strerror}") from error
         if overwrite:
             for file in self._artefacts():
                 file.unlink()
         else:
-            problem = self._other_recipe(recipe)
-            if problem:
-                return problem
+            self._check_recipe(recipe)
+            self._check_data(contents)
         for leftover in self.path.glob(".*.tmp*"):  # of a run that was killed
             leftover.unlink()
         self.write("recipe.yaml", to_yaml(recipe))
+        self.write_json("data.json", {"format": DATA_FORMAT, "contents": dict(contents)})
         with contextlib.suppress(FileNotFoundError):
             self.metrics = json.loads((self.path / "metrics.json").read_text(encoding="utf-8"))
-        return None
 
     def _artefacts(self) -> list[Path]:
         # metrics.json goes first: without it no phase counts as done
@@ -122,24 +136,52 @@ class RunFolder:
             key=lambda f: f.name != "metrics.json",
         )
 
-    def _other_recipe(self, recipe: Recipe) -> str | None:
+    def _check_recipe(self, recipe: Recipe) -> None:
         remedy = "choose a new output_dir (--output-dir), or replace it with --overwrite"
         file = self.path / "recipe.yaml"
         if not file.exists():
             found = self._artefacts()
             if found:
-                return f"{self.path} holds {found[0].name} but no recipe.yaml; {remedy}"
-            return None
+                raise RecipeError(f"{self.path} holds {found[0].name} but no recipe.yaml; {remedy}")
+            return
         there = _flat(parse(file.read_text(encoding="utf-8")).value)
         here = _flat(parse(to_yaml(recipe)).value)
         changed = [k for k in dict.fromkeys([*here, *there]) if here.get(k) != there.get(k)]
         changed = [k for k in changed if k != "output_dir"]
         if changed:
-            return (
+            raise RecipeError(
                 f"{self.path} holds a run of another recipe (other values of: "
                 f"{', '.join(changed)}); {remedy}"
             )
-        return None
+
+    def _check_data(self, contents: Mapping[str, str]) -> None:
+        """Refuse to go on with other data than the run began with: its figures would not compare."""
+        file = self.path / "data.json"
+        remedy = "start again with --overwrite, or in a new output_dir (--output-dir)"
+        try:
+            before = json.loads(file.read_text(encoding="utf-8"))["contents"]
+            kinds = {
+                "gone": [name for name in before if name not in contents],
+                "new": [name for name in contents if name not in before],
+                "changed": [x for x in before if contents.get(x, before[x]) != before[x]],
+            }
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise DataError(
+                f"{file}, the list of the data that the run began with, cannot be read "
+                f"({type(error).__name__}); {remedy}"
+            ) from error
+        different = [
+            f"{len(names):,} {kind} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+            for kind, names in kinds.items()
+            if names
+        ]
+        if different:
+            raise DataError(
+                f"the data is not what the run in {self.path} began with: {'; '.join(different)}; "
+                f"restore it, or {remedy}"
+            )
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:

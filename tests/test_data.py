@@ -229,6 +229,7 @@ def test_image_folder_statistics_are_those_of_its_training_images(tmp_path: Path
     assert one.mean == (0.1, 0.2, 0.3) and one.std == found.spec.std
 
 
+@pytest.mark.filterwarnings("ignore::prune_dn.errors.DataWarning")  # tests/test_folders.py has them
 @pytest.mark.parametrize(
     ("shapes", "ending", "size", "channels", "augment"),
     [
@@ -250,6 +251,7 @@ def test_image_folder_finds_size_and_channels(
     assert all_of(load_datasets("image_folder", root=tmp_path, image_size=10).val)[0].shape[2] == 10
 
 
+@pytest.mark.filterwarnings("ignore::prune_dn.errors.DataWarning")
 def test_image_folder_over_the_memory_budget_is_the_same(tmp_path: Path) -> None:
     make_folder(tmp_path, shapes=((9, 14, 3), (12, 12)))
     how: dict[str, Any] = {"root": tmp_path, "image_size": 8}

@@ -24,6 +24,7 @@ FLOORS = [
     {"export"},
     {"latency"},
     {"augment", "images"},
+    {"folders"},
     {"sources"},
     {"data"},
     {"training", "pruning"},

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -74,6 +76,7 @@ class Run:
             "batch": per_step,
             "data": datasets.spec.to_dict(),
             "images": len(datasets.train),
+            "contents": _digest(datasets.contents),
             "model": model.config.to_json() if isinstance(model, Net) else type(model).__name__,
         }
 
@@ -263,6 +266,11 @@ class Run:
             data, size, shuffle=True, seed=seed, num_workers=workers, drop_last=True
         )
         return self.accelerator.prepare(loader), size * processes
+
+
+def _digest(contents: Mapping[str, str]) -> str:
+    text = json.dumps(dict(contents), sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def _check_model(model: nn.Module) -> None:
