@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import ModuleType
 
@@ -97,19 +96,16 @@ def test_modules_stay_readable() -> None:
     assert long == {}, "a module that outgrows about 300 lines is two ideas: split it"
 
 
-def test_help_is_quick_and_loads_no_torch() -> None:
+def test_help_loads_no_torch() -> None:
     code = (
         "import sys\n"
         "from prune_dn.cli import main\n"
         "assert main(['run', '--help']) == 0\n"
         "assert 'torch' not in sys.modules, 'torch was imported'\n"
     )
-    start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    seconds = time.perf_counter() - start
     assert done.returncode == 0, done.stderr
     assert "prune-dn run recipes/quickstart.yaml" in done.stdout
-    assert seconds < 3.0
 
 
 def typed_homes() -> dict[str, tuple[str, ...]]:

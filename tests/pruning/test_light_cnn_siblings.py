@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given
 from hypothesis import strategies as st
 from light_cnn_oracle import (
     BUILDERS,
@@ -19,6 +19,7 @@ from light_cnn_oracle import (
     light_cnn_configs,
     slow,
 )
+from properties import counted, feasible
 from torch import Tensor
 
 import prune_dn
@@ -67,12 +68,13 @@ def check_siblings(net: LightCNN, small: LightCNN) -> None:
     torch.testing.assert_close(found, plain, rtol=0, atol=near)
 
 
-@given(
+@counted(
     light_cnn_configs(),
-    st.lists(st.tuples(st.booleans(), st.sampled_from([0.05, 0.2, 0.4])), min_size=1, max_size=3),
+    st.lists(st.tuples(st.booleans(), st.sampled_from([0.1, 0.4, 0.8])), min_size=2, max_size=2),
     st.sampled_from(["channels", "params", "macs"]),
     st.sampled_from(["random", "l1", "l2", "mfm_win_rate"]),
     st.sampled_from(["global", "local"]),
+    rounds=2,
 )
 def test_pruned_equals_masked_over_rounds_of_both_grains(
     config: LightCNNConfig,
@@ -80,26 +82,32 @@ def test_pruned_equals_masked_over_rounds_of_both_grains(
     unit: str,
     criterion: str,
     scope: str,
-) -> None:
-    net, cut = distinct(LightCNN(config)), False
+) -> int:
+    net = distinct(LightCNN(config))
     images = torch.randn(3, config.in_channels, config.image_size, config.image_size)
-    for seed, (single, ratio) in enumerate(rounds):
-        options = {"units": ["sibling"]} if single else {}
+
+    def ask(single: bool, **request: Any) -> LightCNN:
+        if single:
+            request["units"] = ["sibling"]
         if criterion == "mfm_win_rate":
-            options["calibration"] = [images]
-        try:
-            small = prune_dn.prune(
-                net, ratio, unit=unit, criterion=criterion, scope=scope, seed=seed, **options
-            )
-        except PruningError as error:
-            if not any(why in str(error) for why in ("cannot bring", "no filters")):
-                raise
-            continue
-        (check_siblings if single else check_contract)(net, small)
+            request["calibration"] = [images]
+        return prune_dn.prune(net, **request)
+
+    for done, (single, ratio) in enumerate(rounds):
+        request = {
+            "single": single, "pruning_ratio": ratio, "unit": unit, "criterion": criterion,
+            "scope": scope, "seed": done,
+        }  # fmt: skip
+        other_grain = {"single": not single}
+        found = feasible(ask, request, {"cannot bring": other_grain, "no filters": other_grain})
+        if found is None:
+            return done
+        small, asked = found
+        (check_siblings if asked["single"] else check_contract)(net, small)
         whole, left = (getattr(prune_dn.count(n), unit) for n in (net, small))
-        assert left <= (1 - ratio) * whole
-        net, cut = small, True
-    assume(cut)
+        assert left <= (1 - asked["pruning_ratio"]) * whole
+        net = small
+    return len(rounds)
 
 
 def made(net: LightCNN, name: str) -> Tensor:
