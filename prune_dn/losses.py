@@ -2,13 +2,14 @@
 
 `softmax` is one class of several, `sigmoid` yes or no for each output (one output, multi-label),
 `mse` numbers (regression, features); a callable is any other training loss. Outputs are raw logits or
-numbers, (N, K) or (N, K, ...) with a prediction per pixel.
+numbers: (N, K), (N,) for one output, or (N, K, ...) with a prediction per pixel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,28 +17,41 @@ from torch import Tensor
 
 from prune_dn.errors import DataError
 
-LossFunction = Callable[[Tensor, Tensor], Tensor]
+LossFunction = Callable[[Any, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss on outputs (N, K, ...), in three uses; each sums over images and positions.
+    """A loss on outputs (N, K, ...), in its uses.
 
-    `error(outputs, labels)` is the training loss, a scalar. `draw(outputs, generator)` gives labels
-    from the net's own prediction, for its Fisher information; None where the loss defines none.
-    `distance(found, target)` compares two nets' outputs: 0 where they are equal, above 0 elsewhere,
-    in float64. `check(labels, outputs)` says what is wrong with labels, or None.
+    `error(outputs, labels)` is the training loss, a scalar summed over images and positions.
+    `draw(outputs, generator)` gives labels from the net's own prediction, for its Fisher
+    information; None where the loss defines none. `distance(found, target)` compares two nets'
+    outputs: 0 where they are equal, above 0 elsewhere, summed, in float64. `check(labels, outputs)`
+    says what is wrong with labels, or None. What is reported: `mean(outputs, labels)` is torch's
+    function of that loss, the mean over all predictions, and `accuracy` the share of predictions
+    that are right; None where none is right or wrong.
     """
 
     name: str
     error: LossFunction
     draw: Callable[[Tensor, torch.Generator], Tensor] | None
     distance: LossFunction
-    check: Callable[[Tensor, Tensor], str | None]
+    check: Callable[[Tensor, Any], str | None]
+    mean: LossFunction
+    accuracy: LossFunction | None
 
 
 def _softmax_error(outputs: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(outputs, labels.long(), reduction="sum")
+
+
+def _softmax_mean(outputs: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(outputs, labels.long())
+
+
+def _softmax_accuracy(outputs: Tensor, labels: Tensor) -> Tensor:
+    return (outputs.argmax(1) == labels).double().mean()
 
 
 def _softmax_draw(outputs: Tensor, generator: torch.Generator) -> Tensor:
@@ -54,18 +68,25 @@ def _softmax_distance(found: Tensor, target: Tensor) -> Tensor:
 
 def _softmax_check(labels: Tensor, outputs: Tensor) -> str | None:
     classes = outputs.shape[1]
-    if classes < 2:
-        return "the softmax of one output is always 1"
     if labels.shape != outputs.shape[:1] + outputs.shape[2:]:
         return f"labels have shape {tuple(labels.shape)}, one class for each prediction is needed"
-    if labels.is_floating_point() or not bool(((labels >= 0) & (labels < classes)).all()):
-        return f"labels must be integers from 0 to {classes - 1}"
-    return None
+    wanted = f"labels must be integers from 0 to {classes - 1}"
+    if labels.is_floating_point():
+        return f"{wanted}, not {labels.dtype}"
+    wrong = labels[(labels < 0) | (labels >= classes)]
+    return f"{wanted}, not {int(wrong[0])}" if len(wrong) else None
 
 
 def _sigmoid_error(outputs: Tensor, labels: Tensor) -> Tensor:
-    labels = labels.reshape(outputs.shape).to(outputs.dtype)
-    return F.binary_cross_entropy_with_logits(outputs, labels, reduction="sum")
+    return _sigmoid_mean(outputs, labels) * outputs.numel()
+
+
+def _sigmoid_mean(outputs: Tensor, labels: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(outputs, _like(outputs, labels))
+
+
+def _sigmoid_accuracy(outputs: Tensor, labels: Tensor) -> Tensor:
+    return ((outputs > 0) == (_like(outputs, labels) > 0.5)).double().mean()
 
 
 def _sigmoid_draw(outputs: Tensor, generator: torch.Generator) -> Tensor:
@@ -89,7 +110,11 @@ def _sigmoid_check(labels: Tensor, outputs: Tensor) -> str | None:
 
 
 def _mse_error(outputs: Tensor, labels: Tensor) -> Tensor:
-    return (outputs - labels.reshape(outputs.shape)).square().sum() / 2
+    return (outputs - _like(outputs, labels)).square().sum() / 2
+
+
+def _mse_mean(outputs: Tensor, labels: Tensor) -> Tensor:
+    return F.mse_loss(outputs, _like(outputs, labels))
 
 
 def _mse_draw(outputs: Tensor, generator: torch.Generator) -> Tensor:
@@ -107,73 +132,122 @@ def _mse_check(labels: Tensor, outputs: Tensor) -> str | None:
     return "labels are not finite" if problem is None and not labels.isfinite().all() else problem
 
 
+def _like(outputs: Tensor, labels: Tensor) -> Tensor:
+    return labels.reshape(outputs.shape).to(outputs)
+
+
 def _same_shape(labels: Tensor, outputs: Tensor) -> str | None:
     """One number for each output; (N,) for (N, 1) is taken, a broadcast is not."""
-    if labels.shape == outputs.shape or (
-        outputs.shape[1] == 1 and labels.shape == outputs.shape[:1] + outputs.shape[2:]
-    ):
+    shapes = [x.squeeze(1).shape if x.ndim > 1 else x.shape for x in (labels, outputs)]
+    if shapes[0] == shapes[1]:
         return None
     return f"labels have shape {tuple(labels.shape)}, the outputs {tuple(outputs.shape)}"
 
 
 LOSSES: dict[str, Loss] = {
-    "softmax": Loss("softmax", _softmax_error, _softmax_draw, _softmax_distance, _softmax_check),
-    "sigmoid": Loss("sigmoid", _sigmoid_error, _sigmoid_draw, _sigmoid_distance, _sigmoid_check),
-    "mse": Loss("mse", _mse_error, _mse_draw, _mse_distance, _mse_check),
+    "softmax": Loss(
+        "softmax",
+        _softmax_error,
+        _softmax_draw,
+        _softmax_distance,
+        _softmax_check,
+        _softmax_mean,
+        _softmax_accuracy,
+    ),
+    "sigmoid": Loss(
+        "sigmoid",
+        _sigmoid_error,
+        _sigmoid_draw,
+        _sigmoid_distance,
+        _sigmoid_check,
+        _sigmoid_mean,
+        _sigmoid_accuracy,
+    ),
+    "mse": Loss("mse", _mse_error, _mse_draw, _mse_distance, _mse_check, _mse_mean, None),
 }
 
 
-def find_loss(loss: str | LossFunction | None, outputs: Tensor, labels: Tensor | None) -> Loss:
-    """The loss that is named, or the only one that fits `outputs` and `labels` where it is None.
+def find_loss(loss: str | LossFunction | None, outputs: Any, labels: Tensor | None) -> Loss:
+    """The loss that is named, or `softmax` where `loss` is None and `labels` are class numbers.
 
-    Class numbers for several outputs mean `softmax`; numbers 0 and 1 for each output, of which not
-    exactly one is 1, `sigmoid`; numbers outside [0, 1] `mse`. Everything else, and images without
-    labels, could be several: that is refused. A callable is (outputs, labels) -> the mean over the
-    batch, such as `torch.nn.BCEWithLogitsLoss()`.
+    Integers below the number of outputs, one for each prediction, can mean nothing else. Other labels
+    (0 and 1 may be yes and no, or numbers), and images without labels, could be several: that is
+    refused. A callable is (outputs, labels) -> the mean over the batch, such as
+    `torch.nn.BCEWithLogitsLoss()`; it alone may take outputs that are no tensor.
 
-    Raises DataError for a name that is unknown, a loss that cannot be guessed, and labels that do
-    not fit.
+    Raises DataError for a name that is unknown, a loss that cannot be guessed, and labels or outputs
+    that do not fit.
 
     >>> find_loss(None, torch.zeros(4, 3), torch.tensor([0, 2, 1, 1])).name
     'softmax'
     """
-    if isinstance(loss, str):
-        if loss not in LOSSES:
-            raise DataError(f"loss {loss!r} is unknown; choose {', '.join(LOSSES)}, or a callable")
-        found = LOSSES[loss]
-    elif loss is not None:
-        found = _of_callable(loss)
-    else:
-        found = _guess(outputs, labels)
-    if loss == "softmax" and outputs.shape[1] < 2:
+    check_loss(loss)
+    if callable(loss):
+        return _of_callable(loss)
+    if not isinstance(outputs, Tensor) or not outputs.ndim:
+        raise DataError(
+            f"the model gives {describe(outputs)}; loss={loss!r} needs outputs (N, K) or (N, K, ...). "
+            "Give a callable (outputs, labels) -> mean loss, or a model with one tensor as its output"
+        )
+    width = outputs.shape[1] if outputs.ndim > 1 else 1
+    if loss is None:
+        classes = labels is not None and not labels.is_floating_point() and width > 1
+        if labels is None or not classes or labels.shape != outputs.shape[:1] + outputs.shape[2:]:
+            given = "no labels" if labels is None else f"labels that are {describe(labels)}"
+            raise DataError(
+                f"what the {width} output{'s'[: width > 1]} of the model mean cannot be told from "
+                f"{given}: give loss='softmax' (one class of several), 'sigmoid' (yes or no for each "
+                "output), 'mse' (numbers), or a callable (outputs, labels) -> mean loss"
+            )
+    found = LOSSES[loss or "softmax"]
+    if found.name == "softmax" and width < 2:
         raise DataError("loss 'softmax' of one output is always 0: choose sigmoid or mse")
     if labels is not None and (problem := found.check(labels, outputs)) is not None:
         raise DataError(f"loss {found.name!r}: {problem}")
     return found
 
 
-def _guess(outputs: Tensor, labels: Tensor | None) -> Loss:
-    if labels is not None:
-        if not labels.is_floating_point() and LOSSES["softmax"].check(labels, outputs) is None:
-            return LOSSES["softmax"]
-        if _same_shape(labels, outputs) is None:
-            values = labels.reshape(outputs.shape).double()
-            binary = bool(((values == 0) | (values == 1)).all())
-            if binary and outputs.shape[1] > 1 and bool((values.sum(1) != 1).any()):
-                return LOSSES["sigmoid"]
-            if values.isfinite().all() and bool(((values < 0) | (values > 1)).any()):
-                return LOSSES["mse"]
-    given = "no labels" if labels is None else f"labels {tuple(labels.shape)} of {labels.dtype}"
-    raise DataError(
-        f"what the net's {outputs.shape[1]} outputs mean cannot be told from {given}: give "
-        "loss='softmax' (one class of several), 'sigmoid' (yes or no for each output), 'mse' "
-        "(numbers), or a callable (outputs, labels) -> mean loss"
-    )
+def check_loss(loss: object) -> None:
+    """Raise DataError for what is no name of a loss, no callable, and not None."""
+    if isinstance(loss, type):
+        raise DataError(f"loss is the class {loss.__name__}; give one of it, {loss.__name__}()")
+    if loss is not None and not callable(loss) and loss not in LOSSES:
+        raise DataError(f"loss {loss!r} is unknown; choose {', '.join(LOSSES)}, or a callable")
+
+
+def describe(value: object) -> str:
+    """What a value is, for messages."""
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)} of {value.dtype}"
+    return f"a {type(value).__name__}"
+
+
+def loss_name(loss: str | LossFunction | None) -> str | None:
+    """A name for the record."""
+    if loss is None or isinstance(loss, str):
+        return loss
+    return str(getattr(loss, "__name__", type(loss).__name__))
 
 
 def _of_callable(function: LossFunction) -> Loss:
-    def error(outputs: Tensor, labels: Tensor) -> Tensor:
-        return function(outputs, labels) * len(outputs)
+    name = str(loss_name(function))
 
-    name = getattr(function, "__name__", type(function).__name__)
-    return Loss(name, error, None, _mse_distance, lambda labels, outputs: None)
+    def mean(outputs: Any, labels: Tensor) -> Tensor:
+        try:
+            value = function(outputs, labels)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise DataError(
+                f"loss {name!r} cannot take outputs that are {describe(outputs)} and labels that are "
+                f"{describe(labels)}: {error}"
+            ) from error
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            raise DataError(
+                f"loss {name!r} gives {describe(value)}; it must give one number, the mean over "
+                "the batch"
+            )
+        return value.reshape(())
+
+    def error(outputs: Any, labels: Tensor) -> Tensor:
+        return mean(outputs, labels) * len(labels)
+
+    return Loss(name, error, None, _mse_distance, lambda labels, outputs: None, mean, None)

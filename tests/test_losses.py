@@ -63,9 +63,8 @@ def test_predictions_per_pixel() -> None:
     ("outputs", "labels", "name"),
     [
         (torch.zeros(4, 3), torch.tensor([0, 2, 1, 1]), "softmax"),
-        (torch.zeros(2, 3), torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]), "sigmoid"),
-        (torch.zeros(2, 3), torch.tensor([[1, 1, 0], [0, 0, 0]]), "sigmoid"),
-        (torch.zeros(3, 1), torch.tensor([3.5, -1.0, 0.2]), "mse"),
+        (torch.zeros(2, 3, 2), torch.tensor([[0, 2], [1, 1]]), "softmax"),
+        (torch.zeros(3, 2), torch.tensor([True, False, True]), "softmax"),
     ],
 )
 def test_a_guess_where_it_cannot_be_wrong(outputs, labels, name) -> None:
@@ -76,6 +75,10 @@ def test_a_guess_where_it_cannot_be_wrong(outputs, labels, name) -> None:
     ("outputs", "labels"),
     [
         (torch.zeros(4, 3), None),
+        (torch.zeros(2, 3), torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]])),
+        (torch.zeros(2, 3), torch.tensor([[1, 1, 0], [0, 0, 0]])),
+        (torch.zeros(3, 1), torch.tensor([3.5, -1.0, 0.2])),
+        (torch.zeros(4), torch.tensor([0, 1, 1, 0])),
         (torch.zeros(4, 1), torch.tensor([0, 1, 1, 0])),
         (torch.zeros(4, 1), torch.tensor([0.0, 1.0, 1.0, 0.0])),
         (torch.zeros(2, 3), torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])),
@@ -92,10 +95,26 @@ def test_no_guess_where_it_could_be(outputs, labels) -> None:
     [
         ("softmax", torch.zeros(4, 1), None, "softmax' of one output is always 0"),
         ("softmax", torch.zeros(2, 2), torch.eye(2), "one class for each prediction"),
-        ("softmax", torch.zeros(2, 2), torch.tensor([0, 2]), "integers from 0 to 1"),
+        ("softmax", torch.zeros(2, 2), torch.tensor([0, 2]), "integers from 0 to 1, not 2"),
         ("sigmoid", torch.zeros(3, 3), torch.tensor([0, 1, 1]), r"labels have shape \(3,\)"),
         ("sigmoid", torch.zeros(2, 1), torch.tensor([0, 2]), "between 0 and 1"),
         ("mse", torch.zeros(2, 1), torch.tensor([0.0, float("nan")]), "not finite"),
+        (
+            "sigmoid",
+            torch.zeros(14, 14),
+            torch.zeros(14, dtype=torch.long),
+            r"the outputs \(14, 14\)",
+        ),
+        (
+            "mse",
+            torch.zeros(3),
+            torch.zeros(3, 2),
+            r"labels have shape \(3, 2\), the outputs \(3,\)",
+        ),
+        ("softmax", torch.zeros(2, 3), torch.tensor([0.0, 1.0]), "0 to 2, not torch.float32"),
+        ("softmax", torch.zeros(4), None, "softmax' of one output is always 0"),
+        ("mse", {"out": torch.zeros(2, 3)}, None, "the model gives a dict; .* Give a callable"),
+        (3, torch.zeros(2, 1), None, "loss 3 is unknown"),
         ("hinge", torch.zeros(2, 1), None, "choose softmax, sigmoid, mse, or a callable"),
     ],
 )
@@ -108,4 +127,46 @@ def test_a_callable_is_the_mean_over_the_batch() -> None:
     outputs, labels = torch.randn(6, 3), torch.rand(6, 3)
     found = find_loss(torch.nn.MSELoss(), outputs, labels)
     torch.testing.assert_close(found.error(outputs, labels), 6 * F.mse_loss(outputs, labels))
-    assert found.draw is None
+    assert found.draw is None and found.accuracy is None
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (
+            torch.nn.BCEWithLogitsLoss,
+            r"is the class BCEWithLogitsLoss; give one of it, BCEWithLogitsLoss\(\)",
+        ),
+        (torch.nn.MSELoss(reduction="none"), r"'MSELoss' gives a tensor \(6, 3\) of torch.float32"),
+        (torch.nn.CrossEntropyLoss(), r"'CrossEntropyLoss' cannot take outputs .*labels"),
+    ],
+)
+def test_a_callable_that_gives_no_mean(function, message) -> None:
+    outputs, labels = torch.randn(6, 3), torch.rand(6, 4)
+    labels = labels[:, :3] if "MSE" in message else labels
+    with pytest.raises(DataError, match=message):
+        find_loss(function, outputs, labels).error(outputs, labels)
+
+
+def test_one_output_without_a_dimension_of_its_own() -> None:
+    outputs, labels = torch.randn(6), torch.tensor([0, 1, 1, 0, 1, 0])
+    for shape in ((6,), (6, 1)):
+        found = find_loss("sigmoid", outputs.reshape(shape), labels)
+        for same in (labels, labels[:, None].bool()):
+            error = found.error(outputs.reshape(shape), same)
+            expected = F.binary_cross_entropy_with_logits(outputs, labels.float(), reduction="sum")
+            torch.testing.assert_close(error, expected)
+
+
+def test_what_is_reported_is_torchs_mean_and_the_share_that_is_right() -> None:
+    outputs = torch.tensor([[2.0, -1.0, 0.5], [-3.0, 1.0, 4.0]])
+    classes, hot = torch.tensor([0, 1]), torch.tensor([[1, 1, 0], [0, 1, 1]])
+    softmax, sigmoid, mse = LOSSES["softmax"], LOSSES["sigmoid"], LOSSES["mse"]
+    assert softmax.accuracy(outputs, classes) == 1 / 2
+    assert sigmoid.accuracy(outputs, hot) == 4 / 6
+    assert mse.accuracy is None
+    pairs = [(softmax, classes, F.cross_entropy(outputs, classes))]
+    pairs += [(sigmoid, hot, F.binary_cross_entropy_with_logits(outputs, hot.float()))]
+    pairs += [(mse, hot, F.mse_loss(outputs, hot.float()))]
+    for loss, labels, expected in pairs:
+        torch.testing.assert_close(loss.mean(outputs, labels), expected)

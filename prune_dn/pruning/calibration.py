@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,24 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prune_dn.errors import PruningError
-from prune_dn.models import DenseNet
-from prune_dn.profiling import in_channels
+from prune_dn.errors import DataError, PruningError
+from prune_dn.losses import find_loss
+from prune_dn.pruning.batches import Batches, run_on, working_copy
+from prune_dn.pruning.branches import tensors
 from prune_dn.pruning.competition import competition
 
 Need = Literal["activations", "gradients", "gram", "wins"]
 NEEDS: tuple[Need, ...] = ("activations", "gradients", "gram", "wins")
-
-
-@dataclass(frozen=True)
-class Batches:
-    """Calibration batches, on the CPU or wherever they came from: images, and labels or None."""
-
-    images: tuple[Tensor, ...]
-    labels: tuple[Tensor, ...] | None
-
-    def __len__(self) -> int:
-        return sum(len(images) for images in self.images)
 
 
 @dataclass
@@ -54,39 +43,6 @@ class Statistics:
     sensitivity: Tensor | None = None
     wins: Tensor | None = None
     margins: Tensor | None = None
-
-
-def read_batches(calibration: Iterable[object], *, needs_labels: bool = False) -> Batches:
-    """The batches of `calibration`: image tensors (N, C, H, W), or (images, labels, ...) tuples.
-
-    Raises PruningError for no batches, batches of another shape, values that are not finite, and
-    labels that are missing where `needs_labels`.
-    """
-    images, labels = [], []
-    if isinstance(calibration, Tensor):
-        raise PruningError(
-            "calibration is one tensor; give an iterable of batches, such as [images] or a loader"
-        )
-    for i, batch in enumerate(calibration):
-        parts = batch if isinstance(batch, tuple | list) else (batch,)
-        found = parts[0] if parts else None
-        if not isinstance(found, Tensor) or found.ndim != 4 or not found.is_floating_point():
-            raise PruningError(
-                f"calibration batch {i} is {_describe(found)}; each batch must be images "
-                "(N, C, H, W) in floating point, or (images, labels)"
-            )
-        if not torch.isfinite(found).all():
-            raise PruningError(f"calibration batch {i} holds NaN or infinity")
-        images.append(found)
-        if len(parts) > 1 and isinstance(parts[1], Tensor) and parts[1].shape == found.shape[:1]:
-            labels.append(parts[1])
-    if not images or not sum(len(batch) for batch in images):
-        raise PruningError("calibration has no images; a generator can be read only once")
-    if needs_labels and len(labels) < len(images):
-        raise PruningError(
-            "this criterion needs labels: give calibration batches of (images, labels)"
-        )
-    return Batches(tuple(images), tuple(labels) if len(labels) == len(images) else None)
 
 
 def patches(inputs: Tensor, kernel: int, positions: Tensor | None) -> Tensor:
@@ -132,25 +88,30 @@ class PixelSampler:
         return drawn.to(inputs.device)
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def collect(
     model: nn.Module,
     readers: Iterable[str],
     batches: Batches,
     need: Need,
     *,
+    owners: Mapping[str, Tensor] | None = None,
     seed: int = 0,
 ) -> Mapping[str, Statistics]:
     """Run `model` over the batches and give the statistics of each reader (a conv or linear layer; for
     `wins` a `MaxFeatureMap` or a `ReadStream`).
 
     Where others read the same tensor, only what this reader does with it counts. The model is not
-    touched: a copy runs, in eval mode. Memory does not grow with the number of
-    batches; `gram` keeps one matrix per reader. Raises PruningError when the model cannot take the
-    images, or a label is no class.
+    touched: a copy runs, in eval mode, in float32 or better. Memory does not grow with the number of
+    batches; `gram` keeps one matrix per reader. `owners` says of which unit each channel that a reader
+    reads is, (C,): behind a flattened map a unit has one a pixel. Its statistics are then of units:
+    of all that the reader reads of one, before an absolute value or a square is taken.
+
+    Raises PruningError when the model cannot take the images, its outputs are not finite, or labels
+    do not fit the loss (`batches.loss`, or the one that labels imply).
     """
-    net = copy.deepcopy(model).eval().requires_grad_(False)
-    if isinstance(net, DenseNet):
-        net.memory_efficient = False
+    net = working_copy(model)
     like = next(net.parameters())
     modules = {name: net.get_submodule(name) for name in readers}
     sampler = PixelSampler(len(batches), seed)
@@ -170,50 +131,31 @@ def collect(
         module.register_forward_pre_hook(own)
         module.register_forward_hook(watch(name))
     for i, images in enumerate(batches.images):
-        images = images.detach().to(like)
+        images = images.detach().to(like, copy=True)
         backward = need in ("gradients", "gram")
         with torch.set_grad_enabled(backward):
-            logits = _forward(net, images.requires_grad_(backward))
-        if need == "wins":
-            for name, x, _ in seen:
-                for key, value in competition(modules[name], x).items():
-                    _add(sums[name], key, value)
-            seen.clear()
-            continue
-        if need == "activations":
-            for name, x, _ in seen:
-                x = _channels_second(x, modules[name])
-                dims = [d for d in range(x.ndim) if d != 1]
-                _add(sums[name], "activation", x.abs().sum(dims) / x.shape[2:].numel())
-            seen.clear()
-            continue
-        _check_logits(logits)
-        if need == "gradients":
-            assert batches.labels is not None
-            labels = _checked(batches.labels[i].to(like.device), logits.shape[1])
-            watched = [x for _, x, _ in seen]
-        else:
-            drawn = torch.multinomial(
-                logits.detach().float().softmax(1).cpu(), 1, generator=sampler.generator
-            )
-            labels, watched = drawn[:, 0].to(like.device), [out for _, _, out in seen]
-        loss = F.cross_entropy(logits.float(), labels, reduction="sum")
-        gradients = torch.autograd.grad(loss, watched, materialize_grads=True)
+            outputs = run_on(net, images.requires_grad_(backward))
+        _check_finite(outputs, i)
+        watched = [x if need == "gradients" else out for _, x, out in seen]
+        gradients: Sequence[Tensor | None] = [None] * len(seen)
+        if backward:
+            error = _error(outputs, batches, i, need, sampler.generator, like.device)
+            gradients = torch.autograd.grad(error, watched, materialize_grads=True)
         for (name, x, _), gradient in zip(seen, gradients, strict=True):
-            x = _channels_second(x.detach(), modules[name])
-            gradient = _channels_second(gradient, modules[name])
-            over = tuple(range(2, gradient.ndim))
-            if need == "gradients":
-                s = (x * gradient).sum(over) if over else x * gradient
-                _add(sums[name], "taylor", s.abs().sum(0))
-                _add(sums[name], "fisher", s.square().sum(0) / 2)
+            module, x = modules[name], x.detach()
+            if need == "wins":
+                found = competition(module, x)
+            elif need == "gram":
+                assert gradient is not None
+                gradient = _channels_second(gradient, module)
+                found = {"sensitivity": gradient.square().sum([0, *range(2, gradient.ndim)])}
+                _add_gram_(sums[name], _channels_second(x, module), module, sampler, len(images))
             else:
-                _add(sums[name], "sensitivity", gradient.square().sum((0, *over)))
-                kernel = int(getattr(modules[name], "kernel_size", (1,))[0])
-                width = x.shape[1] * kernel**2
-                rows = patches(x, kernel, sampler(x, width)).float()
-                gram = sums[name].setdefault("gram", rows.new_zeros(width, width))
-                gram.addmm_(rows.T, rows, alpha=len(images) / len(rows))
+                owner = None if owners is None else owners.get(name)
+                found = _of_units(x, gradient, module, owner)
+            for key, value in found.items():
+                value = value.double()
+                sums[name][key] = sums[name][key].add_(value) if key in sums[name] else value
         seen.clear()
     return {
         name: Statistics(**{key: value / len(batches) for key, value in found.items()})
@@ -221,8 +163,37 @@ def collect(
     }
 
 
-def _add(sums: dict[str, Any], key: str, value: Tensor) -> None:
-    sums[key] = sums[key].add_(value) if key in sums else value
+def _of_units(
+    x: Tensor, gradient: Tensor | None, module: nn.Module, owner: Tensor | None
+) -> dict[str, Tensor]:
+    """Sums over images of what `activation`, or with the gradient `taylor` and `fisher`, are means of.
+
+    Over pixels first, then over the channels that are of one unit.
+    """
+    x = _channels_second(x, module)
+    owner = torch.arange(x.shape[1]) if owner is None else owner
+    owner = owner.to(x.device)
+    shares = owner.bincount()
+
+    def total(values: Tensor) -> Tensor:
+        values = values.sum([*range(2, values.ndim)]) if values.ndim > 2 else values
+        return values.new_zeros(len(values), len(shares)).index_add_(1, owner, values)
+
+    if gradient is None:
+        return {"activation": total(x.abs()).sum(0) / (shares.clamp_min(1) * x[0, 0].numel())}
+    slopes = total(x * _channels_second(gradient, module))
+    return {"taylor": slopes.abs().sum(0), "fisher": slopes.square().sum(0) / 2}
+
+
+def _add_gram_(
+    sums: dict[str, Any], x: Tensor, module: nn.Module, sampler: PixelSampler, images: int
+) -> None:
+    """Add the patches' Gram matrix; it is large, so in float32."""
+    kernel = int(getattr(module, "kernel_size", (1,))[0])
+    width = x.shape[1] * kernel**2
+    rows = patches(x, kernel, sampler(x, width)).float()
+    gram = sums.setdefault("gram", rows.new_zeros(width, width))
+    gram.addmm_(rows.T, rows, alpha=images / len(rows))
 
 
 def _channels_second(x: Tensor, layer: nn.Module) -> Tensor:
@@ -230,35 +201,32 @@ def _channels_second(x: Tensor, layer: nn.Module) -> Tensor:
     return x.movedim(-1, 1) if isinstance(layer, nn.Linear) else x
 
 
-def _forward(net: nn.Module, images: Tensor) -> Tensor:
-    if images.shape[1] != (channels := in_channels(net)):
-        raise PruningError(
-            f"calibration images have {images.shape[1]} channels; the model takes {channels}"
-        )
+def _error(
+    outputs: Any,
+    batches: Batches,
+    i: int,
+    need: Need,
+    generator: torch.Generator,
+    device: torch.device,
+) -> Tensor:
+    """The loss of batch `i`: by its labels for `gradients`, by what is drawn for `gram`."""
+    labels = None if batches.labels is None else batches.labels[i].to(device, copy=True)
+    given = labels if need == "gradients" or batches.loss is None else None
     try:
-        logits: Tensor = net(images)
-    except RuntimeError as error:
-        raise PruningError(
-            f"the model cannot run on calibration images of shape {tuple(images.shape)}: {error}"
-        ) from error
-    return logits
+        loss = find_loss(batches.loss, outputs, given)
+        if need == "gram" and loss.draw is not None:
+            return loss.error(outputs, loss.draw(outputs, generator))
+        if labels is None:
+            raise DataError(f"loss {loss.name!r} draws no labels: give (images, labels)")
+        return loss.error(outputs, labels)
+    except DataError as error:
+        raise PruningError(f"calibration batch {i}: {error}") from error
 
 
-def _check_logits(logits: object) -> None:
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
+def _check_finite(outputs: Any, batch: int) -> None:
+    """Raise PruningError where the weights are sound and what they give is not."""
+    if not all(bool(x.isfinite().all()) for x in tensors(outputs)):
         raise PruningError(
-            f"the model gives {_describe(logits)}; a criterion that follows the loss needs logits "
-            "(N, classes)"
+            f"calibration batch {batch}: the model's outputs are not finite, though its weights are: "
+            "what it computes overflows; check that the images are normalised as in training"
         )
-
-
-def _checked(labels: Tensor, classes: int) -> Tensor:
-    if labels.is_floating_point() or not bool(((labels >= 0) & (labels < classes)).all()):
-        raise PruningError(f"calibration labels must be integers from 0 to {classes - 1}")
-    return labels
-
-
-def _describe(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor {tuple(value.shape)} of {value.dtype}"
-    return f"a {type(value).__name__}"

@@ -16,7 +16,8 @@ from prune_dn.losses import LossFunction
 from prune_dn.models import DenseNet
 from prune_dn.models.dense_net import DenseLayer, ReadStream, Transition
 from prune_dn.models.mfm import MaxFeatureMap
-from prune_dn.pruning.calibration import PixelSampler, patches, read_batches
+from prune_dn.pruning.batches import read_batches
+from prune_dn.pruning.calibration import PixelSampler, patches
 from prune_dn.pruning.judge import Judge, split_images
 from prune_dn.pruning.least_squares import Moments, solve
 from prune_dn.pruning.plan import Plan
@@ -29,6 +30,7 @@ Maps = list[Tensor]  # one tensor per calibration batch
 Streams = list[list[Tensor]]  # per calibration batch, the sources that make the stream
 
 
+@torch.inference_mode(False)
 def compensate_plan(
     small: DenseNet,
     dense: DenseNet,
@@ -64,7 +66,7 @@ def compensate_plan(
     >>> from prune_dn.models import densenet
     >>> from prune_dn.pruning import apply_plan, make_plan
     >>> net, images = densenet([2, 2], 8, stem="cifar", num_classes=10), torch.randn(64, 3, 8, 8)
-    >>> plan = make_plan(net, 0.3, unit="macs", criterion="reconstruction", calibration=[images])
+    >>> plan = make_plan(net, 0.3, unit="macs", criterion="l2")
     >>> small = compensate_plan(apply_plan(net, plan), net, plan, [images])
     """
     check_compensation(method, True)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
 from prune_dn.errors import PruningError
-from prune_dn.pruning.calibration import Batches, Statistics
+from prune_dn.pruning.batches import Batches
+from prune_dn.pruning.calibration import Statistics
 from prune_dn.pruning.coupled import IN, Group, Member, reading_weight
 from prune_dn.pruning.importance import Reading, check_losses, judge, observe
 
@@ -21,17 +25,20 @@ def importance(
     """What goes with each unit of each group, (size,) in float64."""
     if criterion == "bn_scale":
         return [_scales(model, group) for group in groups]
-    readers = {m.layer: None for group in groups for m in group.members if m.sides == (IN,)}
-    found = observe(model, list(readers), criterion, batches, generator.initial_seed())
-    scores = []
-    for group in groups:
-        score = torch.zeros(group.size, dtype=torch.float64)
-        for member in group.members:
-            if member.sides == (IN,):
-                layer, statistics = model.get_submodule(member.layer), found.get(member.layer)
-                reading = _reading(layer, member, group.size, generator, statistics)
-                score += torch.from_numpy(judge(reading, criterion))
-        scores.append(score)
+    owners = _owners(model, groups)
+    seed = generator.initial_seed()
+    found = observe(model, list(owners), criterion, batches, seed, owners)
+    scores = [torch.zeros(group.size, dtype=torch.float64) for group in groups]
+    for score, group, first in zip(scores, groups, _starts(groups), strict=True):
+        for member in _reads(group):
+            known = {
+                key: value[first : first + group.size]
+                for key, value in vars(found.get(member.layer, Statistics())).items()
+                if value is not None
+            }
+            layer, statistics = model.get_submodule(member.layer), Statistics(**known)
+            reading = _reading(layer, member, group.size, generator, statistics)
+            score += torch.from_numpy(judge(reading, criterion))
     return scores
 
 
@@ -51,7 +58,7 @@ def _reading(
     member: Member,
     size: int,
     generator: torch.Generator,
-    statistics: Statistics | None,
+    statistics: Statistics,
 ) -> Reading:
     """How a conv or linear layer reads the units of a group, in their order.
 
@@ -59,18 +66,40 @@ def _reading(
     """
     channels = member.channels[member.units.argsort(stable=True)].view(size, -1)
     weight = reading_weight(layer)[:, channels].flatten(2, 3).float()
-    known = {
-        k: v[channels].sum(1) for k, v in vars(statistics or Statistics()).items() if v is not None
-    }
-    return Reading(member.layer, None, weight, generator, Statistics(**known))
+    return Reading(member.layer, None, weight, generator, statistics)
+
+
+def _starts(groups: list[Group]) -> list[int]:
+    """The number of each group's first unit, counted through all groups."""
+    return list(itertools.accumulate((group.size for group in groups), initial=0))[:-1]
+
+
+def _owners(model: nn.Module, groups: list[Group]) -> dict[str, Tensor]:
+    """Of each layer that reads units, the unit of each channel that it reads, counted through all
+    groups; what is of none comes after the last."""
+    owners: dict[str, Tensor] = {}
+    none = sum(group.size for group in groups)
+    for group, first in zip(groups, _starts(groups), strict=True):
+        for member in _reads(group):
+            layer = model.get_submodule(member.layer)
+            width = int(getattr(layer, "in_features", 0) or getattr(layer, "in_channels", 0))
+            owner = owners.setdefault(member.layer, torch.full((width,), none))
+            owner[member.channels] = first + member.units
+    return owners
+
+
+def _reads(group: Group) -> Iterator[Member]:
+    """Each layer that reads the group, with all that it reads of it."""
+    return (member for member in group.members if member.sides == (IN,))
 
 
 def _scales(model: nn.Module, group: Group) -> Tensor:
-    """Sum of |gamma| over the norms on each unit."""
+    """Sum of |gamma| over the norms on each unit; of a flattened map the mean over its pixels."""
     score = torch.zeros(group.size, dtype=torch.float64)
     for member in _norms(model, group):
         gamma = model.get_submodule(member.layer).get_parameter("weight").detach()
-        score.index_add_(0, member.units, gamma.abs().double().cpu()[member.channels])
+        copies = len(member.units) // group.size
+        score.index_add_(0, member.units, gamma.abs().double().cpu()[member.channels] / copies)
     check_losses(score.numpy(), "bn_scale", group.root, group.size)
     return score
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_dn.errors import PruningError
+from prune_dn.losses import LossFunction
 from prune_dn.models import LightCNN
 from prune_dn.models.answers import computed_weights
 from prune_dn.models.as_built import as_built
@@ -36,13 +37,14 @@ from prune_dn.pruning.coupled import (
     is_exact,
 )
 from prune_dn.pruning.coupled_importance import importance, scaled
-from prune_dn.pruning.importance import CRITERIA
+from prune_dn.pruning.importance import CRITERIA, calibration_for
 from prune_dn.pruning.light_cnn import light_cnn_groups, light_cnn_scores, losers, sibling_groups
-from prune_dn.pruning.plan import calibration_for, check_request, names_in
+from prune_dn.pruning.plan import check_request, names_in
 from prune_dn.pruning.protect import matching
 from prune_dn.sound import check_filled, check_sound
 
 
+@torch.inference_mode(False)
 def prune_cnn(
     model: nn.Module,
     pruning_ratio: float,
@@ -52,6 +54,7 @@ def prune_cnn(
     scope: str = "global",
     siblings: bool = False,
     calibration: Iterable[object] | None = None,
+    loss: str | LossFunction | None = None,
     protect: Iterable[str] = (),
     min_channels: int = 1,
     round_to: int = 1,
@@ -94,7 +97,7 @@ def prune_cnn(
             f"this {type(model).__name__} has weights that are not its own: {computed[0]}"
         )
     _check_criterion(model, criterion)
-    batches = calibration_for(calibration, criterion)
+    batches = calibration_for(calibration, criterion, loss)
     if input_size is None and batches is not None:
         input_size = (batches.images[0].shape[2], batches.images[0].shape[3])
     if input_size is None and isinstance(model, LightCNN):

@@ -22,7 +22,7 @@ in those of their formula.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -32,8 +32,10 @@ import torch
 from torch import Tensor, nn
 
 from prune_dn.errors import PruningError
+from prune_dn.losses import LossFunction
 from prune_dn.models import DenseNet
-from prune_dn.pruning.calibration import NEEDS, Batches, Need, Statistics, collect
+from prune_dn.pruning.batches import Batches, read_batches
+from prune_dn.pruning.calibration import NEEDS, Need, Statistics, collect
 from prune_dn.pruning.elimination import elimination_losses
 from prune_dn.pruning.parts import Group, Part
 from prune_dn.pruning.siblings import contests, share_out
@@ -295,15 +297,51 @@ def _kernels(conv: nn.Module) -> Tensor:
 
 
 def observe(
-    model: nn.Module, layers: list[str], criterion: str, calibration: Batches | None, seed: int
+    model: nn.Module,
+    layers: list[str],
+    criterion: str,
+    calibration: Batches | None,
+    seed: int,
+    owners: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Statistics]:
-    """What the criterion needs to know of the inputs of each layer; empty = nothing."""
+    """What the criterion needs to know of the inputs of each layer; empty = nothing.
+
+    `owners` are those of `collect`.
+    """
     need = CRITERIA[criterion].need
     if need is None:
         return {}
     if calibration is None:
         raise needs_images(criterion)
-    return dict(collect(model, layers, calibration, need, seed=seed))
+    return dict(collect(model, layers, calibration, need, owners=owners, seed=seed))
+
+
+def follows_loss(criterion: str) -> bool:
+    """Whether the criterion depends on what the outputs mean; False for a name that is unknown."""
+    return criterion in CRITERIA and CRITERIA[criterion].need in ("gradients", "gram")
+
+
+def calibration_for(
+    calibration: Iterable[object] | None, criterion: str, loss: str | LossFunction | None
+) -> Batches | None:
+    """The batches that the criterion reads; None when it reads none."""
+    need = CRITERIA[criterion].need
+    if need is None and calibration is not None:
+        raise PruningError(
+            f"calibration has no effect: criterion {criterion!r} reads only the weights; leave it "
+            "out, or choose a criterion that reads images (`prune-dn criteria`)"
+        )
+    if loss is not None and not follows_loss(criterion):
+        raise PruningError(
+            f"loss has no effect: criterion {criterion!r} does not depend on what the outputs mean; "
+            "leave it out"
+        )
+    if need is None:
+        return None
+    if calibration is None:
+        raise needs_images(criterion)
+    labelled = need == "gradients" or (need == "gram" and callable(loss))
+    return read_batches(calibration, needs_labels=labelled, loss=loss)
 
 
 def needs_images(criterion: str) -> PruningError:
@@ -331,6 +369,7 @@ def check_losses(losses: Scores, criterion: str, name: str, channels: int) -> No
         )
     if not np.isfinite(losses).all():
         raise PruningError(
-            f"criterion {criterion!r}: {int((~np.isfinite(losses)).sum())} scores of {name} "
-            "are not finite; the weights hold NaN or infinity, so load a sound checkpoint"
+            f"criterion {criterion!r}: {int((~np.isfinite(losses)).sum())} of {channels} scores of "
+            f"{name} are not finite, though its weights are: numbers that large overflow in the "
+            "criterion's formula, or it is wrong; choose another criterion"
         )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prune_dn.models import LightCNN, LightCNNConfig, MFMConfig
-from prune_dn.pruning.calibration import Batches
+from prune_dn.pruning.batches import Batches
 from prune_dn.pruning.coupled import IN, OUT, Group, Member, reading_weight
 from prune_dn.pruning.coupled_importance import importance
 from prune_dn.pruning.importance import CRITERIA, Reading, judge, observe

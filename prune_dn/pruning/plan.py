@@ -16,12 +16,12 @@ from torch import nn
 
 from prune_dn.errors import PruningError
 from prune_dn.files import write_text
+from prune_dn.losses import LossFunction, loss_name
 from prune_dn.models import DenseNet, DenseNetConfig
 from prune_dn.models.convert import convert
 from prune_dn.profiling import ImageSize, count, default_image_size
 from prune_dn.pruning import budget as budgets
-from prune_dn.pruning.calibration import Batches, read_batches
-from prune_dn.pruning.importance import CRITERIA, importance, needs_images
+from prune_dn.pruning.importance import CRITERIA, calibration_for, importance
 from prune_dn.pruning.latency_model import (
     LATENCY,
     LatencyModel,
@@ -128,6 +128,7 @@ def make_plan(
     input_size: ImageSize | None = None,
     seed: int = 0,
     calibration: Iterable[object] | None = None,
+    loss: str | LossFunction | None = None,
     baseline: DenseNetConfig | None = None,
     latency_model: LatencyModel | Callable[[], LatencyModel] | None = None,
 ) -> Plan:
@@ -151,6 +152,10 @@ def make_plan(
 
     Some criteria need `calibration`: batches of images (N, C, H, W), or (images, labels) batches for
     `taylor` and `fisher`; any iterable, normalised as in training. `prune-dn criteria` lists them.
+    These two and `reconstruction` follow the `loss` that the net was trained with: `softmax` (one class
+    of several), `sigmoid` (yes or no for each output), `mse` (numbers), or a callable (outputs,
+    labels) -> the mean over the batch, which always needs labels. None is `softmax` where labels are
+    class numbers; nothing else is guessed.
     `mfm_win_rate` judges only what competes; the rest stays, as `protected` says.
 
     `latency` is priced by `latency_model`, or a function that fits one once nothing else is wrong; by
@@ -172,7 +177,7 @@ def make_plan(
     kinds, patterns = names_in(units, "units"), names_in(protect, "protect")
     check_request(pruning_ratio, unit, criterion, scope, kinds, min_channels, round_to)
     check_ratios(ratios, scope, kinds)
-    batches = calibration_for(calibration, criterion)
+    batches = calibration_for(calibration, criterion, loss)
     table = Units(net.config)
     rows = None if ratios is None else read_ratios(ratios, table, kinds)
     _check_rounding(table, kinds, round_to)
@@ -219,6 +224,7 @@ def make_plan(
         "input_size": size,
         "seed": seed,
         "calibration_images": None if batches is None else len(batches),
+        "loss": loss_name(loss),
     }
     if ratios is not None:
         is_path = isinstance(ratios, str | os.PathLike)
@@ -283,21 +289,6 @@ def plan_of(
         achieved or {},
         protected or {},
     )
-
-
-def calibration_for(calibration: Iterable[object] | None, criterion: str) -> Batches | None:
-    """The batches that the criterion reads; None when it reads none."""
-    need = CRITERIA[criterion].need
-    if need is None and calibration is not None:
-        raise PruningError(
-            f"calibration has no effect: criterion {criterion!r} reads only the weights; leave it "
-            "out, or choose a criterion that reads images (`prune-dn criteria`)"
-        )
-    if need is None:
-        return None
-    if calibration is None:
-        raise needs_images(criterion)
-    return read_batches(calibration, needs_labels=need == "gradients")
 
 
 def names_in(values: Iterable[str], argument: str) -> tuple[str, ...]:

@@ -8,17 +8,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import nn
 
 from prune_dn.errors import PruningError
+from prune_dn.losses import LossFunction
 from prune_dn.models import DenseNet
 from prune_dn.models.convert import convert
 from prune_dn.profiling import Cost, ImageSize, count
 from prune_dn.pruning import budget as budgets
-from prune_dn.pruning.importance import CRITERIA, Scores, importance
+from prune_dn.pruning.importance import CRITERIA, Scores, calibration_for, importance
 from prune_dn.pruning.parts import Group, Mask, Positions
 from prune_dn.pruning.plan import (
-    calibration_for,
     check_what,
     groups_of,
     names_in,
@@ -40,6 +41,7 @@ class _Cut(NamedTuple):
     ratios: tuple[float, ...]
 
 
+@torch.inference_mode(False)
 def sensitivity(
     model: nn.Module,
     evaluate: Callable[[DenseNet], float],
@@ -49,6 +51,7 @@ def sensitivity(
     units: Iterable[str] = ("stream", "bottleneck"),
     protect: Iterable[str] = (),
     calibration: Iterable[object] | None = None,
+    loss: str | LossFunction | None = None,
     seed: int = 0,
     input_size: ImageSize | None = None,
     higher_is_better: bool = True,
@@ -66,7 +69,7 @@ def sensitivity(
     `evaluate` gets a new net in eval mode and returns a number: accuracy, or with
     `higher_is_better=False` a loss. It may change the net, so it can recalibrate it; ratios that
     cut the same units share an evaluation. MACs are for images of `input_size`; `progress` is
-    called with (evaluations done, in all). `calibration` and `seed` are those of `make_plan`. The
+    called with (evaluations done, in all). `calibration`, `loss` and `seed` are those of `make_plan`. The
     rows come in the order of the net, then by ratio (after arXiv:1608.08710, section 3.2).
 
     Raises PruningError for arguments that are wrong, or when nothing can be cut.
@@ -81,7 +84,7 @@ def sensitivity(
     net = convert(model, share=True)
     wanted, kinds = _ratios(ratios), names_in(units, "units")
     check_what(criterion, kinds)
-    batches = calibration_for(calibration, criterion)
+    batches = calibration_for(calibration, criterion, loss)
     table = Units(net.config)
     kept_back, _ = protected_units(table, names_in(protect, "protect"))
     groups = groups_of(table, kinds)

@@ -8,10 +8,11 @@ import numpy as np
 from torch import nn
 
 from prune_dn.errors import PruningError
+from prune_dn.losses import LossFunction
 from prune_dn.models.convert import convert
 from prune_dn.pruning.budget import losers
-from prune_dn.pruning.importance import importance
-from prune_dn.pruning.plan import Plan, calibration_for, check_what, plan_of
+from prune_dn.pruning.importance import calibration_for, importance
+from prune_dn.pruning.plan import Plan, check_what, plan_of
 from prune_dn.pruning.siblings import contests
 from prune_dn.pruning.units import Units
 from prune_dn.sound import check_sound
@@ -22,6 +23,7 @@ def settling_plan(
     calibration: Iterable[object] | None = None,
     *,
     criterion: str = "mfm_win_rate",
+    loss: str | LossFunction | None = None,
     seed: int = 0,
 ) -> Plan:
     """The plan that settles every MFM of a DenseNet: of each pair the loser goes, nothing else.
@@ -29,7 +31,8 @@ def settling_plan(
     On new maps the net then has plain convs of half the filters, and as wide a stream as before. Of two
     stream channels that compete before a reader it reads the one that wins; a channel that loses
     before every reader is cut as well. `apply_plan`, `compensate_plan` and `Plan.save` take the plan.
-    `calibration` are batches of images, (N, C, H, W), for criteria that read them.
+    `calibration` are batches of images, (N, C, H, W), for criteria that read
+    them, and `loss` what the outputs mean, for those that follow it (see `make_plan`).
 
     Raises PruningError where there is no MFM 2/1, or one of three siblings, which have no loser.
 
@@ -55,7 +58,7 @@ def settling_plan(
             else ("this net has no MFM")
         )
         raise PruningError(f"nothing to settle: {what}; only an MFM 2/1 has a loser in each pair")
-    batches = calibration_for(calibration, criterion)
+    batches = calibration_for(calibration, criterion, loss)
     scores = importance(net, table, criterion, calibration=batches, seed=seed)
     lose = np.zeros(table.size, dtype=bool)
     for contest in found:

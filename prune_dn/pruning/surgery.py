@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from prune_dn.errors import PruningError
+from prune_dn.losses import LossFunction
 from prune_dn.models import DenseNet, LightCNN
 from prune_dn.models.convert import check_not_wrapped, convert, is_densenet
 from prune_dn.models.dense_net import build_empty
 from prune_dn.profiling import ImageSize
 from prune_dn.pruning.compensate import check_compensation, compensate_plan
 from prune_dn.pruning.generic import prune_cnn
-from prune_dn.pruning.importance import reads_images
+from prune_dn.pruning.importance import follows_loss, reads_images
 from prune_dn.pruning.latency_model import LATENCY, LatencyModel
 from prune_dn.pruning.plan import Plan, make_plan, names_in
 from prune_dn.pruning.ratios import Ratios
@@ -24,6 +25,7 @@ _UNITS = ("stream", "bottleneck")
 _SIBLINGS = ("sibling",)
 
 
+@torch.inference_mode(False)
 def prune(
     model: nn.Module,
     pruning_ratio: float,
@@ -35,6 +37,7 @@ def prune(
     units: Iterable[str] = _UNITS,
     compensate: str = "none",
     calibration: Iterable[object] | None = None,
+    loss: str | LossFunction | None = None,
     protect: Iterable[str] = (),
     min_channels: int = 1,
     round_to: int = 1,
@@ -47,8 +50,8 @@ def prune(
     A DenseNet of ours, torchvision or timm becomes our `DenseNet`, by `make_plan`, `apply_plan` and
     `compensate_plan`. The arguments are those of `make_plan`, which also says what was achieved.
     `compensate` is `none`, `mean` or `least_squares` (see `compensate_plan`) and needs
-    `calibration`: a few hundred training images, without augmentation. Without it fine-tune the
-    result, or at least `recalibrate_batch_norm_` it.
+    `calibration`: a few hundred training images, without augmentation; `loss`, what the net's outputs
+    mean, serves it too. Without it fine-tune the result, or at least `recalibrate_batch_norm_` it.
 
     Any other CNN becomes a smaller one of its own class (see `generic.prune_cnn`), a `LightCNN` one
     that can be saved. Others need `input_size`, or `calibration` images to take it from; `units`,
@@ -73,6 +76,7 @@ def prune(
             scope=scope,
             siblings=names_in(units, "units") == _SIBLINGS,
             calibration=calibration,
+            loss=loss,
             protect=protect,
             min_channels=min_channels,
             round_to=round_to,
@@ -82,6 +86,7 @@ def prune(
     check_compensation(compensate, calibration is not None)
     net, criterion = convert(model, share=True), "bn_scale" if criterion is None else criterion
     batches = None if calibration is None else list(calibration)
+    alone = compensate == "none"
     plan = make_plan(
         net,
         pruning_ratio,
@@ -96,12 +101,13 @@ def prune(
         input_size=input_size,
         seed=seed,
         latency_model=latency_model,
-        calibration=batches if reads_images(criterion) or compensate == "none" else None,
+        calibration=batches if reads_images(criterion) or alone else None,
+        loss=loss if follows_loss(criterion) or alone else None,
     )
     small = apply_plan(net, plan)
-    if batches is None or compensate == "none":
+    if batches is None or alone:
         return small
-    return compensate_plan(small, net, plan, batches, compensate, seed=seed)
+    return compensate_plan(small, net, plan, batches, compensate, loss=loss, seed=seed)
 
 
 def _check_cnn_options(
@@ -133,6 +139,7 @@ def _check_cnn_options(
         )
 
 
+@torch.inference_mode(False)
 def apply_plan(model: nn.Module, plan: Plan) -> DenseNet:
     """The pruned net; `model` stays as it is.
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 
@@ -32,6 +33,8 @@ class FitResult:
     notices: list[str]
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def fit(
     model: nn.Module,
     datasets: Datasets,

@@ -48,6 +48,7 @@ def case(kind: str, ratio: float = 0.4, outputs: int = 5):
         unit="macs",
         input_size=side,
         criterion="reconstruction",
+        loss="softmax",
         units=("stream", "bottleneck", "edge"),
         calibration=batches,
     )
@@ -184,6 +185,7 @@ def test_prune_takes_it_all_in_one_call() -> None:
         0.4,
         unit="macs",
         criterion="reconstruction",
+        loss="softmax",
         units=("stream", "bottleneck", "edge"),
         compensate="least_squares",
         calibration=iter(batches),
