@@ -48,7 +48,7 @@ def case(kind: str, ratio: float = 0.4, outputs: int = 5):
         unit="macs",
         input_size=side,
         criterion="reconstruction",
-        loss="softmax",
+        loss="softmax" if outputs > 1 else "mse",
         units=("stream", "bottleneck", "edge"),
         calibration=batches,
     )
