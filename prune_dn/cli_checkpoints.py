@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,6 +11,8 @@ from prune_dn import cli_options as options
 from prune_dn import limits
 from prune_dn.cli_options import example, read_recipe, words
 from prune_dn.console import show as _show
+from prune_dn.errors import RecipeError
+from prune_dn.intervals import percent
 
 
 @example(
@@ -71,7 +73,7 @@ def prune(
         ),
     ] = None,
     data: options.DataName = None,
-    data_root: options.DataRoot = "data",
+    data_root: options.DataRoot = None,
     resize: options.Resize = None,
     mean: options.Mean = None,
     std: options.Std = None,
@@ -98,7 +100,6 @@ def prune(
             "round_to": round_to,
             "seed": seed,
         },
-        image_size=image_size,
         plan_out=plan_out,
         recalibrate=recalibrate,
         compensate=compensate,
@@ -118,7 +119,9 @@ def prune(
 def finetune(
     checkpoint: options.Checkpoint,
     output: options.Output,
-    recipe: Annotated[Path | None, typer.Option(help="Use its data and finetune parts.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="Use its parts data and finetune (or train).")
+    ] = None,
     sets: options.Sets = None,
     epochs: Annotated[
         int | None, typer.Option(min=1, max=limits.EPOCHS, help="Passes over the images.")
@@ -129,14 +132,21 @@ def finetune(
     ] = None,
     teacher: Annotated[Path | None, typer.Option(help="A checkpoint to distil from.")] = None,
     data: options.DataName = None,
-    data_root: options.DataRoot = "data",
+    data_root: options.DataRoot = None,
     image_size: options.ImageSize = None,
     resize: options.Resize = None,
     mean: options.Mean = None,
     std: options.Std = None,
     normalize: options.Normalize = None,
     limit: options.Limit = None,
-    seed: options.Seed = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=limits.SEED,
+            help="Seed of every random choice.  [default: the recipe's, or 0]",
+        ),
+    ] = None,
     ema: options.Ema = False,
     as_json: options.AsJson = False,
 ) -> None:
@@ -144,19 +154,23 @@ def finetune(
     from prune_dn import jobs
     from prune_dn.data_options import DataOptions
 
+    if recipe is None and sets:
+        raise RecipeError("--set has no effect without --recipe; leave it out")
+    read = None if recipe is None else read_recipe(recipe, sets, None)
+    if seed is None:
+        seed = 0 if read is None else read.seed
     fields = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size}
     figures = jobs.finetune_checkpoint(
         checkpoint,
         output,
-        recipe=None if recipe is None else read_recipe(recipe, sets, None),
+        recipe=read,
         fields={key: value for key, value in fields.items() if value is not None},
         teacher=teacher,
         data=DataOptions(data, data_root, image_size, resize, mean, std, normalize, limit, seed),
-        seed=seed,
         progress=not as_json,
         ema=ema,
     )
-    _show(figures, as_json)
+    _show(figures, as_json, lines=_with_intervals(figures))
 
 
 @example(
@@ -166,7 +180,7 @@ def finetune(
 def evaluate(
     checkpoint: options.Checkpoint,
     data: options.DataName = None,
-    data_root: options.DataRoot = "data",
+    data_root: options.DataRoot = None,
     image_size: options.ImageSize = None,
     resize: options.Resize = None,
     mean: options.Mean = None,
@@ -204,7 +218,7 @@ def evaluate(
         precision=precision,
         ema=ema,
     )
-    _show(figures, as_json)
+    _show(figures, as_json, lines=_with_intervals(figures))
 
 
 @example("export pruned.safetensors -o net.onnx", "export pruned.safetensors -o net.pt2")
@@ -262,6 +276,17 @@ def show(
     hidden = ("layers", "config")
     lines = {key: value for key, value in facts.items() if key not in hidden}
     _show(facts, as_json, table=table, lines=lines)
+
+
+def _with_intervals(figures: dict[str, Any]) -> dict[str, Any]:
+    """The figures as a person reads them: each accuracy with its interval, and no empty notice."""
+    shown = {}
+    for key, value in figures.items():
+        if f"{key}_interval" in figures:
+            shown[key] = f"{percent(value, figures['n'])} (95 % interval)"
+        elif not key.endswith("_interval") and value is not None:
+            shown[key] = value
+    return shown
 
 
 @example("criteria")

@@ -47,7 +47,9 @@ Protect = Annotated[
 DataName = Annotated[
     str | None, typer.Option("--data", help="Data set; default: the checkpoint's.")
 ]
-DataRoot = Annotated[str, typer.Option(help="The folder that holds the data.")]
+DataRoot = Annotated[
+    str | None, typer.Option(help="The folder that holds the data.  [default: data]")
+]
 Limit = Annotated[
     int | None, typer.Option(min=1, max=limits.IMAGES, help="Use only so many training images.")
 ]

@@ -63,7 +63,7 @@ def sensitivity(
         ),
     ] = None,
     data: options.DataName = None,
-    data_root: options.DataRoot = "data",
+    data_root: options.DataRoot = None,
     image_size: options.ImageSize = None,
     resize: options.Resize = None,
     mean: options.Mean = None,
@@ -148,7 +148,7 @@ def measure(
         refuse_calibration(calibration, arguments["criterion"])
     state = process_state()
     model, info = open_checkpoint(checkpoint, ema)
-    sets = data.load(info, model, checkpoint)
+    sets, pixels = data.load(info, model, checkpoint)
     images = _balanced(sets.val, max_images, data.seed)
     seen = calibration_batches(sets.train, calibration, seed=data.seed) if reads else None
 
@@ -194,6 +194,7 @@ def measure(
         "recalibrated_on_batches": recalibrate,
         "calibration_images": None if seen is None else sum(len(batch[1]) for batch in seen),
         "image_size": sets.spec.image_size,
+        "images": pixels,
         "machine": machine(state.device),
         "params": cost.params,
         "macs": cost.macs,

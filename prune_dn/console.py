@@ -86,7 +86,7 @@ def show(document: Any, as_json: bool, *, table: Any = None, lines: Any = None) 
         with console.capture() as text:
             console.print(drawn, highlight=False)
         say(text.get().rstrip("\n"))
-    for line in as_lines(document if table is None else lines or {}):
+    for line in as_lines(lines or (document if table is None else {})):
         say(line)
 
 

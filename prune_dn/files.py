@@ -60,6 +60,14 @@ def write_bytes(path: StrPath, data: bytes | memoryview) -> None:
         temporary.write_bytes(data)
 
 
+def same_file(one: StrPath, other: StrPath) -> bool:
+    """Whether two paths are of one file: also by a link of any kind, and where none is there yet."""
+    try:
+        return os.path.samefile(one, other)
+    except (OSError, ValueError):
+        return os.path.realpath(one) == os.path.realpath(other)
+
+
 def file_size(path: StrPath) -> int:
     """Bytes of a regular file. Raises OSError for everything else, before it is opened."""
     try:

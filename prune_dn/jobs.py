@@ -12,15 +12,17 @@ from pydantic import ValidationError
 
 from prune_dn.checkpoint import load, save, save_state_dict
 from prune_dn.data import Datasets, calibration_batches, calibration_loader
-from prune_dn.data_options import DataOptions
+from prune_dn.data_options import DataOptions, image_size_for, say_image_size
 from prune_dn.errors import DataError, ExportError, PruningError, RecipeError
 from prune_dn.export import export_onnx, export_torch
+from prune_dn.files import same_file
+from prune_dn.intervals import fell, wilson
 from prune_dn.latency import measure_latency
 from prune_dn.models import DenseNet, LightCNN, Net
 from prune_dn.opened import open_checkpoint
 from prune_dn.phases import check_fit, load_data
 from prune_dn.processes import process_state
-from prune_dn.profiling import count, count_per_layer, default_image_size
+from prune_dn.profiling import count, count_per_layer
 from prune_dn.pruning import (
     Plan,
     apply_plan,
@@ -38,6 +40,7 @@ from prune_dn.pruning.units import Units
 from prune_dn.recipe import Recipe
 from prune_dn.training import FitConfig, fit
 from prune_dn.training import evaluate as score
+from prune_dn.training.config import Distillation
 
 Table = tuple[list[str], list[list[str]]]
 
@@ -48,7 +51,6 @@ def prune_checkpoint(
     ratio: float,
     arguments: Mapping[str, Any],
     *,
-    image_size: int | None,
     plan_out: Path | None,
     recalibrate: int,
     compensate: str,
@@ -63,20 +65,26 @@ def prune_checkpoint(
     `calibration` is how many training images the criterion and `compensate` see (None = 512);
     `runtime` and `batch_size` are those of the unit `latency`.
     """
-    _output(output, ".safetensors")
+    read = {"the checkpoint": checkpoint, "the file of --ratios": arguments.get("ratios")}
+    _output(output, ".safetensors", **read)
+    _apart("--plan-out", plan_out, **read, **{"--output": output})
     names = ("unit", "criterion", "scope", "units", "min_channels", "round_to")
     check_request(ratio, *(arguments[name] for name in names))
     model, info = open_checkpoint(checkpoint, ema)
-    size = image_size or (info.get("data") or {}).get("image_size")
+    size, size_from = image_size_for(model, info, data.image_size, checkpoint)
     check_compensation(compensate, True)
     reads = reads_images(arguments["criterion"])
     if not reads and compensate == "none":
         refuse_calibration(calibration, arguments["criterion"], " and --compensate is none")
     latency = requested_model(model, arguments["unit"], runtime, batch_size, size)  # type: ignore[arg-type]
     images: list[Any] = []
+    pixels: dict[str, Any] = {"image_size": size, "image_size_from": size_from}
     if recalibrate or reads or compensate != "none":
-        sets = data.load(info, model, checkpoint)
+        sets, pixels = data.load(info, model, checkpoint)
         info["data"] = sets.spec.to_dict()
+    else:
+        data.refuse("no images are read", but=("image_size",))
+        say_image_size(size, size_from)
     if reads or compensate != "none":
         images = calibration_batches(sets.train, calibration, seed=data.seed)
     if isinstance(model, LightCNN):
@@ -89,7 +97,8 @@ def prune_checkpoint(
         save(small, output, info={**info, "pruned_from": checkpoint.name})
         before, after = (dataclasses.asdict(count(net)) for net in (model, small))
         achieved = 1 - after[arguments["unit"]] / before[arguments["unit"]]
-        return _cut_figures(output, arguments["unit"], ratio, achieved, before, after, {})
+        figures = _cut_figures(output, arguments["unit"], ratio, achieved, before, after, {})
+        return {**figures, "images": pixels}
     plan = make_plan(
         model,
         ratio,
@@ -108,9 +117,10 @@ def prune_checkpoint(
         plan.save(plan_out)
     save(small, output, info={**info, "pruned_from": checkpoint.name, "plan": plan.requested})
     done = plan.achieved
-    return _cut_figures(
+    figures = _cut_figures(
         output, done["unit"], ratio, done["ratio"], done["before"], done["after"], plan.protected
     )
+    return {**figures, "images": pixels}
 
 
 def _cut_figures(
@@ -151,21 +161,27 @@ def finetune_checkpoint(
     fields: Mapping[str, Any],
     teacher: Path | None,
     data: DataOptions,
-    seed: int,
     progress: bool,
     ema: bool = False,
 ) -> dict[str, Any]:
-    """Train a checkpoint further, by a recipe's `finetune` part or by options."""
-    _output(output, ".safetensors")
-    model, info = open_checkpoint(checkpoint, ema)
+    """Train a checkpoint further, by a recipe's `finetune` part (or `train`) or by options."""
+    _output(output, ".safetensors", **{"the checkpoint": checkpoint, "the teacher": teacher})
     base: dict[str, Any] = {}
     if recipe is not None:
+        data.refuse("the recipe's part `data` says it (--set data.KEY=VALUE)")
         section = recipe.finetune or recipe.train
         base = {} if section is None else section.model_dump()
-        sets = load_data(recipe.data, seed=recipe.seed)
+    if teacher is not None:
+        base["distillation"] = base.get("distillation") or Distillation().model_dump()
+    elif base.get("distillation"):
+        raise RecipeError("the recipe distils from a teacher; add --teacher, the dense checkpoint")
+    model, info = open_checkpoint(checkpoint, ema)
+    pixels: dict[str, Any] = {}
+    if recipe is not None:
+        sets = load_data(recipe.data, seed=data.seed)
         check_fit(model, sets.spec, str(checkpoint))
     else:
-        sets = data.load(info, model, checkpoint)
+        sets, pixels = data.load(info, model, checkpoint)
     try:
         config = FitConfig.model_validate({**base, **fields})
     except ValidationError as error:
@@ -181,7 +197,7 @@ def finetune_checkpoint(
             model,
             sets,
             config,
-            seed=seed,
+            seed=data.seed,
             teacher=None if teacher is None else load(teacher),
             progress=progress,
             name="finetune",
@@ -198,10 +214,14 @@ def finetune_checkpoint(
     return {
         "output": str(output),
         "test_accuracy_before": before.accuracy,
+        "test_accuracy_before_interval": wilson(before.accuracy, before.n),
         "test_accuracy": after.accuracy,
+        "test_accuracy_interval": wilson(after.accuracy, after.n),
         "test_loss": after.loss,
         "n": after.n,
         "seconds": round(result.seconds, 1),
+        "notice": fell("fine-tuning", before.accuracy, after.accuracy, after.n),
+        **({"images": pixels} if pixels else {}),
     }
 
 
@@ -221,7 +241,7 @@ def evaluate_checkpoint(
     if precision not in ("no", "bf16"):
         raise DataError(f"--precision {precision!r} is unknown; choose no or bf16")
     model, info = open_checkpoint(checkpoint, ema)
-    sets = data.load(info, model, checkpoint)
+    sets, pixels = data.load(info, model, checkpoint)
     if recalibrate:
         _recalibrate(model, sets, recalibrate, info, data.seed)
     result = score(model, getattr(sets, split), batch_size=batch_size, precision=precision)
@@ -231,12 +251,14 @@ def evaluate_checkpoint(
         "data": sets.spec.name,
         "split": split,
         "accuracy": result.accuracy,
+        "accuracy_interval": wilson(result.accuracy, result.n),
         "loss": result.loss,
         "n": result.n,
         "recalibrated_on_batches": recalibrate,
         "precision": precision,
         "params": cost.params,
         "macs": cost.macs,
+        "images": pixels,
     }
 
 
@@ -244,17 +266,28 @@ def export_checkpoint(
     checkpoint: Path, output: Path, image_size: int | None, *, ema: bool = False
 ) -> dict[str, Any]:
     """Write the model in the format of `output`'s ending."""
+    _apart("--output", output, **{"the checkpoint": checkpoint})
+    if output.suffix not in (".onnx", ".pt2", ".pt", ".pth"):
+        raise ExportError(f"{output}: the ending says the format; use .onnx, .pt2 or .pt")
+    plain = output.suffix in (".pt", ".pth")
+    if plain and image_size is not None:
+        raise ExportError("--image-size has no effect: a state dict is for any size; leave it out")
     model, info = open_checkpoint(checkpoint, ema)
-    size = _image_size(model, info, image_size)
+    if plain:
+        save_state_dict(model, output)
+        return {"output": str(output), "file_bytes": output.stat().st_size}
+    size, size_from = image_size_for(model, info, image_size, checkpoint)
+    say_image_size(size, size_from)
     if output.suffix == ".onnx":
         export_onnx(model, output, image_size=size)
-    elif output.suffix == ".pt2":
-        export_torch(model, output, image_size=size)
-    elif output.suffix in (".pt", ".pth"):
-        save_state_dict(model, output)
     else:
-        raise ExportError(f"{output}: the ending says the format; use .onnx, .pt2 or .pt")
-    return {"output": str(output), "image_size": size, "file_bytes": output.stat().st_size}
+        export_torch(model, output, image_size=size)
+    return {
+        "output": str(output),
+        "image_size": size,
+        "image_size_from": size_from,
+        "file_bytes": output.stat().st_size,
+    }
 
 
 def profile_checkpoint(
@@ -267,7 +300,8 @@ def profile_checkpoint(
 ) -> dict[str, Any]:
     """Params, MACs and channels by layer, and measured eager latency."""
     model, info = open_checkpoint(checkpoint, ema)
-    size = _image_size(model, info, image_size)
+    size, size_from = image_size_for(model, info, image_size, checkpoint)
+    say_image_size(size, size_from)
     latency = [
         measure_latency(model, batch_size=batch, image_size=size, repeats=repeats, max_seconds=60.0)
         for batch in batch_sizes
@@ -275,6 +309,7 @@ def profile_checkpoint(
     return {
         "checkpoint": str(checkpoint),
         "image_size": size,
+        "image_size_from": size_from,
         **dataclasses.asdict(count(model, size)),
         "latency": [dataclasses.asdict(x) for x in latency],
         "layers": [dataclasses.asdict(row) for row in count_per_layer(model, size)],
@@ -284,6 +319,8 @@ def profile_checkpoint(
 def show_file(file: Path, *, ema: bool = False) -> tuple[dict[str, Any], Table]:
     """The facts in a plan (.json) or a checkpoint, and its widths as a table."""
     if file.suffix == ".json":
+        if ema:
+            raise PruningError("--ema has no effect: a plan holds no weights; leave it out")
         plan = Plan.load(file)
         rows = [[r["name"], r["kind"], str(r["before"]), str(r["after"])] for r in plan.layers]
         facts: dict[str, Any] = {
@@ -296,7 +333,7 @@ def show_file(file: Path, *, ema: bool = False) -> tuple[dict[str, Any], Table]:
         return facts, (["unit group", "kind", "before", "after"], rows)
     model, info = open_checkpoint(file, ema)
     config = model.config
-    size = _image_size(model, info, None)
+    size, size_from = image_size_for(model, info, None, file)
     layers = [dataclasses.asdict(row) for row in count_per_layer(model, size)]
     facts = {
         "checkpoint": str(file),
@@ -304,6 +341,7 @@ def show_file(file: Path, *, ema: bool = False) -> tuple[dict[str, Any], Table]:
         "in_channels": config.in_channels,
         **_shape(model),
         "image_size": size,
+        "image_size_from": size_from,
         **dataclasses.asdict(count(model, size)),
         "info": info,
         "config": json.loads(config.to_json()),
@@ -324,11 +362,6 @@ def _shape(model: Net) -> dict[str, Any]:
     return {"stem": model.config.stem, "layers_per_block": blocks, "mfm": rivals}
 
 
-def _image_size(model: Net, info: Mapping[str, Any], given: int | None) -> int:
-    known = (info.get("data") or {}).get("image_size")
-    return given or known or default_image_size(model.config)
-
-
 def _recalibrate(
     model: Net, sets: Datasets, batches: int, info: Mapping[str, Any], seed: int
 ) -> None:
@@ -338,6 +371,14 @@ def _recalibrate(
     recalibrate_batch_norm_(model, loader, max_batches=batches)
 
 
-def _output(path: Path, ending: str) -> None:
+def _output(path: Path, ending: str, **read: Path | None) -> None:
     if path.suffix != ending:
         raise ExportError(f"{path}: a checkpoint is a {ending} file; name it {path.stem}{ending}")
+    _apart("--output", path, **read)
+
+
+def _apart(option: str, path: Path | None, **others: Path | None) -> None:
+    """Raise ExportError where a file that is to be written is one that is read or written too."""
+    for what, other in others.items():
+        if path is not None and other is not None and same_file(path, other):
+            raise ExportError(f"{option} {path} is {what} itself; name another file")

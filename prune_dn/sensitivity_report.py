@@ -10,6 +10,7 @@ from typing import Any
 
 from prune_dn.console import finite
 from prune_dn.files import atomic_path, write_text
+from prune_dn.intervals import percent
 from prune_dn.markdown import in_markdown, markdown_table
 
 # Metric: unit of its values, whether higher is better, and the drop that is borne unless given.
@@ -59,7 +60,7 @@ def render(facts: Facts) -> str:
         f"Each group of units is cut alone, its least important by `{facts['criterion']}` first, "
         "with real surgery and its exact consequences; nothing is fine-tuned. A drop is what that "
         f"costs in {facts['metric']} ({_drop_unit(facts)}) against the dense net's "
-        f"{_value(facts, facts['dense'])}, on {facts['n']:,} images of {facts['data']}, split "
+        f"{_dense(facts)}, on {facts['n']:,} images of {facts['data']}, split "
         f"{facts['split']}{one}. No test image was looked at.",
         markdown_table(*table(facts)),
         f"`bears`: the largest of these ratios whose drop is at most {facts['max_drop']:g}. It "
@@ -125,7 +126,7 @@ def summary(facts: Facts, out: Path) -> dict[str, str]:
     """What is printed below the table."""
     names, one = _names(facts), facts["one_image"]
     lines = {
-        "dense": f"{_value(facts, facts['dense'])} {facts['metric']}",
+        "dense": f"{_dense(facts)} {facts['metric']}",
         "images": f"{facts['n']:,}, split {facts['split']}",
         "groups that bear a ratio": f"{len(facts['ratios'])} of {len(names)}, at a drop of at most "
         f"{facts['max_drop']:g} {_drop_unit(facts)} each, alone",
@@ -160,5 +161,7 @@ def _drop(facts: Facts, drop: float) -> str:
     return f"{drop:.2f}" if facts["metric"] == "accuracy" else f"{drop:.3f}"
 
 
-def _value(facts: Facts, value: float) -> str:
-    return f"{value:.2f} %" if facts["metric"] == "accuracy" else f"{value:.4f} nats"
+def _dense(facts: Facts) -> str:
+    if facts["metric"] == "accuracy":
+        return percent(facts["dense"] / 100, facts["n"])
+    return f"{facts['dense']:.4f} nats"
