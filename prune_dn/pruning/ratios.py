@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import math
 import os
 from collections.abc import Iterable
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from prune_dn.errors import PruningError
+from prune_dn.files import parse_json, read_text
 from prune_dn.profiling import count
 from prune_dn.pruning.importance import Scores
 from prune_dn.pruning.parts import Mask
@@ -80,9 +81,10 @@ def read_ratios(ratios: Ratios, units: Units, kinds: tuple[str, ...]) -> list[Se
     for row in rows:
         if not isinstance(row, SensitivityRow):
             raise PruningError(
-                f"ratios holds {row!r}; give the rows of `sensitivity`, or the path of a "
+                f"ratios holds {row!r:.100}; give the rows of `sensitivity`, or the path of a "
                 "sensitivity.json"
             )
+        _check_row(where, row)
         group = groups.get(row.name)
         if group is None or (group.kind, group.size) != (row.kind, row.size):
             has = "none" if group is None else f"{group.size} {group.kind} units"
@@ -127,18 +129,36 @@ def measured_drops(
 
 def _from_file(path: Path) -> tuple[list[SensitivityRow], int]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(read_text(path))
         if data["format"] != FORMAT:
             raise ValueError(f"its format is not {FORMAT!r}")
         rows: list[dict[str, Any]] = data["rows"]
         for row in rows:  # a figure that was not finite is null in JSON
             row.update({key: math.nan for key, value in row.items() if value is None})
-        return [SensitivityRow(**row) for row in rows], int(data["params"])
+        if type(data["params"]) is not int:
+            raise ValueError("its params are no integer")
+        return [SensitivityRow(**row) for row in rows], data["params"]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise PruningError(
             f"cannot read ratios from {path}: {error}; give the sensitivity.json that "
             "`prune-dn sensitivity` wrote"
         ) from error
+
+
+def _check_row(where: str, row: SensitivityRow) -> None:
+    """Raise PruningError for figures that no measurement gives."""
+    kinds: dict[object, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float)}
+    for field in dataclasses.fields(row):
+        value = getattr(row, field.name)
+        huge = isinstance(value, int) and abs(value) >= 1 << 63
+        if huge or isinstance(value, bool) or not isinstance(value, kinds[field.type]):
+            wrong = f"{field.name} {value!r:.100}, which is no {field.type}"
+            break
+    else:
+        if 0 <= row.units_cut <= row.size:
+            return
+        wrong = f"units_cut {row.units_cut}, of {row.size} units"
+    raise PruningError(f"{where} has a row with {wrong}; run `prune-dn sensitivity` again")
 
 
 def _other_net(where: str, what: str) -> PruningError:

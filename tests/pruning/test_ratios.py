@@ -173,6 +173,42 @@ def test_another_net_is_refused(net, tmp_path) -> None:
         make_plan(longer, 0.1, ratios=path)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": ["a"]}, r"a row with name \['a'\], which is no str"),
+        ({"name": None}, "a row with name (None|nan), which is no str"),
+        ({"kind": {}}, "a row with kind {}, which is no str"),
+        ({"size": 8.0}, "a row with size 8.0, which is no int"),
+        ({"size": True}, "a row with size True, which is no int"),
+        ({"units_cut": "3"}, "a row with units_cut '3', which is no int"),
+        ({"units_cut": 10**400}, "a row with units_cut 10*, which is no int"),
+        ({"units_cut": 17}, "a row with units_cut 17, of 16 units"),
+        ({"units_cut": -1}, "a row with units_cut -1, of 16 units"),
+        ({"drop": [0.1]}, r"a row with drop \[0.1\], which is no float"),
+        ({"drop": 10**400}, "a row with drop 10*, which is no float"),
+    ],
+)  # fmt: skip
+def test_rows_of_another_shape(net, tmp_path, changes, message) -> None:
+    rows = measured(net, uneven, ("stream",))
+    rows[0] = dataclasses.replace(rows[0], **changes)
+    with pytest.raises(PruningError, match=f"ratios has {message}; run `prune-dn sensitivity`"):
+        make_plan(net, 0.1, ratios=rows, units=["stream"])
+    path = as_file(tmp_path / "s.json", net, rows)
+    with pytest.raises(PruningError, match=message):
+        make_plan(net, 0.1, ratios=path, units=["stream"])
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "null", '{"a":' * 50_000, "", "9" * 5000])
+def test_files_of_another_shape(net, tmp_path, text) -> None:
+    (tmp_path / "s.json").write_text(text)
+    with pytest.raises(PruningError, match=r"cannot read ratios from .*s.json: .*; give the"):
+        make_plan(net, 0.1, ratios=tmp_path / "s.json")
+    (tmp_path / "s.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(PruningError, match="cannot read ratios from"):
+        make_plan(net, 0.1, ratios=tmp_path / "s.json")
+
+
 def test_ratios_that_cannot_be_used(net, tmp_path) -> None:
     rows = measured(net, uneven, ("stream",))
     path = as_file(tmp_path / "s.json", net, rows)
