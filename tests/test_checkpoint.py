@@ -520,7 +520,7 @@ def test_small_files_that_ask_for_much_memory(tmp_path: Path) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in parts.items():
             archive.writestr(name, data)
-    fails(path, "would unpack to .* bytes, more than it has")
+    fails(path, "unpacks to more than it has: torch.save wrote no such file")
 
 
 def test_a_net_with_nan_is_not_saved(tmp_path: Path) -> None:

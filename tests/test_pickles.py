@@ -129,6 +129,27 @@ def test_every_truncation_is_noticed(tmp_path: Path, new: bool) -> None:
             read_pickle(path)
 
 
+def test_a_flipped_byte_in_a_tensor_is_noticed(tmp_path: Path) -> None:
+    """torch itself does not look at the checksums of the archive."""
+    path = tmp_path / "a.pt"
+    torch.save({"w": torch.arange(100.0)}, path)
+    data = path.read_bytes()
+    place = data.index(torch.arange(100.0).numpy().tobytes()) + 50
+    path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+    assert not torch.equal(torch.load(path, weights_only=True)["w"], torch.arange(100.0))
+    with pytest.raises(CheckpointError, match="is damaged or truncated: Bad CRC-32"):
+        read_pickle(path)
+
+
+def test_archives_without_checksums(tmp_path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"w": torch.ones(5)}, tmp_path / "a.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert torch.equal(read_pickle(tmp_path / "a.pt")["w"], torch.ones(5))
+
+
 def test_plain_pickles_of_python(tmp_path: Path) -> None:
     (tmp_path / "a.pkl").write_bytes(pickle.dumps({"w": [1.0]}, protocol=4))
     with pytest.raises(CheckpointError, match=r"a.pkl is damaged|holds more than"):

@@ -1,0 +1,209 @@
+"""A process that reads files which may be hostile, each in a child of its own with little time and memory.
+
+`python tests/hostile.py FOLDER` answers one line of JSON on stdout for each line `[reader, path]` on stdin: how
+reading ended, and what was said. `Sandbox` asks it. FOLDER holds the good files of `make_files`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import resource
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+SECONDS, BYTES = 2, 2 << 30
+RECIPE = """\
+model: {name: densenet, block_config: [2, 2], growth_rate: 4, bn_size: 2, stem: cifar}
+data: {name: digits, image_size: 8, limit: 64}
+train: {epochs: 1, batch_size: 16, learning_rate: 5e-2}
+prune:
+  pruning_ratio: 0.4
+  units: [stream, bottleneck]
+  protect: ['features.conv0']
+"""
+
+
+class Sandbox:
+    """The process, and the folder with the good files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    def read(self, reader: str, data: bytes, ending: str = "") -> tuple[str, str]:
+        """How it ended ("refused", "died", a digest of what was read), and what was said."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        path = self.folder / f"given{ending}"
+        path.write_bytes(data)
+        self.process.stdin.write(json.dumps([reader, str(path)]) + "\n")
+        self.process.stdin.flush()
+        outcome, said = json.loads(self.process.stdout.readline())
+        return outcome, said
+
+    def close(self) -> None:
+        self.process.communicate()
+
+
+def net() -> nn.Module:
+    from oracle import randomise_
+
+    from prune_dn.models import densenet
+
+    return randomise_(densenet([2, 1], 4, stem="cifar", num_classes=3, bn_size=2), 0).eval()
+
+
+def make_files(folder: Path) -> None:
+    """Good files of every kind that is read."""
+    import dataclasses
+
+    from prune_dn.checkpoint import save, save_state_dict
+    from prune_dn.models import DenseNet, light_cnn_9
+    from prune_dn.profiling import count
+    from prune_dn.pruning import make_plan
+    from prune_dn.pruning.ratios import FORMAT
+    from prune_dn.pruning.sensitivity import sensitivity
+
+    model = net()
+    assert isinstance(model, DenseNet)
+    info = {
+        "data": {"name": "digits", "image_size": 8, "mean": [0.5], "std": [0.2]},
+        "augment": "shift",
+    }
+    save(model, folder / "net.safetensors", info=info)
+    light = light_cnn_9(3, image_size=16, widths=(4, 4, 6, 6, 6), embedding=8)
+    save(light, folder / "light.safetensors")
+    save_state_dict(model, folder / "net.pt")
+    script = {"model": model.state_dict(), "epoch": 3, "args": argparse.Namespace(lr=0.1)}
+    torch.save(script, folder / "script.pt")
+    torch.save(model.state_dict(), folder / "legacy.pt", _use_new_zipfile_serialization=False)
+    make_plan(model, 0.3, criterion="l2", input_size=8).save(folder / "plan.json")
+    rows = sensitivity(model, lambda net: 0.5, ratios=[0.5], criterion="l2", input_size=8)
+    facts = {
+        "format": FORMAT,
+        "params": count(model).params,
+        "rows": [dataclasses.asdict(row) for row in rows],
+    }
+    (folder / "sensitivity.json").write_text(json.dumps(facts))
+    (folder / "recipe.yaml").write_text(RECIPE)
+
+
+# -- in the process ------------------------------------------------------------------------------
+
+
+def digest(model: nn.Module) -> str:
+    """Of everything that a net is."""
+    found = hashlib.sha256(model.config.to_json().encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        found.update(name.encode() + str(tensor.dtype).encode() + tensor.numpy().tobytes())
+    return found.hexdigest()
+
+
+def read_checkpoint(path: Path) -> str:
+    from prune_dn.opened import open_checkpoint
+
+    return digest(open_checkpoint(path)[0])
+
+
+def read_plan(path: Path) -> str:
+    from prune_dn.pruning import Plan, apply_plan
+
+    plan = Plan.load(path)
+    assert Plan.from_json(plan.to_json()) == plan and plan.layers
+    return digest(apply_plan(net(), plan))
+
+
+def read_recipe(path: Path) -> str:
+    from prune_dn.recipe import to_yaml
+    from prune_dn.recipe_file import load_recipe, parse_recipe
+
+    recipe = load_recipe(path)
+    assert parse_recipe(to_yaml(recipe), name=path.stem) == recipe
+    return "a recipe"
+
+
+def read_sensitivity(path: Path) -> str:
+    from prune_dn.pruning import make_plan
+
+    make_plan(net(), 0.1, criterion="l2", ratios=path, input_size=8)
+    return "ratios"
+
+
+READERS: dict[str, Callable[[Path], str]] = {
+    "checkpoint": read_checkpoint,
+    "plan": read_plan,
+    "recipe": read_recipe,
+    "sensitivity": read_sensitivity,
+}
+
+
+def answer(reader: str, path: str) -> tuple[str, str]:
+    """Read in a child with limits."""
+    ends = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(ends[0])
+            report(ends[1], limited(reader, Path(path)))
+        finally:
+            os._exit(0)
+    os.close(ends[1])
+    with os.fdopen(ends[0]) as pipe:
+        said = pipe.read()
+    _, status = os.waitpid(child, 0)
+    if not said:
+        return "died", f"wait status {status}, signal {os.WTERMSIG(status)}"
+    outcome, text = json.loads(said)
+    return outcome, text
+
+
+def report(pipe: int, found: tuple[str, str]) -> None:
+    with os.fdopen(pipe, "w") as file:
+        json.dump(found, file)
+
+
+def limited(reader: str, path: Path) -> tuple[str, str]:
+    from prune_dn.errors import PruneDNError
+
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + BYTES, used + BYTES))
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    try:
+        return READERS[reader](path), ""
+    except PruneDNError as error:
+        return "refused", f"{type(error).__name__}: {error}"
+    except BaseException:
+        return "died", traceback.format_exc()
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    answers = sys.stdout
+    sys.stdout = sys.stderr
+    for reader, name in (
+        ("checkpoint", "net.safetensors"),
+        ("plan", "plan.json"),
+        ("recipe", "recipe.yaml"),
+        ("sensitivity", "sensitivity.json"),
+    ):  # imports and first calls cost the children nothing
+        READERS[reader](Path(sys.argv[1]) / name)
+    for line in sys.stdin:
+        print(json.dumps(answer(*json.loads(line))), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
