@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import os
 import warnings
 from collections.abc import Callable
@@ -110,10 +111,12 @@ def export_torch(
                 )
                 for node in program.graph.nodes:
                     node.meta.pop("stack_trace", None)  # paths of this machine
-                torch.export.save(program, temporary)
-                loaded = torch.export.load(temporary).module()
+                whole = io.BytesIO()  # on a full disk torch's own writer ends the process
+                torch.export.save(program, whole)
             except Exception as error:
                 raise ExportError(f"torch.export could not export the model: {error}") from error
+            temporary.write_bytes(whole.getbuffer())
+            loaded = torch.export.load(temporary).module()
         worst = _verify(net, images, loaded, tolerance, "exported program")
         size = temporary.stat().st_size
     return ExportReport(Path(path), size, worst)

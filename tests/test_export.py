@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -233,3 +235,28 @@ def test_a_pruned_light_cnn_as_onnx_and_torch_export(tmp_path: Path, name: str) 
     with pytest.raises(ExportError, match=f"takes images of {size}x{size} pixels, not 8x8"):
         export_onnx(net, tmp_path / "b.onnx", image_size=8)
     assert not (tmp_path / "b.onnx").exists()
+
+
+FULL_DISK = """
+import resource, sys
+from prune_dn.errors import WriteError
+from prune_dn.export import export_onnx, export_torch
+from prune_dn.models import densenet
+resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))
+net = densenet([1], 4, stem="cifar", num_classes=3)
+for write, name in ((export_torch, "a.pt2"), (export_onnx, "a.onnx")):
+    try:
+        write(net, f"{sys.argv[1]}/{name}", image_size=8)
+    except WriteError as error:
+        print(error)
+"""
+
+
+def test_a_full_disk_is_an_error_like_others(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert [line.rpartition(": ")[2] for line in lines] == [
+        "File too large; nothing was changed"
+    ] * 2
+    assert list(tmp_path.iterdir()) == []
