@@ -13,7 +13,7 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
 test-nightly: $(VENV)/.installed
-	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/pruning/test_exactness.py tests/models
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/pruning/test_exactness.py tests/models tests/test_hostile_files.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
