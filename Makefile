@@ -1,16 +1,31 @@
 # `make demo`: the whole job on the embedded digits. `make test`: all tests. `make lint`: style and types.
+# `make -k test-portable`: what compares numbers, under other instruction sets, threads and without kernels.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_DIR ?= runs/quickstart
 
-.PHONY: demo test test-nightly lint format clean
+PORTABLE := portable-default portable-avx2 portable-onednn portable-1-thread portable-2-threads portable-plain
+PORTABLE_TESTS ?= tests prune_dn
+
+.PHONY: demo test test-portable $(PORTABLE) test-nightly lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/prune-dn run recipes/quickstart.yaml --output-dir $(DEMO_DIR) --overwrite
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+test-portable: $(PORTABLE)
+
+portable-default: export ATEN_CPU_CAPABILITY = default
+portable-avx2: export ATEN_CPU_CAPABILITY = avx2
+portable-onednn: export ONEDNN_MAX_CPU_ISA = AVX2
+portable-1-thread: export OMP_NUM_THREADS = 1
+portable-2-threads: export OMP_NUM_THREADS = 2
+portable-plain: export PRUNE_DN_KERNELS = 0
+$(PORTABLE): $(VENV)/.installed
+	$(BIN)/python -m pytest -p no:cacheprovider -m numbers $(PORTABLE_TESTS)
 
 test-nightly: $(VENV)/.installed
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/pruning/test_exactness.py tests/models tests/test_hostile_files.py

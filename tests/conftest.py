@@ -2,21 +2,50 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+
+from prune_dn.models import fused
 
 settings.register_profile("default", deadline=None, derandomize=True, max_examples=25)
 settings.register_profile("nightly", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
+torch.set_num_threads(THREADS)  # for fixtures of a module too
+COMPARES = re.compile(r"assert_close|approx\(|allclose|torch\.equal|import .*masked|check_contract")
+
+
 @pytest.fixture(autouse=True)
 def _deterministic() -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     torch.manual_seed(0)
+
+
+def pytest_report_header() -> str:
+    """What the numbers are made with: `make test-portable` goes through several."""
+    isa, kernels = torch.backends.cpu.get_cpu_capability(), fused.library() is not None
+    onednn = os.environ.get("ONEDNN_MAX_CPU_ISA", "as it finds")
+    return f"ATen {isa}, oneDNN {onednn}, {THREADS} threads, compiled kernels: {kernels}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark `numbers`: every test of a module that compares numbers, and every example of the docs."""
+    for item in items:
+        if isinstance(item, pytest.DoctestItem) or _compares(item.path):
+            item.add_marker(pytest.mark.numbers)
+
+
+@functools.cache
+def _compares(path: Path) -> bool:
+    return COMPARES.search(path.read_text()) is not None
 
 
 @pytest.fixture

@@ -89,7 +89,7 @@ def test_round_trip_in_a_fresh_process(tmp_path: Path, dtype: torch.dtype) -> No
     files = [str(tmp_path / name) for name in ("net.safetensors", "x.pt", "y.pt")]
     save(net, files[0])
     torch.save(images(dtype), files[1])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     subprocess.run([sys.executable, "-c", FRESH, *files], check=True, env=environment)
     found = torch.load(files[2], weights_only=True)
     assert found.dtype == dtype
@@ -626,7 +626,7 @@ def test_a_pruned_light_cnn_in_a_fresh_process(tmp_path: Path) -> None:
     save(small, files[0], info={"note": "half"})
     x = torch.randn(2, 1, 32, 32).double()
     torch.save(x, files[1])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     subprocess.run([sys.executable, "-c", FRESH, *files], check=True, env=environment)
     found = torch.load(files[2], weights_only=True)
     assert torch.equal(found, small(x).detach())

@@ -9,7 +9,6 @@ import platform
 import re
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -62,7 +61,6 @@ def tiny(folder: Path, *overrides: str) -> Recipe:
 
 
 def go(recipe: Recipe, **how: bool) -> pipeline.RunResult:
-    torch.set_num_threads(1)
     return pipeline.run(recipe, progress=False, **how)
 
 
@@ -458,7 +456,7 @@ def test_two_processes_leave_one_run(tmp_path: Path) -> None:
 def test_time_is_recorded(finished: pipeline.RunResult) -> None:
     done = finished.metrics["phases"]
     assert list(done) == ["train", "prune-1", "finetune-1", "export", "latency"]
-    assert all(0 <= phase["seconds"] < time.monotonic() for phase in done.values())
+    assert all(phase["seconds"] >= 0 for phase in done.values())
 
 
 LIGHT = """\

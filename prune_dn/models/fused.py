@@ -1,10 +1,14 @@
-"""The compiled kernels of fused.c, where they were built: one pass instead of several."""
+"""The compiled kernels of fused.c, where they were built: one pass instead of several.
+
+With PRUNE_DN_KERNELS=0 in the environment they are not used.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import importlib.util
+import os
 from ctypes import c_int, c_int64, c_void_p
 from typing import Any
 
@@ -31,7 +35,9 @@ _ARGUMENTS = {
 
 @functools.cache
 def library() -> Any:
-    """The kernels, or None where there was no C compiler when prune_dn was installed."""
+    """The kernels, or None where there was no C compiler when prune_dn was installed, or by request."""
+    if os.environ.get("PRUNE_DN_KERNELS") == "0":
+        return None
     found = importlib.util.find_spec("prune_dn.models._fused")
     if found is None or found.origin is None:
         return None

@@ -312,7 +312,7 @@ import gc, os, sys, warnings
 from pathlib import Path
 warnings.simplefilter("error")
 import torch
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 from prune_dn.data import load_datasets
 from prune_dn.models import densenet
 from prune_dn.training import FitConfig, evaluate, fit
