@@ -1,5 +1,5 @@
 # `make demo`: the whole job on the embedded digits. `make test`: all tests. `make lint`: style and types.
-# `make -k test-portable`: what compares numbers, under other instruction sets, threads and without kernels.
+# `make test-portable`: what compares numbers, under other instruction sets, threads and without kernels.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -16,7 +16,8 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
-test-portable: $(PORTABLE)
+test-portable:
+	$(MAKE) --keep-going $(PORTABLE)
 
 portable-default: export ATEN_CPU_CAPABILITY = default
 portable-avx2: export ATEN_CPU_CAPABILITY = avx2
