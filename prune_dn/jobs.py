@@ -34,7 +34,7 @@ from prune_dn.pruning import (
 from prune_dn.pruning.compensate import check_compensation
 from prune_dn.pruning.importance import reads_images
 from prune_dn.pruning.latency_model import requested_model
-from prune_dn.pruning.plan import check_request
+from prune_dn.pruning.request import Request
 from prune_dn.pruning.siblings import contests
 from prune_dn.pruning.units import Units
 from prune_dn.recipe import Recipe
@@ -68,8 +68,7 @@ def prune_checkpoint(
     read = {"the checkpoint": checkpoint, "the file of --ratios": arguments.get("ratios")}
     _output(output, ".safetensors", **read)
     _apart("--plan-out", plan_out, **read, **{"--output": output})
-    names = ("unit", "criterion", "scope", "units", "min_channels", "round_to")
-    check_request(ratio, *(arguments[name] for name in names))
+    Request(ratio, **{key: value for key, value in arguments.items() if key != "ratios"})
     model, info = open_checkpoint(checkpoint, ema)
     size, size_from = image_size_for(model, info, data.image_size, checkpoint)
     check_compensation(compensate, True)

@@ -7,6 +7,7 @@ import inspect
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -149,7 +150,7 @@ def example_image(model: nn.Module, image_size: ImageSize | None) -> Tensor:
             "224 or (height, width)"
         )
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(1, in_channels(model), *_pair(image_size), generator=generator)
+    return torch.randn(1, in_channels(model), *sides(image_size), generator=generator)
 
 
 def in_channels(model: nn.Module) -> int:
@@ -249,14 +250,17 @@ def block_pixels(config: DenseNetConfig, image_size: ImageSize | None) -> list[i
 
 
 def _sides(config: DenseNetConfig, image_size: ImageSize | None) -> tuple[int, int]:
-    return _pair(default_image_size(config) if image_size is None else image_size)
+    return sides(default_image_size(config) if image_size is None else image_size)
 
 
-def _pair(image_size: ImageSize) -> tuple[int, int]:
-    sides = tuple(image_size) if isinstance(image_size, tuple | list) else (image_size, image_size)
-    if len(sides) != 2 or any(not isinstance(s, int) or s < 1 for s in sides):
+def sides(image_size: ImageSize) -> tuple[int, int]:
+    """Height and width in pixels. Raises ConfigError for anything but one integer or two."""
+    given = tuple(image_size) if isinstance(image_size, tuple | list) else (image_size, image_size)
+    if len(given) != 2 or any(
+        isinstance(s, bool) or not isinstance(s, Integral) or s < 1 for s in given
+    ):
         raise ConfigError(f"image_size is {image_size!r}; give pixels, or (height, width)")
-    return sides
+    return int(given[0]), int(given[1])
 
 
 def _conv(name: str, inputs: int, outputs: int, kernel: int, pixels: int) -> LayerCost:

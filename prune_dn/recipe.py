@@ -24,7 +24,7 @@ from prune_dn.images import RESIZES
 from prune_dn.models import BUILDERS, LIGHT_CNNS, Net
 from prune_dn.pruning import CRITERIA
 from prune_dn.pruning.importance import reads_images
-from prune_dn.pruning.plan import check_ratios
+from prune_dn.pruning.request import check_ratios
 from prune_dn.sources import DATASETS
 from prune_dn.training import FitConfig
 from prune_dn.training.config import Pixels, Share, Strict

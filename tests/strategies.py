@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 from hypothesis import strategies as st
 
 from prune_dn.models import DenseNetConfig, LayerConfig, TransitionConfig
@@ -88,3 +91,46 @@ def pruned_configs(draw: st.DrawFn, *, edges: bool = True, mfm: bool = True) -> 
         drop_rate=draw(st.sampled_from([0.0, 0.2])),
         norm_eps=draw(st.sampled_from([1e-5, 1e-3])),
     )
+
+
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 40),
+    st.sampled_from([2**31, 2**63, 10**18, -(10**30)]),
+    st.floats(),
+    st.text(max_size=3),
+    st.sampled_from(["2/1", "3/2", "macs", "denselayer1", "imagenet"]),
+    st.lists(st.integers(-1, 12), max_size=6),
+    st.dictionaries(st.text(max_size=3), st.integers(0, 9), max_size=2),
+)
+
+
+@st.composite
+def edited(draw: st.DrawFn, document: Any) -> Any:
+    """A copy of a JSON document with one thing changed, at any depth: a value, a key or an order."""
+    found = copy.deepcopy(document)
+    place, steps = found, draw(st.integers(1, 8))
+    for step in range(steps):
+        keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+        key = draw(st.sampled_from(keys))
+        inner = place[key]
+        if step == steps - 1 or not isinstance(inner, dict | list) or not inner:
+            break
+        place = inner
+    near = [inner + 1, inner - 1, float(inner)] if type(inner) is int else [inner]
+    how = draw(st.sampled_from(["value", "near", "remove", "swap", "repeat", "add"]))
+    if how == "remove":
+        del place[key]
+    elif how == "swap":
+        other = draw(st.sampled_from(keys))
+        place[key], place[other] = place[other], place[key]
+    elif how == "repeat" and isinstance(place, list):
+        place.insert(draw(st.integers(0, len(place))), copy.deepcopy(inner))
+    elif how == "add" and isinstance(place, list):
+        place.append(draw(VALUES))
+    elif how == "add":
+        place[draw(st.text(max_size=3))] = draw(VALUES)
+    else:
+        place[key] = draw(st.sampled_from(near) if how == "near" else VALUES)
+    return found

@@ -31,7 +31,6 @@ from prune_dn.pruning.coupled import (
     Group,
     Keep,
     Layer,
-    Norm,
     cut,
     find_groups,
     is_exact,
@@ -39,8 +38,8 @@ from prune_dn.pruning.coupled import (
 from prune_dn.pruning.coupled_importance import importance, scaled
 from prune_dn.pruning.importance import CRITERIA, calibration_for
 from prune_dn.pruning.light_cnn import light_cnn_groups, light_cnn_scores, losers, sibling_groups
-from prune_dn.pruning.plan import check_request, names_in
 from prune_dn.pruning.protect import matching
+from prune_dn.pruning.request import Request, names_in, usual_criterion
 from prune_dn.sound import check_filled, check_sound
 
 
@@ -85,9 +84,18 @@ def prune_cnn(
     >>> small.layer1[0].conv1
     Conv2d(48, 48, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), bias=False)
     """
-    patterns = names_in(protect, "protect")
     criterion = usual_criterion(model) if criterion is None else criterion
-    check_request(pruning_ratio, unit, criterion, scope, ("stream",), min_channels, round_to)
+    asked = Request(
+        pruning_ratio,
+        unit=unit,
+        criterion=criterion,
+        scope=scope,
+        protect=names_in(protect, "protect"),
+        min_channels=min_channels,
+        round_to=round_to,
+        input_size=input_size,
+        seed=seed,
+    )
     _check_model(model)
     check_sound(model)
     if isinstance(model, LightCNN):
@@ -106,12 +114,12 @@ def prune_cnn(
     image, uses = example_image(model, input_size), weight_uses(model, input_size)
     branches = has_branches(model, image)
     groups = _groups(model, image, siblings, branches)
-    free = _unprotected(model, groups, patterns)
+    free = _unprotected(model, groups, asked.protect)
     if branches:
         free = _judged(free, uses)
     if criterion == "bn_scale":
         free = scaled(model, free)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(asked.seed)
     if isinstance(model, LightCNN):
         scores = light_cnn_scores(model, free, criterion, batches, generator, siblings)
     else:
@@ -122,7 +130,7 @@ def prune_cnn(
             f"criterion {criterion!r} judges only what competes, and no filters of this "
             f"{type(model).__name__} that may go do; choose another criterion"
         )
-    ladder = _ladder(free, scores, may_go, scope, min_channels, round_to)
+    ladder = _ladder(free, scores, may_go, scope, asked.min_channels, asked.round_to)
     shapes = copy.deepcopy(model).to("meta")
 
     def remains(prefix: int) -> int:
@@ -131,7 +139,7 @@ def prune_cnn(
 
     most = sum(int(m.sum()) // g.blocks for g, m in zip(free, may_go, strict=True))
     whole, least = remains(0), remains(most)
-    if least > (target := (1 - pruning_ratio) * whole):
+    if least > (target := (1 - asked.pruning_ratio) * whole):
         amounts = (whole, target, least)
         raise unreachable(unit, amounts, min_channels, round_to, "and the channels that must stay")
     keep = ladder(bisect_left(range(most), True, key=lambda count: remains(count) <= target))
@@ -139,12 +147,6 @@ def prune_cnn(
     small = cut(model, groups, keep)
     check_filled(small)
     return small
-
-
-def usual_criterion(model: nn.Module) -> str:
-    """`bn_scale` where norms have scales, else `l2`."""
-    scaled = any(getattr(m, "affine", False) for m in model.modules() if isinstance(m, Norm))
-    return "bn_scale" if scaled else "l2"
 
 
 def _groups(model: nn.Module, image: Tensor, siblings: bool, branches: bool) -> list[Group]:

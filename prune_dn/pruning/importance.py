@@ -183,9 +183,20 @@ def mfm_win_rate(reading: Reading) -> Tensor:
     return reading.statistics.margins
 
 
-def reads_images(criterion: str) -> bool:
-    """Whether the criterion needs calibration images; False for a name that is unknown."""
-    return criterion in CRITERIA and CRITERIA[criterion].need is not None
+def reads_images(criterion: str | None) -> bool:
+    """Whether the criterion needs calibration images; False for None, and a name that is unknown."""
+    return _need(criterion) is not None
+
+
+def follows_loss(criterion: str | None) -> bool:
+    """Whether the criterion depends on what the outputs mean; False as for `reads_images`."""
+    return _need(criterion) in ("gradients", "gram")
+
+
+def _need(criterion: object) -> Need | None:
+    return (
+        CRITERIA[criterion].need if isinstance(criterion, str) and criterion in CRITERIA else None
+    )
 
 
 def readers(units: Units) -> Iterator[Reader]:
@@ -314,11 +325,6 @@ def observe(
     if calibration is None:
         raise needs_images(criterion)
     return dict(collect(model, layers, calibration, need, owners=owners, seed=seed))
-
-
-def follows_loss(criterion: str) -> bool:
-    """Whether the criterion depends on what the outputs mean; False for a name that is unknown."""
-    return criterion in CRITERIA and CRITERIA[criterion].need in ("gradients", "gram")
 
 
 def calibration_for(

@@ -3,41 +3,49 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import nn
 
-from prune_dn.errors import PruningError
-from prune_dn.files import write_text
+from prune_dn.errors import PruneDNError, PruningError
+from prune_dn.files import parse_json, write_text
 from prune_dn.losses import LossFunction, loss_name
 from prune_dn.models import DenseNet, DenseNetConfig
 from prune_dn.models.convert import convert
-from prune_dn.profiling import ImageSize, count, default_image_size
+from prune_dn.profiling import ImageSize, count, default_image_size, sides
 from prune_dn.pruning import budget as budgets
 from prune_dn.pruning.importance import CRITERIA, calibration_for, importance
+from prune_dn.pruning.kept import Kept, consistent, indices_of
 from prune_dn.pruning.latency_model import (
     LATENCY,
     LatencyModel,
     fit_latency_model,
     meet_latency,
 )
-from prune_dn.pruning.parts import KINDS, Group, Mask
+from prune_dn.pruning.parts import Mask
 from prune_dn.pruning.protect import protected_units
 from prune_dn.pruning.rates import COUNTED
 from prune_dn.pruning.ratios import Ratios, measured_drops, read_ratios
+from prune_dn.pruning.request import (
+    USUAL_UNITS,
+    Request,
+    check_ratios,
+    check_rounding,
+    names_in,
+    units_in,
+    usual_criterion,
+)
 from prune_dn.pruning.siblings import keep_to_competing
-from prune_dn.pruning.units import Units, kept_channels
+from prune_dn.pruning.units import Units
 from prune_dn.sound import check_sound
 
 FORMAT = "prune_dn.plan/1"
-SCOPES = ("global", "local")
 
 
 @dataclass(frozen=True)
@@ -47,15 +55,25 @@ class Plan:
     `keep_indices` maps each module that loses channels to those that stay, in their new order: a
     conv's filters, a reader's norm's channels, or what an MFM or a competing reader lets compete
     (present numbering; empty = the whole layer goes). `requested` holds
-    the arguments, `achieved` what they gave, `protected` why units could not be cut.
+    the arguments, `achieved` what they gave, `protected` why units could not be cut, all as JSON
+    would hold them: lists, no tuples.
+
+    Raises PruningError for parts that do not belong together.
     """
 
     config_before: DenseNetConfig
     config_after: DenseNetConfig
-    keep_indices: dict[str, tuple[int, ...]]
+    keep_indices: Kept
     requested: dict[str, Any]
     achieved: dict[str, Any]
     protected: dict[str, str]
+
+    def __post_init__(self) -> None:
+        checked = consistent(self.config_before, self.config_after, self.keep_indices)
+        object.__setattr__(self, "keep_indices", checked)
+        for name in ("requested", "achieved", "protected"):
+            object.__setattr__(self, name, _as_json(name, getattr(self, name)))
+        _check_records(self.achieved, self.protected)
 
     @property
     def layers(self) -> list[dict[str, Any]]:
@@ -74,7 +92,7 @@ class Plan:
         return rows
 
     def to_json(self) -> str:
-        """The plan as indented JSON; `from_json` gives back an equal plan."""
+        """The plan as indented JSON, with a digest of the rest; `from_json` gives back an equal plan."""
         data = {
             "format": FORMAT,
             "requested": self.requested,
@@ -84,20 +102,34 @@ class Plan:
             "config_before": json.loads(self.config_before.to_json()),
             "config_after": json.loads(self.config_after.to_json()),
         }
-        return json.dumps(data, indent=1)
+        return json.dumps({**data, "digest": _digest(data)}, indent=1)
 
     @staticmethod
     def from_json(text: str) -> Plan:
-        """Read what `to_json` wrote. Raises PruningError for anything else."""
+        """Read what `to_json` wrote. Raises PruningError for anything else, and where it was changed.
+
+        A plan that was written by hand, or edited, has no `digest`: its parts must belong together.
+        """
         try:
-            data = json.loads(text)
-            if data.pop("format") != FORMAT:
+            data = parse_json(text)
+            if not isinstance(data, dict) or data.get("format") != FORMAT:
                 raise ValueError(f"its format is not {FORMAT!r}")
+            digest = data.pop("digest", None)
+            if digest is not None and digest != _digest(data):
+                raise ValueError(
+                    "it is not what was written: its digest differs (leave out 'digest' where you "
+                    "edited it yourself)"
+                )
+            del data["format"]
+            wrong = sorted(data.keys() ^ {field.name for field in dataclasses.fields(Plan)})
+            if wrong:
+                raise ValueError(
+                    f"it has {'no' if wrong[0] not in data else 'an unknown'} {wrong[0]!r}"
+                )
             for side in ("config_before", "config_after"):
                 data[side] = DenseNetConfig.from_json(json.dumps(data[side]))
-            data["keep_indices"] = {k: tuple(v) for k, v in data["keep_indices"].items()}
             return Plan(**data)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, PruneDNError) as error:
             raise PruningError(f"not a plan of prune_dn: {error}") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -118,10 +150,10 @@ def make_plan(
     pruning_ratio: float,
     *,
     unit: str = "channels",
-    criterion: str = "bn_scale",
+    criterion: str | None = None,
     scope: str = "global",
     ratios: Ratios | None = None,
-    units: Iterable[str] = ("stream", "bottleneck"),
+    units: Iterable[str] = USUAL_UNITS,
     protect: Iterable[str] = (),
     min_channels: int = 1,
     round_to: int = 1,
@@ -174,58 +206,61 @@ def make_plan(
     """
     check_sound(model)
     net = convert(model, share=True)
-    kinds, patterns = names_in(units, "units"), names_in(protect, "protect")
-    check_request(pruning_ratio, unit, criterion, scope, kinds, min_channels, round_to)
-    check_ratios(ratios, scope, kinds)
+    asked = Request(
+        pruning_ratio,
+        unit=unit,
+        criterion=usual_criterion(net) if criterion is None else criterion,
+        scope=scope,
+        units=units_in(units),
+        protect=names_in(protect, "protect"),
+        min_channels=min_channels,
+        round_to=round_to,
+        input_size=default_image_size(net.config) if input_size is None else input_size,
+        seed=seed,
+    )
+    criterion, size = asked.criterion, asked.input_size
+    assert criterion is not None and size is not None
+    check_ratios(ratios, scope, asked.units)
     batches = calibration_for(calibration, criterion, loss)
     table = Units(net.config)
-    rows = None if ratios is None else read_ratios(ratios, table, kinds)
-    _check_rounding(table, kinds, round_to)
-    kept_back, protected = protected_units(table, patterns)
+    rows = None if ratios is None else read_ratios(ratios, table, asked.units)
+    check_rounding(table, asked.units, asked.round_to)
+    kept_back, protected = protected_units(table, asked.protect)
     may_go = ~kept_back
     for group in table.groups:
-        if group.kind not in kinds:
+        if group.kind not in asked.units:
             may_go[group.units] = False
     if CRITERIA[criterion].need == "wins":
-        may_go, why = keep_to_competing(table, may_go, kinds, criterion)
+        may_go, why = keep_to_competing(table, may_go, asked.units, criterion)
         protected = {**why, **protected}
-    size = default_image_size(net.config) if input_size is None else input_size
-    latency = _latency_model(latency_model, net, unit, size, seed)
+    latency = _latency_model(latency_model, net, unit, size, asked.seed)
     whole = net.config if baseline is None else baseline
+    if not isinstance(whole, DenseNetConfig):
+        raise PruningError(f"baseline is a {type(whole).__name__}; give the config of a DenseNet")
     measure = _measure(unit, size, latency)
-    target = (1.0 - pruning_ratio) * measure(whole)
+    target = (1.0 - asked.pruning_ratio) * measure(whole)
     if measure(net.config) <= target:
         raise PruningError(
             f"pruning_ratio={pruning_ratio} of {unit} is reached already: the net has "
             f"{round(measure(net.config), 3):,} of {round(measure(whole), 3):,}; nothing would be cut"
         )
-    scores = importance(net, table, criterion, calibration=batches, seed=seed)
+    scores = importance(net, table, criterion, calibration=batches, seed=asked.seed)
     ranks = budgets.quantiles(table, scores) if scope == "local" else None
     if rows is not None:
         ranks = measured_drops(table, scores, may_go, rows)
     rates = COUNTED[unit] if latency is None else latency.rates
-    budget = budgets.Budget(
-        target, unit, rates, ranks, min_channels, round_to, size, "layer" in kinds
-    )
+    least, multiple, layers = asked.min_channels, asked.round_to, "layer" in asked.units
+    budget = budgets.Budget(target, unit, rates, ranks, least, multiple, size, layers)
     times: dict[str, float] = {}
     if latency is None:
         keep = budgets.choose(table, scores, may_go, budget)
     else:
         keep, times = meet_latency(table, scores, may_go, budget, latency, whole)
-    requested = {
-        "pruning_ratio": pruning_ratio,
-        "unit": unit,
-        "criterion": criterion,
-        "scope": scope,
-        "units": list(kinds),
-        "protect": list(patterns),
-        "min_channels": min_channels,
-        "round_to": round_to,
-        "input_size": size,
-        "seed": seed,
+    told = {
         "calibration_images": None if batches is None else len(batches),
         "loss": loss_name(loss),
     }
+    requested = {**dataclasses.asdict(asked), **told}
     if ratios is not None:
         is_path = isinstance(ratios, str | os.PathLike)
         requested["ratios"] = str(ratios) if is_path else "rows of sensitivity"
@@ -256,7 +291,7 @@ def _latency_model(
     if given is None:
         return fit_latency_model(net, image_size=size, seed=seed)
     found = given if isinstance(given, LatencyModel) else given()
-    if found.image_size != size:
+    if sides(found.image_size) != sides(size):
         raise PruningError(
             f"latency_model was fitted on images of {found.image_size} pixels, and input_size is "
             f"{size}; fit it with image_size={size}"
@@ -284,94 +319,44 @@ def plan_of(
     return Plan(
         table.config,
         table.after(keep),
-        dict(_keep_indices(table, keep)),
+        indices_of(table, keep),
         requested or {},
         achieved or {},
         protected or {},
     )
 
 
-def names_in(values: Iterable[str], argument: str) -> tuple[str, ...]:
-    if isinstance(values, str):
-        raise PruningError(f"{argument}={values!r} is one string; give a list, [{values!r}]")
-    return tuple(values)
+def _digest(data: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
-def check_request(
-    ratio: Any, unit: str, criterion: str, scope: str, kinds: tuple[str, ...], least: Any, step: Any
-) -> None:
-    """Raise PruningError for a ratio outside (0, 1), an unknown choice, or a size below 1."""
-    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or math.isnan(ratio):
-        raise PruningError(f"pruning_ratio is {ratio!r}; it must be a number in (0, 1)")
-    if ratio == 0:
-        raise PruningError("pruning_ratio is 0: nothing would be cut; give the share to remove")
-    if not 0 < ratio < 1:
-        hint = f"; did you mean {ratio / 100}?" if 1 < ratio < 100 else ""
-        raise PruningError(f"pruning_ratio is {ratio!r}; it must lie in (0, 1){hint}")
-    choices: list[tuple[str, str, Iterable[str]]] = [
-        ("unit", unit, (*COUNTED, LATENCY)),
-        ("scope", scope, SCOPES),
-    ]
-    for name, value, allowed in choices:
-        _check_choice(name, value, allowed)
-    check_what(criterion, kinds, (*KINDS, "layer"))
-    if "layer" in kinds and ("stream" not in kinds or scope != "global"):
-        raise PruningError("units 'layer' needs 'stream' among the units, and scope 'global'")
-    for name, value in (("min_channels", least), ("round_to", step)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise PruningError(f"{name} is {value!r}; it must be an integer of at least 1")
-
-
-def check_ratios(ratios: Ratios | None, scope: str, kinds: tuple[str, ...]) -> None:
-    """Raise PruningError for what has no effect beside `ratios`, or was not measured by them."""
-    if ratios is not None and scope != "global":
-        raise PruningError(
-            f"scope={scope!r} has no effect with ratios: these say how much of each module goes; "
-            "leave one of the two out"
-        )
-    if ratios is not None and "layer" in kinds:
-        raise PruningError(
-            "units 'layer' and ratios do not go together: whole layers go by their price; leave one "
-            "of the two out"
-        )
-
-
-def check_what(criterion: str, kinds: tuple[str, ...], allowed: tuple[str, ...] = KINDS) -> None:
-    """Raise PruningError for an unknown criterion, an unknown kind of unit, or no kinds."""
-    _check_choice("criterion", criterion, sorted(CRITERIA))
-    for kind in kinds:
-        _check_choice("units", kind, allowed)
-    if not kinds:
-        raise PruningError(f"units is empty: nothing may be cut; choose from {', '.join(allowed)}")
-
-
-def groups_of(table: Units, kinds: tuple[str, ...]) -> list[Group]:
-    """The groups of these kinds. Raises PruningError when there are none."""
-    found = [group for group in table.groups if group.kind in kinds]
-    if not found:
-        raise PruningError(
-            f"units={list(kinds)}: this net has none of them (a basic layer has no bottleneck, and "
-            "siblings are those of an MFM 2/1)"
-        )
+def _as_json(name: str, record: Any) -> dict[str, Any]:
+    """A record of a plan as it comes back from its file."""
+    try:
+        found = json.loads(json.dumps(record))
+    except (TypeError, ValueError) as error:
+        raise PruningError(f"{name} of a plan must fit into JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise PruningError(f"{name} of a plan is {record!r}; it must be a mapping")
     return found
 
 
-def _check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
-    if value not in allowed:
-        raise PruningError(f"{name} {value!r} is unknown; choose from {', '.join(allowed)}")
-
-
-def _check_rounding(table: Units, kinds: tuple[str, ...], round_to: int) -> None:
-    widest = max(group.size for group in groups_of(table, kinds))
-    if round_to > widest:
-        raise PruningError(
-            f"round_to={round_to} is larger than every width that may be cut (the widest is "
-            f"{widest}): nothing could go; choose a smaller multiple"
-        )
-
-
-def _keep_indices(table: Units, keep: Mask) -> Iterator[tuple[str, tuple[int, ...]]]:
-    for part in table.parts():
-        for group, kept in kept_channels(part, keep):
-            if not np.array_equal(kept, np.arange(group.channels)):
-                yield group.name, tuple(kept.tolist())
+def _check_records(achieved: Mapping[str, Any], protected: Mapping[str, Any]) -> None:
+    """Raise PruningError for figures and reasons that nobody could read."""
+    for name, why in protected.items():
+        if not isinstance(why, str):
+            raise PruningError(f"protected[{name!r}] of a plan is {why!r}; it must be a text")
+    if not achieved:  # chosen by hand
+        return
+    unit = achieved.get("unit")
+    if unit not in (*COUNTED, LATENCY):
+        raise PruningError(f"achieved['unit'] of a plan is {unit!r}; it must be what was counted")
+    figures = {"ratio": achieved.get("ratio")}
+    for when in ("baseline", "before", "after"):
+        counted = achieved.get(when)
+        if not isinstance(counted, dict):
+            raise PruningError(f"achieved[{when!r}] of a plan is {counted!r}; it must be a mapping")
+        figures |= {f"{when}.{key}": counted.get(key) for key in {**counted, **COUNTED, unit: 0}}
+    for name, value in figures.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise PruningError(f"achieved {name} of a plan is {value!r}; it must be a number")

@@ -18,15 +18,18 @@ from prune_dn.models.convert import convert
 from prune_dn.profiling import Cost, ImageSize, count
 from prune_dn.pruning import budget as budgets
 from prune_dn.pruning.importance import CRITERIA, Scores, calibration_for, importance
-from prune_dn.pruning.parts import Group, Mask, Positions
-from prune_dn.pruning.plan import (
-    check_what,
-    groups_of,
-    names_in,
-    plan_of,
-)
+from prune_dn.pruning.parts import KINDS, Group, Mask, Positions
+from prune_dn.pruning.plan import plan_of
 from prune_dn.pruning.protect import protected_units
 from prune_dn.pruning.ratios import SensitivityRow
+from prune_dn.pruning.request import (
+    USUAL_UNITS,
+    check_criterion,
+    check_seed,
+    groups_of,
+    names_in,
+    units_in,
+)
 from prune_dn.pruning.siblings import keep_to_competing
 from prune_dn.pruning.surgery import apply_plan
 from prune_dn.pruning.units import Units
@@ -48,7 +51,7 @@ def sensitivity(
     *,
     ratios: Sequence[float] = (0.25, 0.5, 0.75),
     criterion: str = "l2",
-    units: Iterable[str] = ("stream", "bottleneck"),
+    units: Iterable[str] = USUAL_UNITS,
     protect: Iterable[str] = (),
     calibration: Iterable[object] | None = None,
     loss: str | LossFunction | None = None,
@@ -82,8 +85,9 @@ def sensitivity(
     """
     check_sound(model)
     net = convert(model, share=True)
-    wanted, kinds = _ratios(ratios), names_in(units, "units")
-    check_what(criterion, kinds)
+    wanted, kinds = _ratios(ratios), units_in(units, KINDS)
+    check_criterion(criterion)
+    seed = check_seed(seed)
     batches = calibration_for(calibration, criterion, loss)
     table = Units(net.config)
     kept_back, _ = protected_units(table, names_in(protect, "protect"))

@@ -12,7 +12,8 @@ from prune_dn.losses import LossFunction
 from prune_dn.models.convert import convert
 from prune_dn.pruning.budget import losers
 from prune_dn.pruning.importance import calibration_for, importance
-from prune_dn.pruning.plan import Plan, check_what, plan_of
+from prune_dn.pruning.plan import Plan, plan_of
+from prune_dn.pruning.request import check_criterion, check_seed
 from prune_dn.pruning.siblings import contests
 from prune_dn.pruning.units import Units
 from prune_dn.sound import check_sound
@@ -47,7 +48,8 @@ def settling_plan(
     """
     check_sound(model)
     net = convert(model)
-    check_what(criterion, ("sibling",))
+    check_criterion(criterion)
+    seed = check_seed(seed)
     table = Units(net.config)
     found = list(contests(table))
     endless = [contest.name for contest in found if contest.group is None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 
 import torch
@@ -17,11 +18,11 @@ from prune_dn.pruning.compensate import check_compensation, compensate_plan
 from prune_dn.pruning.generic import prune_cnn
 from prune_dn.pruning.importance import follows_loss, reads_images
 from prune_dn.pruning.latency_model import LATENCY, LatencyModel
-from prune_dn.pruning.plan import Plan, make_plan, names_in
+from prune_dn.pruning.plan import Plan, make_plan
 from prune_dn.pruning.ratios import Ratios
+from prune_dn.pruning.request import USUAL_UNITS, units_in
 from prune_dn.sound import check_filled, check_sound
 
-_UNITS = ("stream", "bottleneck")
 _SIBLINGS = ("sibling",)
 
 
@@ -34,7 +35,7 @@ def prune(
     criterion: str | None = None,
     scope: str = "global",
     ratios: Ratios | None = None,
-    units: Iterable[str] = _UNITS,
+    units: Iterable[str] = USUAL_UNITS,
     compensate: str = "none",
     calibration: Iterable[object] | None = None,
     loss: str | LossFunction | None = None,
@@ -67,14 +68,15 @@ def prune(
     """
     check_not_wrapped(model)
     if isinstance(model, nn.Module) and not is_densenet(model):
-        _check_cnn_options(model, names_in(units, "units"), ratios, compensate, unit, latency_model)
+        kinds = units_in(units)
+        _check_cnn_options(model, kinds, ratios, compensate, unit, latency_model)
         return prune_cnn(
             model,
             pruning_ratio,
             unit=unit,
             criterion=criterion,
             scope=scope,
-            siblings=names_in(units, "units") == _SIBLINGS,
+            siblings=kinds == _SIBLINGS,
             calibration=calibration,
             loss=loss,
             protect=protect,
@@ -84,7 +86,7 @@ def prune(
             seed=seed,
         )
     check_compensation(compensate, calibration is not None)
-    net, criterion = convert(model, share=True), "bn_scale" if criterion is None else criterion
+    net = convert(model, share=True)
     batches = None if calibration is None else list(calibration)
     alone = compensate == "none"
     plan = make_plan(
@@ -120,7 +122,7 @@ def _check_cnn_options(
 ) -> None:
     kind = type(model).__name__
     light = isinstance(model, LightCNN)
-    if units not in ((_UNITS, _SIBLINGS) if light else (_UNITS,)):
+    if units not in ((USUAL_UNITS, _SIBLINGS) if light else (USUAL_UNITS,)):
         other = ", or give ['sibling'] to cut single filters of MFM units" if light else ""
         raise PruningError(
             f"units={list(units)} is for DenseNets; leave it out for a {kind}{other}"
@@ -146,7 +148,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> DenseNet:
     Each module that remains keeps its name, its training flag, and its tensors' dtype, device,
     memory format and `requires_grad`; nothing is shared with `model`. Hooks are not carried over.
 
-    Raises PruningError when the plan was made for a net of another shape.
+    Raises PruningError when the plan was made for a net of another shape, or its parts disagree.
 
     >>> from prune_dn.models import densenet40
     >>> from prune_dn.pruning import make_plan
@@ -155,6 +157,11 @@ def apply_plan(model: nn.Module, plan: Plan) -> DenseNet:
     >>> small.config.num_init_features < net.config.num_init_features
     True
     """
+    if not isinstance(plan, Plan):
+        raise PruningError(
+            f"the plan is a {type(plan).__name__}; give a Plan, such as Plan.load(path)"
+        )
+    plan = dataclasses.replace(plan)  # its mappings may have changed since it was checked
     check_sound(model)
     net = convert(model, share=True)
     if net.config != plan.config_before:

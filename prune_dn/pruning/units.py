@@ -208,29 +208,6 @@ class Units:
                 read[positions] |= keep[readings.units]
 
 
-def kept_channels(part: Part, keep: Mask) -> Iterator[tuple[Group, Positions]]:
-    """For each group of a part those channels of its module that stay, in their new order.
-
-    The order changes where a sibling goes: the one that is left becomes the first of its pair, and
-    where what is read competes the pairs lie in the order of their first position.
-    """
-    for group in part.groups:
-        kept = np.flatnonzero(keep[group.units])
-        if part.sides is not None and group in (part.edges, part.sides.group):
-            firsts, seconds = part.sides.left(keep)
-            order = np.argsort(part.sides.positions[firsts])
-            firsts, seconds = firsts[order], seconds[order]
-            kept = kept[order]
-            if group is part.sides.group:
-                kept = np.concatenate([firsts, seconds[seconds != firsts]])
-        elif part.siblings is not None and group in (part.stream, part.siblings.group):
-            firsts, seconds = part.siblings.left(keep)
-            kept = np.concatenate([firsts, seconds[seconds != firsts]])
-        elif group.siblings > 1:
-            kept = (np.arange(group.siblings)[:, None] * group.size + kept).ravel()
-        yield group, kept
-
-
 def _positions(indices: Indices, width: int) -> Positions:
     return np.arange(width) if indices is None else np.asarray(indices, dtype=np.intp)
 

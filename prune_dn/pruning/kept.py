@@ -1,0 +1,153 @@
+"""Between units that stay and `keep_indices`, the channels that stay in each module."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from prune_dn.errors import ConfigError, PruningError
+from prune_dn.models import DenseNetConfig
+from prune_dn.pruning.parts import Group, Mask, Part, Positions
+from prune_dn.pruning.units import Units
+
+Kept = dict[str, tuple[int, ...]]
+
+
+def indices_of(table: Units, keep: Mask) -> Kept:
+    """What stays in each module that loses channels or changes their order."""
+    return {
+        group.name: tuple(kept.tolist())
+        for part in table.parts()
+        for group, kept in kept_channels(part, keep)
+        if not np.array_equal(kept, np.arange(group.channels))
+    }
+
+
+def kept_channels(part: Part, keep: Mask) -> Iterator[tuple[Group, Positions]]:
+    """For each group of a part those channels of its module that stay, in their new order.
+
+    The order changes where a sibling goes: the one that is left becomes the first of its pair, and
+    where what is read competes the pairs lie in the order of their first position.
+    """
+    for group in part.groups:
+        kept = np.flatnonzero(keep[group.units])
+        if part.sides is not None and group in (part.edges, part.sides.group):
+            firsts, seconds = part.sides.left(keep)
+            order = np.argsort(part.sides.positions[firsts])
+            firsts, seconds = firsts[order], seconds[order]
+            kept = kept[order]
+            if group is part.sides.group:
+                kept = np.concatenate([firsts, seconds[seconds != firsts]])
+        elif part.siblings is not None and group in (part.stream, part.siblings.group):
+            firsts, seconds = part.siblings.left(keep)
+            kept = np.concatenate([firsts, seconds[seconds != firsts]])
+        elif group.siblings > 1:
+            kept = (np.arange(group.siblings)[:, None] * group.size + kept).ravel()
+        yield group, kept
+
+
+def units_of(table: Units, keep_indices: Mapping[str, Sequence[int]]) -> Mask:
+    """The units that `keep_indices` leave: what `indices_of` was made from.
+
+    Raises PruningError for names and channels that the net does not have, and where modules disagree.
+    """
+    keep = np.ones(table.size, dtype=bool)
+    unknown = sorted({str(name) for name in keep_indices} - {group.name for group in table.groups})
+    if unknown:
+        raise PruningError(f"keep_indices name {unknown[0]!r}, which config_before does not have")
+    for part in table.parts():
+        pairs = {
+            whole.name: sides
+            for whole, sides in ((part.edges, part.sides), (part.stream, part.siblings))
+            if whole is not None and sides is not None
+        }
+        for group in part.groups:
+            if group.name in keep_indices:
+                kept = _channels(group, keep_indices[group.name])
+                if group is part.stream and group.name in pairs:
+                    kept = pairs[group.name].owner[kept]
+                keep[group.units] = False
+                keep[group.start + kept % max(group.size, 1)] = True
+        for name, sides in pairs.items():
+            if sides.group.name not in keep_indices:  # in plans of whole units that are older
+                whole = next(group for group in part.groups if group.name == name)
+                keep[sides.group.units] = keep[whole.units][sides.owner]
+    _check_modules_agree(table, keep, keep_indices)
+    return keep
+
+
+def consistent(
+    before: DenseNetConfig, after: DenseNetConfig, keep_indices: Mapping[str, Sequence[int]]
+) -> Kept:
+    """`keep_indices` as `indices_of` writes them.
+
+    Raises PruningError unless `after` is what they leave of `before`.
+    """
+    for config in (before, after):
+        if not isinstance(config, DenseNetConfig):
+            raise PruningError(
+                f"a plan is between two DenseNetConfigs, not a {type(config).__name__}"
+            )
+    if not isinstance(keep_indices, Mapping):
+        raise PruningError(f"keep_indices is {keep_indices!r}; it must be a mapping")
+    table = Units(before)
+    keep = units_of(table, keep_indices)
+    try:
+        left = table.after(keep)
+    except ConfigError as error:
+        raise PruningError(f"keep_indices leave no net that can be built: {error}") from error
+    if left != after:
+        where, found, right = _difference(dataclasses.asdict(after), dataclasses.asdict(left))
+        raise PruningError(
+            f"config_after is not what keep_indices leave of config_before: {where} is {found!r}, "
+            f"it must be {right!r}"
+        )
+    return indices_of(table, keep)
+
+
+def _channels(group: Group, kept: Any) -> Positions:
+    """The channels of a module that stay, checked one by one."""
+    is_list = isinstance(kept, list | tuple) and all(type(index) is int for index in kept)
+    if not is_list or len(set(kept)) < len(kept) or not all(0 <= i < group.channels for i in kept):
+        raise PruningError(
+            f"keep_indices of {group.name} must be different integers from 0 to {group.channels - 1}"
+        )
+    return np.array(kept, dtype=np.intp)
+
+
+def _check_modules_agree(
+    table: Units, keep: Mask, keep_indices: Mapping[str, Sequence[int]]
+) -> None:
+    """Raise PruningError where what goes in one module does not go in another that it belongs to."""
+    lost = keep & ~table.close(keep)
+    for group in table.groups:
+        if lost[group.units].any():
+            raise PruningError(
+                f"keep_indices disagree: {group.name} keeps what goes with what other modules lose, "
+                f"its {group.kind} unit {int(np.flatnonzero(lost[group.units])[0])}"
+            )
+    right = indices_of(table, keep)
+    for group in table.groups:
+        if group.kind == "sibling" and group.name not in keep_indices:
+            continue
+        whole = tuple(range(group.channels))
+        if tuple(keep_indices.get(group.name, whole)) != right.get(group.name, whole):
+            raise PruningError(
+                f"keep_indices of {group.name} are not in the order of the new net, or disagree with "
+                "those of the MFM beside it"
+            )
+
+
+def _difference(found: Any, right: Any, where: str = "") -> tuple[str, Any, Any]:
+    """The first place where two values differ, by its path: (path, value, other value)."""
+    if isinstance(found, dict) and isinstance(right, dict):
+        pairs = [(f".{key}", found.get(key), right.get(key)) for key in {**right, **found}]
+    elif isinstance(found, tuple) and isinstance(right, tuple) and len(found) == len(right):
+        pairs = [(f"[{i}]", a, b) for i, (a, b) in enumerate(zip(found, right, strict=True))]
+    else:
+        return where.lstrip("."), found, right
+    step, a, b = next(pair for pair in pairs if pair[1] != pair[2])
+    return _difference(a, b, where + step)
