@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -122,7 +122,9 @@ def _compare(answer: object, wanted: Tensor) -> str | None:
 def _answer(net: nn.Module, tensors: Mapping[str, Tensor], image: Tensor) -> Any:
     """What the net answers with these tensors in place of its own."""
     devices = [image.device] if image.device.type == "cuda" else []
+    compiled = any(module._compiled_call_impl is not None for module in net.modules())
     with (
+        torch.compiler.set_stance("force_eager") if compiled else nullcontext(),
         eval_mode(net),
         torch.no_grad(),
         torch.random.fork_rng(devices),

@@ -72,12 +72,17 @@ def is_densenet(module: object) -> bool:
 
 def check_not_wrapped(module: object) -> None:
     """Raise ConversionError for DataParallel, compiled models and the like."""
-    parts = [n for n, _ in module.named_children()] if isinstance(module, nn.Module) else []
-    if parts in (["module"], ["_orig_mod"]):
+    if isinstance(module, nn.Module) and (inner := _wrapped(module)):
         raise ConversionError(
             f"the model is wrapped in {type(module).__name__}; unwrap it: "
-            f"pass model.{parts[0]} and wrap the result again"
+            f"pass model.{inner} and wrap the result again"
         )
+
+
+def _wrapped(module: nn.Module) -> str | None:
+    """The name of the module inside, where this one is a wrapper."""
+    parts = [name for name, _ in module.named_children()]
+    return parts[0] if parts in (["module"], ["_orig_mod"]) else None
 
 
 def _known_classes(module: object) -> list[type]:
@@ -93,6 +98,12 @@ def _check_class(module: Any) -> None:
             "prune_dn (only `prune` takes other CNNs), or use from_state_dict for a state dict with "
             "torchvision's keys"
         )
+    for name, part in module.named_modules():
+        if inner := _wrapped(part):
+            raise ConversionError(
+                f"{name} is wrapped in {type(part).__name__}; unwrap it: "
+                f"model.{name} = model.{name}.{inner}"
+            )
 
 
 def _with_options(module: nn.Module, config: DenseNetConfig) -> DenseNetConfig:
@@ -119,6 +130,7 @@ def _plain_differences(modules: dict[str, nn.Module]) -> Iterator[str]:
     skipped: list[str] = ["global_pool"]
     for name, module in modules.items():
         kind, last = type(module).__name__, name.rpartition(".")[2]
+        other = path_of(type(module)) if kind in ("Conv2d", "Linear", "ReLU") else kind
         if name == "global_pool" and getattr(module, "pool_type", kind) not in _AVERAGE:
             yield f"global_pool is {getattr(module, 'pool_type', kind)!r}, not 'avg'"
         elif any(name.startswith(f"{part}.") for part in skipped):
@@ -127,7 +139,7 @@ def _plain_differences(modules: dict[str, nn.Module]) -> Iterator[str]:
             expected, options = _PLAIN[last]
             if type(module) is not expected:
                 skipped.append(name)
-                yield f"{name} is {kind}, not {expected.__name__}"
+                yield f"{name} is {other}, not {expected.__name__}"
                 continue
             for option, value in options.items():
                 found = getattr(module, option)
@@ -141,7 +153,7 @@ def _plain_differences(modules: dict[str, nn.Module]) -> Iterator[str]:
             needed = nn.Linear if name == "classifier" else nn.Conv2d
             if type(module) is not needed:
                 skipped.append(name)
-                yield f"{name} is {kind}, not {needed.__name__}"
+                yield f"{name} is {other}, not {needed.__name__}"
         elif name != "global_pool" and not list(module.children()):
             yield f"{name} ({kind}) is unknown"
 

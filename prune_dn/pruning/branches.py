@@ -32,8 +32,8 @@ def has_branches(model: nn.Module, image: Tensor) -> bool:
     raise PruningError(
         f"what {shorten(left)} reads cannot be followed: no forward of this "
         f"{type(model).__name__} on an image of shape {tuple(image.shape)} reaches it{why}, so it "
-        "might no longer fit the pruned net; take it out first (model.x = None, or without "
-        "auxiliary heads: aux_logits=False), or give the input_size that it takes in training"
+        f"might no longer fit the pruned net; take it out first (model.{left[0]} = None, and switch "
+        "its use off, as aux_logits=False does), or give the input_size that it takes in training"
     )
 
 
@@ -66,20 +66,26 @@ def _unreached(model: nn.Module, image: Tensor, *, branches: bool) -> list[str]:
 
     for module in net.modules():
         module.register_forward_hook(note)
-    weights = {n: p.requires_grad_() for n, p in net.named_parameters() if p.is_floating_point()}
+    weights = [p.requires_grad_() for p in net.parameters() if p.is_floating_point()]
     with torch.enable_grad():
         answers = [x.sum() for x in tensors(net(image)) if x.requires_grad]
-        inputs = list(weights.values()) if answers else []
-        slopes = torch.autograd.grad(answers, inputs, allow_unused=True) if answers else ()
-    used = {
-        name.rpartition(".")[0]
-        for name, slope in zip(weights, slopes, strict=False)
-        if slope is not None
-    }
-    return [
-        name
+        slopes = torch.autograd.grad(answers, weights, allow_unused=True) if answers else ()
+    used = {p for p, slope in zip(weights, slopes, strict=False) if slope is not None}
+    owners = {
+        name: module in ran or not used.isdisjoint(module.parameters(recurse=False))
         for name, module in net.named_modules()
-        if any(True for _ in module.parameters(recurse=False))
-        and module not in ran
-        and name not in used
-    ]
+        if next(module.parameters(recurse=False), None) is not None
+    }
+    found: list[str] = []  # whole modules rather than each of their layers
+    for name, _ in net.named_modules():
+        inside = [
+            reached for owner, reached in owners.items() if f"{owner}.".startswith(f"{name}.")
+        ]
+        if (
+            name
+            and inside
+            and not any(inside)
+            and not name.startswith(tuple(f"{n}." for n in found))
+        ):
+            found.append(name)
+    return found

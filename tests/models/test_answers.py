@@ -102,6 +102,10 @@ def dead_with_half_layer(net: nn.Module) -> None:
     cast_to(LAYER, HalfLayer)(net)
 
 
+def fails(*_: object) -> object:
+    raise AssertionError("compiled")
+
+
 def dict_forward(net: nn.Module) -> None:
     forward = net.forward
     net.forward = lambda x: {"out": forward(x)}
@@ -222,6 +226,37 @@ def test_where_float64_cannot_run_its_own_dtype_does() -> None:
         pytest.warns(UserWarning, match="cannot run in float64"),
         pytest.raises(ConversionError, match="forward pre-hook"),
     ):
+        convert(net)
+
+
+def test_compiled_and_wrapped_parts() -> None:
+    net = tiny_torchvision()
+    net.features.denseblock1.compile(backend=fails)
+    convert(net)  # runs the net as it is written
+    for wrap, text in (
+        (nn.DataParallel, r"model.features = model.features.module"),
+        (torch.compile, r"features is wrapped in OptimizedModule; .* model.features._orig_mod"),
+    ):
+        net = tiny_torchvision()
+        net.features = wrap(net.features)
+        with pytest.raises(ConversionError, match=text):
+            convert(net)
+
+
+def test_tied_weights_count_for_each() -> None:
+    net, x = tiny_torchvision().eval(), torch.randn(1, 3, 64, 64)
+    block = net.features.denseblock1
+    block.denselayer2.conv2.weight = block.denselayer1.conv2.weight
+    torch.testing.assert_close(convert(net)(x), net(x))
+
+
+def test_quantised_layers_are_named() -> None:
+    net = tiny_torchvision().train()
+    net.qconfig = torch.ao.quantization.default_qat_qconfig
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.ao.quantization.prepare_qat(net, inplace=True)
+    with pytest.raises(ConversionError, match=r"conv0 is torch.ao.*Conv2d, not Conv2d"):
         convert(net)
 
 

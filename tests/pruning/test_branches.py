@@ -180,3 +180,6 @@ def test_nets_without_such_branches() -> None:
     image = torch.randn(1, 3, 32, 32)
     assert not has_branches(torchvision.models.resnet18(), image)
     assert not has_branches(torchvision.models.efficientnet_b0(), image)  # stochastic depth
+    tied = nn.Sequential(nn.Conv2d(3, 3, 1, bias=False), nn.Conv2d(3, 3, 1, bias=False))
+    tied[1].weight = tied[0].weight
+    assert not has_branches(tied, image)
