@@ -25,6 +25,7 @@ _HOSTILE = re.compile(
     r"(eval|exec|compile|open|__import__)$|(subprocess|shutil|importlib|runpy|ctypes|socket|pty|pickle)\b"
 )
 _REFUSED = re.compile(r"GLOBAL (\S+) was not an allowed global")
+_FILLED = re.compile(r"Can only SETITEMS? for .* got <class 'prune_dn\.pickles\.(\S+)'>")
 # What else begins like a zip of torch.save, by the end of an entry's name: what it is, and the remedy.
 _OTHER_ARCHIVES = {
     "/constants.pkl": (
@@ -51,6 +52,13 @@ class StandIn:
 
     def __setstate__(self, state: object) -> None:
         pass
+
+
+class DictStandIn(StandIn):
+    """In the place of a mapping that is no plain dict: one that is."""
+
+    def __new__(cls, *arguments: object, **named: object) -> Any:
+        return {}
 
 
 def write_pickle(path: StrPath, value: Any) -> None:
@@ -83,14 +91,24 @@ def _load(path: Path) -> Any:
             for full in (name, f"builtins.{name}")
         ]
         try:
-            with warnings.catch_warnings(), torch.serialization.safe_globals(allowed):
+            with (
+                path.open("rb") as file,  # of a path torch looks at the ending
+                warnings.catch_warnings(),
+                torch.serialization.safe_globals(allowed),
+            ):
                 warnings.simplefilter("ignore")  # about kinds of tensors that are refused later
-                value = torch.load(path, map_location="cpu", weights_only=True)
+                value = torch.load(file, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             found = _REFUSED.search(str(error))
             known = found is None or found[1] in kinds or len(kinds) >= _MOST_CLASSES
             if found is not None and not known and not _HOSTILE.match(found[1]):
-                kinds[found[1]] = type("Other", (StandIn,), {"kind": found[1]})
+                kinds[found[1]] = type(found[1], (StandIn,), {"kind": found[1]})
+                continue
+            filled = _FILLED.search(str(error))
+            if filled is not None and not issubclass(
+                kinds.get(filled[1], DictStandIn), DictStandIn
+            ):
+                kinds[filled[1]] = type(filled[1], (DictStandIn,), {"kind": filled[1]})
                 continue
             blocked = re.search(r"GLOBAL (\S+)", str(error))
             if blocked is None and not kinds:

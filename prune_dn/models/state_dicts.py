@@ -9,7 +9,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from prune_dn.errors import ConversionError
+from prune_dn import limits
+from prune_dn.errors import ConfigError, ConversionError
 from prune_dn.models.config import DenseNetConfig, LayerConfig, Stem, TransitionConfig
 from prune_dn.models.dense_net import DenseNet, build_empty
 from prune_dn.models.light_cnn import LightCNN
@@ -19,8 +20,8 @@ from prune_dn.models.weights import COUNTER, EXPECTED, find_weights, shorten, un
 
 Net = DenseNet | LightCNN
 
-_LAYER_KEY = re.compile(r"features\.denseblock(\d+)\.(denselayer(\d+))\.")
-_TRANSITION_KEY = re.compile(r"features\.transition(\d+)\.")
+_LAYER_KEY = re.compile(r"features\.denseblock(\d{1,9})\.(denselayer(\d{1,9}))\.")
+_TRANSITION_KEY = re.compile(r"features\.transition(\d{1,9})\.")
 
 
 def from_state_dict(state_dict: Mapping[str, Any], *, ema: bool = False) -> Net:
@@ -71,6 +72,8 @@ def infer_config(tensors: Mapping[str, Tensor]) -> DenseNetConfig:
     )
     ends = {int(m[1]) for m in map(_TRANSITION_KEY.match, tensors) if m is not None}
     n_blocks = max([1, *(b for b, _, _ in numbers), *(b + 1 for b in ends)])
+    if len(numbers) + n_blocks > limits.LAYERS:
+        raise ConversionError(f"there are more than {limits.LAYERS:,} layers and blocks")
     width, blocks, transitions = conv0.shape[0], [], []
     for b in range(1, n_blocks + 1):
         layers = []
@@ -83,14 +86,17 @@ def infer_config(tensors: Mapping[str, Tensor]) -> DenseNetConfig:
             width = conv.shape[0]
             transitions.append(TransitionConfig(width))
     _check_read("classifier", linear, width)
-    return DenseNetConfig(
-        num_init_features=conv0.shape[0],
-        blocks=tuple(blocks),
-        transitions=tuple(transitions),
-        num_classes=linear.shape[0],
-        in_channels=conv0.shape[1],
-        stem=stem,
-    )
+    try:
+        return DenseNetConfig(
+            num_init_features=conv0.shape[0],
+            blocks=tuple(blocks),
+            transitions=tuple(transitions),
+            num_classes=linear.shape[0],
+            in_channels=conv0.shape[1],
+            stem=stem,
+        )
+    except ConfigError as error:
+        raise ConversionError(f"the tensors do not fit a DenseNet: {error}") from error
 
 
 def empty_net(config: DenseNetConfig | LightCNNConfig) -> Net:

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from prune_dn.errors import TrainingError
-from prune_dn.pickles import write_pickle
+from prune_dn.errors import CheckpointError, TrainingError
+from prune_dn.pickles import read_pickle, write_pickle
 
 # What a damaged file, or one of something else, raises.
-UNREADABLE = (
-    *(OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError),
-    *(KeyError, IndexError, TypeError, AttributeError),
-)
+UNREADABLE = (CheckpointError, RuntimeError, ValueError, LookupError, TypeError, AttributeError)
 
 
 def state_path(output_dir: str | os.PathLike[str], name: str) -> Path:
@@ -38,7 +32,7 @@ def load_state(path: Path, fingerprint: dict[str, Any]) -> dict[str, Any] | None
     if not path.is_file():
         return None
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        state: dict[str, Any] = read_pickle(path)
         found = dict(json.loads(state["fingerprint"]))
     except UNREADABLE as error:
         raise TrainingError(

@@ -14,7 +14,7 @@ from oracle import randomise_
 from torch import Tensor, nn
 
 from prune_dn.errors import ConversionError
-from prune_dn.models import light_cnn_9, light_cnn_29
+from prune_dn.models import densenet, light_cnn_9, light_cnn_29
 from prune_dn.models.state_dicts import from_state_dict
 from prune_dn.models.weights import find_weights
 
@@ -198,3 +198,27 @@ def test_long_names_are_cut_in_messages() -> None:
         with pytest.raises(ConversionError) as error:
             from_state_dict(copy.copy(mapping))
         assert len(str(error.value)) < 3_000
+
+
+def test_names_without_end() -> None:
+    strange = state()
+    key = next(k for k in strange if "denselayer2.conv1" in k)
+    for name in (
+        key.replace("denseblock1", f"denseblock{'9' * 5000}"),
+        key.replace("denselayer2", f"denselayer{'9' * 5000}"),
+        key.replace("denseblock1", "denseblock999999999"),
+        f"features.transition{'9' * 5000}.conv.weight",
+        "features.transition999999999.conv.weight",
+    ):
+        with pytest.raises(ConversionError):
+            from_state_dict({**strange, name: strange[key]})
+    many = {key.replace("denselayer2", f"denselayer{i}"): strange[key] for i in range(3, 3000)}
+    with pytest.raises(ConversionError, match="there are more than 1,000 layers and blocks"):
+        from_state_dict({**strange, **many})
+    wide = densenet([1], 4, stem="cifar", num_classes=2).to("meta").state_dict()
+    tensors = {k: torch.zeros(v.shape) for k, v in wide.items()}
+    tensors["classifier.weight"] = torch.zeros(1_000_001, tensors["classifier.weight"].shape[1])
+    with pytest.raises(
+        ConversionError, match=r"do not fit a DenseNet: .*\n.*nets have at most 1,000,0"
+    ):
+        from_state_dict(tensors)
