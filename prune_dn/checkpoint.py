@@ -22,7 +22,7 @@ from prune_dn.files import StrPath, atomic_path, file_size, parse_json
 from prune_dn.models import DenseNet, DenseNetConfig, LightCNN, LightCNNConfig, Net
 from prune_dn.models.as_built import as_built
 from prune_dn.models.state_dicts import check_usable, fill, net_of
-from prune_dn.models.weights import find_weights, shorten
+from prune_dn.models.weights import cut, find_weights, shorten
 from prune_dn.pickles import read_pickle, write_pickle
 
 # Goes up when an older prune_dn would read a new file wrongly; not for metadata that it may overlook.
@@ -108,7 +108,7 @@ def load(path: StrPath, *, ema: bool = False) -> Net:
         tensors = load_bytes(path.read_bytes())  # a path may be no UTF-8
         changed = metadata.get("digest", digest := _digest(metadata, tensors)) != digest
     except Exception as error:  # safetensors and torch raise many kinds for broken files
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+        raise CheckpointError(f"{path} is damaged: {cut(str(error), 2_000)}") from error
     if changed:  # before the format is asked for, which may be what changed
         raise CheckpointError(
             f"{path} is damaged: it was changed since it was saved; copy it again"
@@ -121,7 +121,7 @@ def load(path: StrPath, *, ema: bool = False) -> Net:
     try:
         return _rebuilt(metadata, tensors).eval()
     except (ConfigError, ConversionError, KeyError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+        raise CheckpointError(f"{path} is damaged: {cut(str(error), 2_000)}") from error
 
 
 def read_info(path: StrPath) -> dict[str, Any]:
@@ -136,7 +136,9 @@ def read_info(path: StrPath) -> dict[str, Any]:
     try:
         info = parse_json(metadata["info"])
     except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged: its info cannot be read: {error}") from error
+        raise CheckpointError(
+            f"{path} is damaged: its info cannot be read: {cut(str(error))}"
+        ) from error
     if not isinstance(info, dict):
         raise CheckpointError(f"{path} is damaged: its info is no JSON object")
     return info
@@ -279,8 +281,8 @@ def _check_version(path: Path, metadata: Mapping[str, str]) -> None:
     version = metadata["format"].removeprefix(_FORMAT)
     if version != str(FORMAT_VERSION):
         raise CheckpointError(
-            f"{path} has format {metadata['format']}, made by prune_dn "
-            f"{metadata.get('prune_dn_version', '?')}; this is prune_dn {_version()}, which reads "
+            f"{path} has format {cut(metadata['format'])}, made by prune_dn "
+            f"{cut(metadata.get('prune_dn_version', '?'))}; this is prune_dn {_version()}, which reads "
             f"{_FORMAT}{FORMAT_VERSION}: upgrade prune_dn"
         )
 
@@ -290,7 +292,7 @@ def _from_tensors(path: Path, state: Any, ema: bool) -> Net:
         weights, others = find_weights(state, ema=ema)
         net = net_of(weights.tensors())
     except ConversionError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        raise CheckpointError(f"{path}: {cut(str(error), 2_000)}") from error
     _say_what_was_taken(path, net, str(weights), list(map(str, others)))
     return net.eval()
 

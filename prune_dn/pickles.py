@@ -122,7 +122,7 @@ def _load(path: Path) -> Any:
 def _more_than_tensors(path: Path, needed: list[str]) -> CheckpointError:
     return CheckpointError(
         f"{path} holds more than tensors, and reading it would run code (it needs "
-        f"{', '.join(needed[:3])}). Where it was made, write torch.save(model.state_dict(), path) "
+        f"{', '.join(name[:100] for name in needed[:3])}). Where it was made, write torch.save(model.state_dict(), path) "
         "and load that"
     )
 
@@ -157,4 +157,4 @@ def _read_through(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
 def _reason(error: Exception) -> str:
     """The telling part of torch's long messages."""
     text = str(error).rpartition("WeightsUnpickler error:")[2].strip()
-    return text.split(". ")[0].split("\n")[0] or type(error).__name__
+    return text.split(". ")[0].split("\n")[0][:500] or type(error).__name__
