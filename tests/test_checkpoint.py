@@ -457,6 +457,16 @@ def test_metadata_that_are_no_mapping(tmp_path: Path, metadata: Any) -> None:
         read_info(tmp_path / "net")
 
 
+@pytest.mark.parametrize("key", ["architecture", "format", "norm_momentum", "config"])
+def test_messages_are_for_people(tmp_path: Path, key: str) -> None:
+    for value in ("prune_dn/" + "9" * 50_000, json.dumps({"x" * 50_000: 1})):
+        save(uneven(), tmp_path / "net")
+        rewritten(tmp_path / "net", lambda header, v=value: header["__metadata__"].update({key: v}))
+        with pytest.raises(CheckpointError) as error:
+            load(tmp_path / "net")
+        assert len(str(error.value)) < 3_000
+
+
 def test_info_that_is_nested_too_deeply(tmp_path: Path) -> None:
     save(uneven(), tmp_path / "net")
     rewritten(tmp_path / "net", lambda h: h["__metadata__"].update(info="[" * 100_000))
