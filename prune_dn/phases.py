@@ -20,7 +20,7 @@ import torch
 
 from prune_dn.checkpoint import load, save, save_state_dict
 from prune_dn.data import Datasets, DataSpec, calibration_loader, load_datasets
-from prune_dn.errors import DataError
+from prune_dn.errors import DataError, PruneDNError
 from prune_dn.export import export_onnx, export_torch
 from prune_dn.figures import asked_latency, latency_rows, stage_figures
 from prune_dn.intervals import fell
@@ -151,7 +151,9 @@ class Phases:
         done = "recalibrated" if section.recalibrate_batches else "cut"
         file = f"{done}{ending}.safetensors"
         if self.folder.done(f"prune-{number}", [plan_file, file]):
-            return Plan.load(self._path(plan_file)), self._load(file)
+            with self._readable(plan_file):
+                plan = Plan.load(self._path(plan_file))
+            return plan, self._load(file)
         with self._phase(f"prune-{number}"):
             plan = self._plan(model, dense, number)
             self.folder.write(plan_file, plan.to_json() + "\n")
@@ -306,7 +308,18 @@ class Phases:
         return self.folder.path / name
 
     def _load(self, name: str) -> Net:
-        return load(self._path(name)).to(process_state().device)
+        with self._readable(name):
+            return load(self._path(name)).to(process_state().device)
+
+    @contextmanager
+    def _readable(self, name: str) -> Iterator[None]:
+        """Say what to do about a file of a phase that is done and cannot be read."""
+        try:
+            yield
+        except PruneDNError as error:
+            raise type(error)(
+                f"{error} (restore {self._path(name)}, or delete it: it is then made again)"
+            ) from error
 
     def _bytes(self, name: str) -> int:
         return int(self.folder.agree(self._path(name).stat().st_size if self.folder.is_main else 0))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import json
 import os
 import sys
@@ -13,35 +12,24 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
+from prune_dn.console import finite, plain
 from prune_dn.errors import DataError, PruneDNError, RecipeError
-from prune_dn.files import write_text
+from prune_dn.files import read_text, same_file, write_text
 from prune_dn.processes import process_state
 from prune_dn.recipe import Recipe, to_yaml
+from prune_dn.run_files import (
+    LOCK,
+    RECIPE,
+    artefacts,
+    is_run_folder,
+    remove_artefacts_,
+    remove_leftovers_,
+)
+from prune_dn.run_metrics import FORMAT, read_metrics
 from prune_dn.yaml_lines import parse
 
 DATA_FORMAT = "prune_dn.data/1"
-# Everything that a run may leave; --overwrite removes these and nothing else.
-ARTEFACTS = (
-    "metrics.json",
-    "report.md",
-    "environment.json",
-    "data.json",
-    "plan.json",
-    "plan-*.json",
-    "dense.safetensors",
-    "recalibrated.safetensors",
-    "recalibrated-*.safetensors",
-    "finetuned-*.safetensors",
-    "pruned.safetensors",
-    "pruned.pt",
-    "model.onnx",
-    "model.pt2",
-    "widths.png",
-    "training.png",
-    "train.*",
-    "finetune.*",
-    "finetune-*.*",
-)
+REMEDY = "choose a new output_dir (--output-dir), or replace it with --overwrite"
 
 
 class RunFolder:
@@ -59,7 +47,7 @@ class RunFolder:
     ) -> None:
         self.path = Path(recipe.output_dir)
         self.is_main = process_state().is_main_process
-        self.metrics: dict[str, Any] = {"format": "prune_dn.metrics/1", "phases": {}}
+        self.metrics: dict[str, Any] = {"format": FORMAT, "phases": {}}
         self._visited: list[str] = []
         self._lock = contextlib.ExitStack()
         problem = None
@@ -67,7 +55,7 @@ class RunFolder:
             try:
                 self._open(recipe, contents, overwrite)
             except PruneDNError as error:
-                problem = error
+                problem = type(error)(plain(error))
         problem, self.metrics = self.agree((problem, self.metrics))
         if problem:
             self.close()
@@ -95,7 +83,7 @@ class RunFolder:
 
     def write_json(self, name: str, data: Any) -> None:
         """Write one JSON file, atomically, from the main process."""
-        self.write(name, json.dumps(data, indent=1, allow_nan=False) + "\n")
+        self.write(name, json.dumps(finite(data), indent=1, allow_nan=False) + "\n")
 
     def write(self, name: str, text: str) -> None:
         """Write one text file, atomically, from the main process."""
@@ -110,48 +98,76 @@ class RunFolder:
         """Take the folder, or say why not."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if not self._lock.enter_context(_locked(self.path / ".lock")):
+            self._check_kind()
+            if not self._lock.enter_context(_locked(self.path / LOCK)):
                 raise RecipeError(
                     f"output_dir {self.path} is in use by another run; wait for it to end"
                 )
-        except OSError as error:
-            raise RecipeError(f"output_dir {self.path} cannot be used: {error.strerror}") from error
-        if overwrite:
-            for file in self._artefacts():
-                file.unlink()
-        else:
-            self._check_recipe(recipe)
-            self._check_data(contents)
-        for leftover in self.path.glob(".*.tmp*"):  # of a run that was killed
-            leftover.unlink()
-        self.write("recipe.yaml", to_yaml(recipe))
+            self._check_inputs(recipe)
+            if overwrite:
+                remove_artefacts_(self.path)
+            else:
+                self._check_recipe(recipe)
+                self._check_data(contents)
+            remove_leftovers_(self.path)
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+            reason = getattr(error, "strerror", None) or error
+            raise RecipeError(f"output_dir {self.path} cannot be used: {reason}") from error
+        self.write(RECIPE, to_yaml(recipe))
         self.write_json("data.json", {"format": DATA_FORMAT, "contents": dict(contents)})
         with contextlib.suppress(FileNotFoundError):
-            self.metrics = json.loads((self.path / "metrics.json").read_text(encoding="utf-8"))
+            self.metrics = read_metrics(self.path / "metrics.json")
 
-    def _artefacts(self) -> list[Path]:
-        # metrics.json goes first: without it no phase counts as done
-        return sorted(
-            (f for f in self.path.iterdir() if any(fnmatch.fnmatch(f.name, a) for a in ARTEFACTS)),
-            key=lambda f: f.name != "metrics.json",
-        )
+    def _check_kind(self) -> None:
+        """Refuse a folder of something else in which files have names of ours."""
+        if is_run_folder(self.path):
+            return
+        found = [file.name for file in artefacts(self.path)]
+        if found:
+            raise RecipeError(
+                f"{self.path} holds {found[0]} but no {RECIPE}: it is not the folder of a run, so "
+                "nothing here is written over; choose another output_dir (--output-dir)"
+            )
+        if (self.path / RECIPE).exists():
+            raise RecipeError(
+                f"{self.path} holds a {RECIPE} that no run left, which would be written over; choose "
+                "another output_dir (--output-dir)"
+            )
+
+    def _check_inputs(self, recipe: Recipe) -> None:
+        """Refuse to write over what the recipe reads."""
+        read = {"model.checkpoint": recipe.model.checkpoint}
+        if recipe.prune is not None:
+            read["prune.ratios"] = recipe.prune.ratios
+        for key, file in read.items():
+            if file is not None and any(same_file(file, x) for x in artefacts(self.path)):
+                raise RecipeError(
+                    f"{key} {file} is a file of output_dir {self.path}, where the run would write "
+                    "over it; choose another output_dir (--output-dir)"
+                )
 
     def _check_recipe(self, recipe: Recipe) -> None:
-        remedy = "choose a new output_dir (--output-dir), or replace it with --overwrite"
-        file = self.path / "recipe.yaml"
+        file = self.path / RECIPE
         if not file.exists():
-            found = self._artefacts()
-            if found:
-                raise RecipeError(f"{self.path} holds {found[0].name} but no recipe.yaml; {remedy}")
             return
-        there = _flat(parse(file.read_text(encoding="utf-8")).value)
+        try:
+            document = parse(read_text(file))
+            problem = document.problems[0][1] if document.problems else ""
+        except (OSError, ValueError) as error:
+            problem = str(error)
+        if problem or not isinstance(document.value, dict):
+            raise RecipeError(
+                f"{file}, the recipe of the run in this folder, cannot be read "
+                f"({problem or 'it is no mapping'}); restore it, or {REMEDY}"
+            )
+        there = _flat(document.value)
         here = _flat(parse(to_yaml(recipe)).value)
         changed = [k for k in dict.fromkeys([*here, *there]) if here.get(k) != there.get(k)]
         changed = [k for k in changed if k != "output_dir"]
         if changed:
             raise RecipeError(
                 f"{self.path} holds a run of another recipe (other values of: "
-                f"{', '.join(changed)}); {remedy}"
+                f"{', '.join(changed)}); {REMEDY}"
             )
 
     def _check_data(self, contents: Mapping[str, str]) -> None:

@@ -33,6 +33,7 @@ FLOORS = [
     {"recipe_file"},
     {"report"},
     {"sensitivity_report"},
+    {"run_files", "run_metrics"},
     {"run_folder"},
     {"rounds", "figures"},
     {"phases"},
