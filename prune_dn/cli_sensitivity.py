@@ -158,7 +158,10 @@ def measure(
             loader = calibration_loader(sets.train, 64, augment=augment, seed=data.seed)
             recalibrate_batch_norm_(net, loader, max_batches=recalibrate)
         result = score(net, images)
-        return 100 * result.accuracy if metric == "accuracy" else result.loss
+        if metric == "loss":
+            return result.loss
+        assert result.accuracy is not None
+        return 100 * result.accuracy
 
     def advance(done: int, total: int) -> None:
         if done == 1:

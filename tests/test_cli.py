@@ -500,3 +500,33 @@ def test_what_a_light_cnn_cannot(run: Run, light: Path, arguments: list[Any], me
     assert (code, out) == (2, ""), err
     assert re.search(message, " ".join(err.split()))
     assert not list(Path().glob("a.*"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_checkpoints_in_half_precision(run: Run, net: Path, dtype: torch.dtype) -> None:
+    """Each command does what it does with the same weights in float32, and keeps their dtype."""
+    half, wide, out = Path("half.safetensors"), Path("wide.safetensors"), Path("out.safetensors")
+    save(load(net).to(dtype), half, info=read_info(net))
+    save(load(half).float(), wide, info=read_info(net))
+    found, expected = (document(run("evaluate", path, "--json")) for path in (half, wide))
+    assert found["loss"] == pytest.approx(expected["loss"], rel=20 * torch.finfo(dtype).eps)
+    low = ("evaluate", "--precision", "bf16", "--recalibrate", 1, "--json")
+    found, expected = (document(run(*low, path)) for path in (half, wide))
+    assert found["loss"] == pytest.approx(expected["loss"], rel=20 * torch.finfo(dtype).eps)
+    prune = ("prune", "--ratio", 0.4, "--unit", "macs", "--recalibrate", 1, "--calibration", 32)
+    prune += ("--criterion", "taylor", "-o", out, "--json")
+    found, expected = (document(run(*prune, path)) for path in (half, wide))
+    assert found == expected | {"file_bytes": found["file_bytes"]}
+    assert {x.dtype for x in load(out).parameters()} == {torch.float32}
+    document(run(*prune, half))
+    small = load(out)
+    assert {x.dtype for x in small.parameters()} == {dtype}
+    assert all(x.isfinite().all() for x in small.state_dict().values())
+    tune = ("finetune", half, "--epochs", 1, "--learning-rate", 0.02, "--limit", 64, "--json")
+    document(run(*tune, "--teacher", half, "-o", out))
+    assert {x.dtype for x in load(out).parameters()} == {dtype}
+    each = ("sensitivity", "--ratios", 0.5, "--units", "bottleneck", "--max-images", 40)
+    each += ("--criterion", "taylor", "--calibration", 32, "--metric", "loss", "--json")
+    found, expected = (document(run(*each, path, "--out", "each")) for path in (half, wide))
+    for a, b in zip(found["rows"], expected["rows"], strict=True):
+        assert a["value"] == pytest.approx(b["value"], rel=20 * torch.finfo(dtype).eps)

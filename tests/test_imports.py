@@ -20,6 +20,7 @@ FLOORS = [
     {"losses", "sound"},
     {"models"},
     {"profiling"},
+    {"batches"},
     {"export"},
     {"latency"},
     {"augment", "images"},

@@ -125,7 +125,9 @@ class Comparison:
 
     def _accuracy(self, model: nn.Module) -> float:
         images = getattr(self.data, self.given.split)
-        return 100 * evaluate(model, images, precision=self.given.precision).accuracy
+        accuracy = evaluate(model, images, precision=self.given.precision).accuracy
+        assert accuracy is not None
+        return 100 * accuracy
 
     def _latency(self, model: nn.Module) -> Row:
         """Milliseconds of a batch, pruned and dense measured in turns, and their ratio."""

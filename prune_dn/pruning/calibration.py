@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prune_dn.batches import Batches, run_on, working_copy
 from prune_dn.errors import DataError, PruningError
 from prune_dn.losses import find_loss
-from prune_dn.pruning.batches import Batches, run_on, working_copy
 from prune_dn.pruning.branches import tensors
 from prune_dn.pruning.competition import competition
 

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prune_dn.batches import read_batches
 from prune_dn.errors import PruningError
 from prune_dn.losses import LossFunction
 from prune_dn.models import DenseNet
 from prune_dn.models.dense_net import DenseLayer, ReadStream, Transition
 from prune_dn.models.mfm import MaxFeatureMap
-from prune_dn.pruning.batches import read_batches
 from prune_dn.pruning.calibration import PixelSampler, patches
 from prune_dn.pruning.judge import Judge, split_images
 from prune_dn.pruning.least_squares import Moments, solve

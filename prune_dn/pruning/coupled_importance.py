@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from prune_dn.batches import Batches
 from prune_dn.errors import PruningError
-from prune_dn.pruning.batches import Batches
 from prune_dn.pruning.calibration import Statistics
 from prune_dn.pruning.coupled import IN, Group, Member, reading_weight
 from prune_dn.pruning.importance import Reading, check_losses, judge, observe

@@ -31,10 +31,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from prune_dn.batches import Batches, read_batches
 from prune_dn.errors import PruningError
 from prune_dn.losses import LossFunction
 from prune_dn.models import DenseNet
-from prune_dn.pruning.batches import Batches, read_batches
 from prune_dn.pruning.calibration import NEEDS, Need, Statistics, collect
 from prune_dn.pruning.elimination import elimination_losses
 from prune_dn.pruning.parts import Group, Part

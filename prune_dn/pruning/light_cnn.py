@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prune_dn.batches import Batches
 from prune_dn.models import LightCNN, LightCNNConfig, MFMConfig
-from prune_dn.pruning.batches import Batches
 from prune_dn.pruning.coupled import IN, OUT, Group, Member, reading_weight
 from prune_dn.pruning.coupled_importance import importance
 from prune_dn.pruning.importance import CRITERIA, Reading, judge, observe

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import copy
+import itertools
 from collections.abc import Iterable
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from prune_dn.batches import each_batch, run_on, working_copy
 from prune_dn.errors import PruningError
+from prune_dn.sound import find_unsound
 
 
 @torch.no_grad()
@@ -18,53 +20,53 @@ def recalibrate_batch_norm_(
 ) -> int:
     """Replace all running means and variances by their averages over `batches`; in place.
 
-    `batches` yields image tensors (N, C, H, W), or (images, ...) tuples; labels are not used.
-    Give training images, augmented as in training: black borders of shifted images alone move the
-    statistics, and without them a net loses accuracy that was not even cut. Weights do not move; dropout is off; training flags and momenta are restored. A cut changes
-    what every later norm sees, so this is due after surgery (arXiv:2007.02491, EagleEye). Returns
-    the number of batches used.
+    `batches` yields image tensors (N, C, H, W) in floating point, or (images, ...) tuples; labels are
+    not used. Give training images, augmented as in training: black borders of shifted images alone
+    move the statistics, and without them a net loses accuracy that was not even cut. Nothing but
+    the statistics moves; dropout is off. A copy of the model computes them, in float32 or better. A
+    cut changes what every later norm sees, so this is due after surgery (arXiv:2007.02491,
+    EagleEye). Returns the number of batches used.
 
-    Raises PruningError when there are no batch norms or no batches; after any error the statistics
-    are what they were.
+    Raises PruningError when there are no batch norms or no batches, for batches that the model cannot
+    take, and for weights or statistics that are not finite; after any error the statistics are what
+    they were.
 
     >>> from prune_dn.models import densenet40
     >>> recalibrate_batch_norm_(densenet40(), [torch.randn(4, 3, 32, 32)])
     1
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    if not norms:
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None
+    ]
+    if not names:
         raise PruningError("this model has no batch norm with running statistics to recalibrate")
-    flags = {module: module.training for module in model.modules()}
-    momenta = {norm: norm.momentum for norm in norms}
-    kept = {norm: copy.deepcopy(norm._buffers) for norm in norms}
-    device = next(model.parameters()).device
-    used = 0
-    try:
-        model.eval()
-        for norm in norms:
-            norm.train()
-            norm.reset_running_stats()
-            norm.momentum = None
-        for batch in batches:
-            if max_batches is not None and used >= max_batches:
-                break
-            images = batch[0] if isinstance(batch, tuple | list) else batch
-            assert isinstance(images, torch.Tensor)
-            model(images.to(device, non_blocking=True))
-            used += 1
-        if not used:
-            raise PruningError(
-                "recalibrate_batch_norm_ got no batches; the statistics are unchanged"
-            )
-        for norm in norms:
-            norm._buffers["num_batches_tracked"] = kept[norm]["num_batches_tracked"]
-    except BaseException:
-        for norm in norms:
-            norm._buffers.update(kept[norm])
-        raise
-    finally:
-        for norm in norms:
-            norm.momentum = momenta[norm]
-        for module, flag in flags.items():
-            module.training = flag
+    if (problem := find_unsound(model.named_parameters())) is not None:
+        raise PruningError(f"{problem}: the statistics would follow it; load a sound model")
+    net = working_copy(model)
+    norms = {name: net.get_submodule(name) for name in names}
+    for norm in norms.values():
+        assert isinstance(norm, _BatchNorm)
+        norm.train().reset_running_stats()
+        norm.momentum = None
+    like, used = next(net.parameters()), 0
+    for images, _ in itertools.islice(each_batch(batches, "recalibration"), max_batches):
+        run_on(net, images.detach().to(like), "recalibration")
+        used += 1
+    if not used:
+        raise PruningError("recalibrate_batch_norm_ got no batches; the statistics are unchanged")
+    pairs = [
+        (f"{name}.{key}", old := model.get_buffer(f"{name}.{key}"), new.to(old))
+        for name, norm in norms.items()
+        for key, new in norm.named_buffers()
+        if key.startswith("running_")
+    ]
+    if (problem := find_unsound((name, new) for name, _, new in pairs)) is not None:
+        raise PruningError(
+            f"{problem} after recalibration, so the statistics are left as they were: what the model "
+            "computes overflows; check that the images are normalised as in training"
+        )
+    for _, old, new in pairs:
+        old.copy_(new)
     return used

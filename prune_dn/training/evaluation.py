@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from accelerate.utils import reduce
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from prune_dn.batches import each_batch
 from prune_dn.data import ImageSet, loading, make_loader
 from prune_dn.errors import DataError
+from prune_dn.losses import LossFunction, describe, find_loss
 from prune_dn.models.answers import eval_mode
 from prune_dn.processes import process_state
+from prune_dn.training.precision import in_float32
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """`accuracy` in [0, 1], mean cross-entropy, and over how many images."""
+    """What a loss says of a net, on average over `n` images.
 
-    accuracy: float
+    `accuracy` in [0, 1] is the share of right predictions: of `softmax` the top class of each (and
+    of each pixel, where outputs are maps), of `sigmoid` each single yes or no, at a probability of
+    0.5; None where nothing is right or wrong (`mse`, a callable). `loss` is the mean over all
+    predictions, as torch's own functions give it: cross-entropy, binary cross-entropy, mean squared
+    error, or what the callable gives.
+    """
+
+    accuracy: float | None
     loss: float
     n: int
 
@@ -33,39 +43,61 @@ def evaluate(
     *,
     batch_size: int = 64,
     precision: str = "no",
+    loss: str | LossFunction | None = None,
 ) -> EvalResult:
-    """Top-1 accuracy and cross-entropy of `model` in eval mode; training flags are restored.
+    """Accuracy and loss of `model` in eval mode; training flags are restored.
 
-    `precision="bf16"` runs under autocast. With several processes each takes every n-th batch, and
-    all get the same result. Raises DataError when model and data disagree on the classes.
+    A `DataLoader` gives (images, labels). `loss` says what the outputs mean: `softmax`, the default
+    where labels are class numbers, `sigmoid`, `mse`, or a callable (outputs, labels) -> mean over
+    the batch. Images are cast to the dtype of the model; `precision="bf16"` runs it in float32 under
+    autocast. With several processes each takes every n-th batch, and all get the same result.
+
+    Raises DataError when model and data disagree on the classes, for batches or labels that do not
+    fit, a loss that cannot be guessed, and outputs that are not finite.
     """
     loader = make_loader(data, batch_size) if isinstance(data, ImageSet) else data
     state = process_state()
-    device = next(model.parameters()).device
-    sums = torch.zeros(3, dtype=torch.float64)
-    with eval_mode(model):
-        for number, (images, labels) in enumerate(loader):
+    sums = torch.zeros(4, dtype=torch.float64)  # loss, right, images, images with a right or wrong
+    low = precision == "bf16"
+    with eval_mode(model), in_float32(model if low else None):
+        like = next(model.parameters())
+        for number, (images, labels) in enumerate(each_batch(loader, "data", DataError)):
             if number % state.num_processes != state.process_index:
                 continue
-            images, labels = images.to(device), labels.to(device)
+            if not isinstance(labels, Tensor) or labels.shape[:1] != images.shape[:1]:
+                raise DataError(
+                    f"data batch {number} has {len(images)} images, and as their labels "
+                    f"{describe(labels)}; each batch must be (images, labels)"
+                )
+            images, labels = images.to(like), labels.to(like.device)
             images = images.contiguous(memory_format=torch.channels_last)
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                logits = model(images)
-            check_classes(logits.shape[1], labels, data)
-            loss = F.cross_entropy(logits.double(), labels, reduction="sum")
-            right = (logits.argmax(dim=1) == labels).sum()
-            sums += torch.tensor([float(loss), float(right), len(labels)], dtype=torch.float64)
+            with torch.autocast(like.device.type, torch.bfloat16, enabled=low):
+                outputs = model(images)
+            if isinstance(data, ImageSet):
+                check_classes(outputs, data)
+            found = find_loss(loss, outputs, labels)
+            outputs = outputs if callable(loss) else outputs.double()
+            if math.isnan(mean := float(found.mean(outputs, labels))):
+                raise DataError(
+                    f"the loss on data batch {number} is NaN: the model's outputs are not finite; "
+                    "look at its weights, and at how the images are normalised"
+                )
+            row = [mean, 0.0, 1.0, 0.0]
+            if found.accuracy is not None:
+                row[1], row[3] = float(found.accuracy(outputs, labels)), 1.0
+            sums += len(images) * torch.tensor(row, dtype=torch.float64)
     if state.num_processes > 1:
         sums = reduce(sums.to(state.device), "sum").cpu()
     if not sums[2]:
         raise DataError("there are no images to evaluate on")
-    return EvalResult(float(sums[1] / sums[2]), float(sums[0] / sums[2]), int(sums[2]))
+    share = float(sums[1] / sums[3]) if sums[3] else None
+    return EvalResult(share, float(sums[0] / sums[2]), int(sums[2]))
 
 
-def check_classes(answers: int, labels: torch.Tensor, data: object) -> None:
+def check_classes(outputs: Tensor, data: ImageSet) -> None:
     """Raise DataError when the net's classes are not those of the data."""
-    needed = data.spec.num_classes if isinstance(data, ImageSet) else int(labels.max()) + 1
-    if answers < needed or (isinstance(data, ImageSet) and answers != needed):
+    answers = outputs.shape[1] if outputs.ndim > 1 else 1
+    if answers != (needed := data.spec.num_classes):
         raise DataError(
             f"the model answers {answers} classes, the data has {needed}; use the data that it was "
             "trained on, or a model for these classes"

@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from prune_dn.data import Datasets, ImageSet, loading, make_loader
 from prune_dn.errors import TrainingError
+from prune_dn.losses import find_loss
 from prune_dn.models import DenseNet, Net
 from prune_dn.models.answers import eval_mode
 from prune_dn.processes import process_state
@@ -199,16 +200,12 @@ class Run:
         if config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         logits = self.wrapped(images).float()
-        check_classes(logits.shape[1], labels, self.datasets.train)
+        check_classes(logits, self.datasets.train)
+        find_loss("softmax", logits, labels)
         loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
         if config.distillation is not None and self.teacher is not None:
             with torch.no_grad(), eval_mode(self.teacher), self.accelerator.autocast():
                 answers = self.teacher(images).float()
-            if answers.shape != logits.shape:
-                raise TrainingError(
-                    f"the teacher answers {answers.shape[1]} classes, the model {logits.shape[1]}; "
-                    "distil from a net for the same classes"
-                )
             learned = distillation_loss(logits, answers, config.distillation.temperature)
             weight = config.distillation.weight
             loss = (1 - weight) * loss + weight * learned

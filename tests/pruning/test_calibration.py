@@ -6,8 +6,8 @@ import pytest
 import torch
 from oracle import randomise_
 
+from prune_dn.batches import read_batches
 from prune_dn.models import densenet
-from prune_dn.pruning.batches import read_batches
 from prune_dn.pruning.calibration import PixelSampler, collect, patches
 
 

@@ -10,10 +10,10 @@ from oracle import randomise_
 from strategies import alone, rivalries
 from torch import nn
 
+from prune_dn.batches import read_batches
 from prune_dn.errors import PruningError
 from prune_dn.models import MaxFeatureMap, densenet
 from prune_dn.models.dense_net import ReadStream
-from prune_dn.pruning.batches import read_batches
 from prune_dn.pruning.calibration import collect
 from prune_dn.pruning.competition import competition
 

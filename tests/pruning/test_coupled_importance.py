@@ -8,8 +8,8 @@ from oracle import randomise_
 from torch import nn
 
 from prune_dn import prune
+from prune_dn.batches import Batches, read_batches
 from prune_dn.models import light_cnn_9, light_cnn_29_v2
-from prune_dn.pruning.batches import Batches, read_batches
 from prune_dn.pruning.coupled import find_groups
 from prune_dn.pruning.coupled_importance import importance
 from prune_dn.pruning.light_cnn import light_cnn_groups, light_cnn_scores

@@ -7,10 +7,10 @@ import pytest
 import torch
 from oracle import randomise_
 
+from prune_dn.batches import read_batches
 from prune_dn.errors import PruningError
 from prune_dn.models import DenseNet, densenet
 from prune_dn.pruning import make_plan
-from prune_dn.pruning.batches import read_batches
 from prune_dn.pruning.importance import CRITERIA, Criterion, importance, readers, register_criterion
 from prune_dn.pruning.units import Units
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from oracle import masked, randomise_
 
+from prune_dn.batches import read_batches
 from prune_dn.errors import PruningError
 from prune_dn.models import DenseNet, MaxFeatureMap, densenet
 from prune_dn.pruning import apply_plan, settling_plan
-from prune_dn.pruning.batches import read_batches
 from prune_dn.pruning.calibration import collect
 
 

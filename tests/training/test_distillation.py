@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
+from prune_dn.errors import TrainingError
 from prune_dn.training.distillation import distillation_loss
 
 
@@ -48,3 +49,11 @@ def test_gradient_keeps_its_size_as_temperature_grows() -> None:
     (gradient,) = torch.autograd.grad(distillation_loss(student, teacher, 1e4), student)
     centred = [x - x.mean(dim=1, keepdim=True) for x in (student.detach(), teacher)]
     assert torch.allclose(gradient, (centred[0] - centred[1]) / (5 * 6), atol=1e-4)
+
+
+def test_logits_that_do_not_fit() -> None:
+    """Neither a broadcast nor a softmax that is always 1."""
+    with pytest.raises(TrainingError, match="teacher answers 1 classes, the model 5"):
+        distillation_loss(logits(0), logits(1)[:, :1], 1.0)
+    with pytest.raises(TrainingError, match="nothing to distil from one output"):
+        distillation_loss(logits(0)[:, :1], logits(1)[:, :1], 1.0)

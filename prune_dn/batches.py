@@ -1,4 +1,4 @@
-"""Calibration batches: read and checked once, and how a net is run on them."""
+"""Batches of images that users give: checked in one way, and how a net is run on them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prune_dn.errors import PruningError
+from prune_dn.errors import PruneDNError, PruningError
 from prune_dn.losses import LossFunction, check_loss, describe
 from prune_dn.models import DenseNet
 from prune_dn.profiling import in_channels
@@ -32,23 +32,30 @@ class Batches:
 
 
 def each_batch(
-    batches: Iterable[object], what: str = "calibration"
+    batches: Iterable[object],
+    what: str = "calibration",
+    error: type[PruneDNError] = PruningError,
 ) -> Iterator[tuple[Tensor, object]]:
-    """Images (N, C, H, W) of each batch, checked, and what stands second in it, None = nothing."""
+    """Images (N, C, H, W) of each batch, checked, and what stands second in it, None = nothing.
+
+    Raises `error` for batches of another shape, and values that are not finite.
+    """
     if isinstance(batches, Tensor):
-        raise PruningError(
+        raise error(
             f"{what} is one tensor; give an iterable of batches, such as [images] or a loader"
         )
     for i, batch in enumerate(batches):
         parts = batch if isinstance(batch, tuple | list) else (batch,)
-        found = parts[0] if parts else None
+        found = parts[0] if parts else batch
         if not isinstance(found, Tensor) or found.ndim != 4 or not found.is_floating_point():
-            raise PruningError(
+            raise error(
                 f"{what} batch {i} is {describe(found)}; each batch must be images "
                 "(N, C, H, W) in floating point, or (images, labels)"
             )
+        if not len(found):
+            raise error(f"{what} batch {i} holds no images")
         if not torch.isfinite(found).all():
-            raise PruningError(f"{what} batch {i} holds NaN or infinity")
+            raise error(f"{what} batch {i} holds NaN or infinity")
         yield found, parts[1] if len(parts) > 1 else None
 
 
@@ -77,7 +84,7 @@ def read_batches(
                 "this criterion needs labels: give calibration batches of (images, labels); "
                 f"batch {i} has {has}"
             )
-    if not images or not sum(len(batch) for batch in images):
+    if not images:
         raise PruningError("calibration has no images; a generator can be read only once")
     return Batches(tuple(images), tuple(labels) if len(labels) == len(images) else None, loss)
 

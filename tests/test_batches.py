@@ -11,10 +11,10 @@ from oracle import randomise_
 from torch import nn
 
 from prune_dn import make_plan, prune
+from prune_dn.batches import read_batches
 from prune_dn.errors import PruneDNError
 from prune_dn.models import DenseNet, densenet, light_cnn_9
 from prune_dn.pruning import apply_plan, compensate_plan, settling_plan
-from prune_dn.pruning.batches import read_batches
 from prune_dn.pruning.calibration import collect
 from prune_dn.pruning.importance import importance
 from prune_dn.pruning.sensitivity import sensitivity
