@@ -206,6 +206,7 @@ def finetune_checkpoint(
             f"{output} was not written and nothing is kept; `prune-dn run` keeps each epoch"
         ) from stop
     after = score(model, sets.test)
+    assert before.accuracy is not None and after.accuracy is not None
     history = {**(info.get("history") or {}), "finetune": result.history}
     if process_state().is_main_process:
         told = {"data": sets.spec.to_dict(), "augment": sets.train.augment, "history": history}
@@ -244,6 +245,7 @@ def evaluate_checkpoint(
     if recalibrate:
         _recalibrate(model, sets, recalibrate, info, data.seed)
     result = score(model, getattr(sets, split), batch_size=batch_size, precision=precision)
+    assert result.accuracy is not None
     cost = count(model, sets.spec.image_size)
     return {
         "checkpoint": str(checkpoint),
