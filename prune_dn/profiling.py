@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from prune_dn.errors import ConfigError
 from prune_dn.models import DenseNet, DenseNetConfig, LightCNN
+from prune_dn.models.answers import computed_weights
 from prune_dn.models.as_built import as_built
 from prune_dn.models.as_built import default_image_size as default_image_size
 
@@ -86,7 +87,11 @@ def weight_uses(model: nn.Module, image_size: ImageSize | None) -> Mapping[str, 
 
     Of a transposed conv, its input pixels. Raises ConfigError when the net cannot run.
     """
-    net = copy.deepcopy(model).cpu().float().eval()
+    try:
+        net = copy.deepcopy(model).cpu().float().eval()
+    except RuntimeError as error:  # old weight norm, after a forward
+        why = next(computed_weights(model), error)
+        raise ConfigError(f"this {type(model).__name__} cannot be copied: {why}") from error
     uses: Counter[str] = Counter()
 
     def watch(name: str, layer: nn.Module) -> None:

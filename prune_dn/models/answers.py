@@ -103,7 +103,7 @@ def difference(given: nn.Module, ours: nn.Module, shape: tuple[int, ...]) -> str
                 f"compared in {dtype}, where small differences are lost in rounding",
                 stacklevel=4,
             )
-        own = {name: tensors[name] for name, _ in _named_tensors(ours)}
+        own = {name: tensors.get(name, tensor) for name, tensor in _named_tensors(ours)}
         return _compare(answer, _answer(ours, own, image))
     return f"it does not run on an image of shape {shape} ({failed})"
 

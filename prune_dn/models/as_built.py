@@ -62,6 +62,8 @@ def as_built(model: AnyNet, *, share: bool = False) -> AnyNet:
     if not odd and config == model.config:
         return model
     plain: Any = fill(config, clean_state_dict(model.state_dict()), share=share)
+    if (device := next(model.parameters()).device).type != "meta":
+        plain.to(device)  # the indices of readers, which no state dict holds
     if odd:
         check_same_answers(model, plain, odd)
     copy_modes_(plain, dict(model.named_modules(remove_duplicate=False)))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from prune_dn.errors import PruningError
+from prune_dn.models.answers import peculiarities
 from prune_dn.models.weights import shorten
 
 
@@ -29,11 +30,12 @@ def has_branches(model: nn.Module, image: Tensor) -> bool:
         why = f" (with its branches for training on it raises {type(error).__name__}: {error})"
     if not left:
         return True
+    odd = shorten(list(peculiarities(model)), 2)
     raise PruningError(
-        f"what {shorten(left)} reads cannot be followed: no forward of this "
-        f"{type(model).__name__} on an image of shape {tuple(image.shape)} reaches it{why}, so it "
-        f"might no longer fit the pruned net; take it out first (model.{left[0]} = None, and switch "
-        "its use off, as aux_logits=False does), or give the input_size that it takes in training"
+        f"what {shorten(left)} reads cannot be followed: no forward of a copy of this "
+        f"{type(model).__name__} on an image of shape {tuple(image.shape)} reaches it{why}"
+        f"{odd and f' ({odd})'}, so it might no longer fit the pruned net; take it out and switch its "
+        "use off first (as aux_logits=False does), or give the input_size that it takes in training"
     )
 
 

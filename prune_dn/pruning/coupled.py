@@ -92,7 +92,8 @@ def find_groups(model: nn.Module, image: Tensor, *, branches: bool = False) -> l
     found = [_group(tie, names, shared) for tie in ties]
     if groups := [group for group in found if isinstance(group, Group)]:
         return groups
-    raise PruningError(f"no channels of this model can be cut: {'; '.join(map(str, found[:3]))}")
+    why = "; ".join(map(str, found[:3])) or "no conv is in what gradients of the answers reach"
+    raise PruningError(f"no channels of this model can be cut: {why}")
 
 
 def _group(tie: Any, names: dict[nn.Module, str], shared: set[int]) -> Group | str:

@@ -157,9 +157,30 @@ def test_googlenet_trains_on() -> None:
     assert [y.shape for y in out] == [(2, 4)] * 3
 
 
+def forward_elsewhere() -> nn.Module:
+    """Its forward stays bound to this net: copies would answer with its weights."""
+    net = Net()
+    forward = net.forward
+    net.forward = lambda x: forward(x)
+    return net
+
+
+def hidden_loss() -> nn.Module:
+    net = Net()
+    net.register_forward_hook(
+        lambda net, x, y: setattr(net, "loss", y[1].mean()) or y[0] if net.training else None
+    )
+    return net
+
+
 @pytest.mark.parametrize(
     ("make", "text"),
     [
+        (
+            forward_elsewhere,
+            r"what first, second.* reads cannot be .*\(the model has a forward of its",
+        ),
+        (hidden_loss, "what aux_conv, aux_head reads cannot be followed"),
         (lambda: Net("never"), "what aux_conv, aux_head reads cannot be followed: no forward of"),
         (lambda: Net("targets"), r"aux_conv, aux_head .* for training on it raises TypeError"),
     ],

@@ -136,6 +136,16 @@ def test_computed_weights_are_refused_with_the_remedy(apply) -> None:
     assert prune(model, 0.3, input_size=16)(X).shape == want.shape
 
 
+def test_what_cannot_be_copied_cannot_be_counted() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nn.utils.weight_norm(model[1])
+    model(X)
+    with pytest.raises(ConfigError, match=r"cannot be copied: 1.weight .*remove_weight_norm"):
+        prune_dn.count(model, 16)
+
+
 # -- inputs --------------------------------------------------------------------------------------
 
 
