@@ -131,6 +131,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 1,
                 given,
             )
+        if _is_lost_process(error):
+            return _fail(
+                "error: another process of this run ended; its own message, or torchrun's, says why",
+                1,
+                given,
+            )
         text = type(error).__name__ + (f": {_one_line(error)}" if str(error) else "")
         return _fail(
             f"unexpected error: {text}\nThis is a mistake in prune-dn or its surroundings; "
@@ -157,6 +163,13 @@ def _is_memory(error: Exception) -> bool:
     """Whether Python, torch or onnxruntime had too little memory; the latter two have no type for it."""
     signs = ("can't allocate memory", "out of memory", "bad_alloc", "bad allocation")
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
+
+
+def _is_lost_process(error: Exception) -> bool:
+    """Whether gloo or NCCL waited for a process that is no more."""
+    signs = ("Connection closed by peer", "Connection reset by peer", "NCCL")
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    return several and isinstance(error, RuntimeError) and any(x in str(error) for x in signs)
 
 
 def _fail(message: str, code: int, arguments: Sequence[str]) -> int:

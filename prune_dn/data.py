@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import time
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -284,10 +286,10 @@ def calibration_batches(
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """Inside (or as a decorator of) a loop over a loader: what its worker processes met becomes a plain DataError.
+    """Say plainly, as a DataError, what worker processes met in a loop over a loader.
 
     torch hands on a worker's error with its traceback as the text, and says of a worker that was
-    killed no more than that.
+    killed no more than that. Also a decorator.
     """
     try:
         yield
@@ -295,14 +297,25 @@ def loading() -> Iterator[None]:
         if not str(error).startswith("Caught DataError"):
             raise
         raise DataError(str(error).rpartition("DataError: ")[2].strip()) from error
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+        if not _is_lost_worker(error):
             raise
+        if not isinstance(error, RuntimeError):
+            with suppress(RuntimeError):
+                time.sleep(1)  # torch's own word of it comes by a signal: let it come here
+        said = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(
-            f"a process that loads images ended ({str(error).splitlines()[0]}): it was killed, "
+            f"a process that loads images ended ({said}): it was killed, "
             "often for lack of memory; set num_workers lower (0 loads in the main process), or "
             "give it more memory"
         ) from error
+
+
+def _is_lost_worker(error: Exception) -> bool:
+    """Whether torch says so, or was cut off while it received a batch."""
+    if isinstance(error, RuntimeError):
+        return "DataLoader worker" in str(error)
+    return any(x.name == "_try_get_data" for x in traceback.extract_tb(error.__traceback__))
 
 
 class _Order(Sampler[int]):

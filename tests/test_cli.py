@@ -428,6 +428,24 @@ def test_what_nobody_expects(run: Run, net: Path, monkeypatch: pytest.MonkeyPatc
     assert code == 1 and "Traceback" in err
 
 
+def test_a_process_that_lost_another(run: Run, net: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gloo's own words, in the process that is left."""
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError(
+            "[/__w/pytorch/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:6890."
+        )
+
+    monkeypatch.setattr(jobs, "show_file", broken)
+    assert "unexpected error" in run("show", net)[2]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, out, err = run("show", net)
+    assert (code, out) == (1, "")
+    assert err == (
+        "error: another process of this run ended; its own message, or torchrun's, says why\n"
+    )
+
+
 def test_a_folder_that_cannot_be_written(run: Run, net: Path) -> None:
     Path("file").write_text("")
     result = run("prune", net, "--ratio", 0.5, "-o", "file/small.safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import warnings
@@ -318,3 +319,34 @@ def test_contents_of_sets_that_are_no_files() -> None:
     )
     assert first == again == small and set(first) == {"train", "test"}
     assert first["train"].startswith("1437 images, 8x8, labels ")
+
+
+def test_a_root_in_a_hidden_folder_is_read(tmp_path: Path) -> None:
+    make(tmp_path / ".cache" / "__MACOSX", "train", "test")
+    assert len(load(tmp_path / ".cache" / "__MACOSX")[0].test) == 8
+
+
+def test_commands_resize_as_the_checkpoint_was_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No warning where the checkpoint says how; --resize says otherwise."""
+    from prune_dn.checkpoint import save
+    from prune_dn.cli import main
+    from prune_dn.models import densenet
+    from prune_dn.training import evaluate
+
+    make(tmp_path / "data", "train", "test", shape=(8, 24))
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    net = densenet((2,), 4, bn_size=2, stem="cifar", num_classes=2, in_channels=1)
+    how: dict[str, Any] = {"image_size": 8, "mean": (0.5,), "std": (0.25,)}
+    sets = {x: load(tmp_path / "data", resize=x, **how)[0] for x in ("crop", "squash", "pad")}
+    losses = {x: evaluate(net, data.test).loss for x, data in sets.items()}
+    assert len(set(losses.values())) == 3
+    save(net, "net.safetensors", info={"data": sets["squash"].spec.to_dict()})
+    for more, resize in ([], "squash"), (["--resize", "pad"], "pad"), (["--resize=crop"], "crop"):
+        assert main(["evaluate", "net.safetensors", "--json", *more]) == 0
+        out, err = capsys.readouterr()
+        assert json.loads(out)["loss"] == pytest.approx(losses[resize], rel=1e-6) and err == ""
+    assert main(["evaluate", "net.safetensors", "--resize", "stretch"]) == 2
+    assert "resize 'stretch' is unknown; choose from crop, pad, squash" in capsys.readouterr().err

@@ -442,10 +442,11 @@ def test_two_processes_leave_one_run(tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(TINY)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", "-m", "prune_dn", "run", "tiny.yaml", "--json"]
-    command += ["--set", "export.onnx=false"]
+    command += ["--set", "export.onnx=false", "--set", "train.tensorboard=true"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs" / "tiny"
+    assert len(list(folder.glob("train/events.out.*"))) == 1
     assert json.loads(done.stdout) == json.loads((folder / "metrics.json").read_text())
     assert json.loads((folder / "environment.json").read_text())["processes"] == 2
     plan = Plan.load(folder / "plan.json")

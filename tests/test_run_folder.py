@@ -128,6 +128,19 @@ def test_a_folder_from_before_has_no_list_and_gets_one(trained: Recipe) -> None:
     assert found["format"] == "prune_dn.data/1" and len(found["contents"]) == 20
 
 
+def test_overwrite_takes_the_events_of_the_run_before_and_nothing_of_others(
+    trained: Recipe,
+) -> None:
+    logged = parse_recipe(RECIPE, overrides=["train.tensorboard=true"])
+    Path("out/train").mkdir()
+    Path("out/train/notes.txt").write_text("mine")
+    for _ in range(2):
+        pipeline.run(logged, progress=False, only_train=True, overwrite=True)
+        events = list(Path("out/train").glob("events.out.tfevents.*"))
+        assert len(events) == 1
+    assert Path("out/train/notes.txt").read_text() == "mine"
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"contents": 3}', '{"contents": null}', "\0\xff"])
 def test_a_damaged_list(trained: Recipe, text: str) -> None:
     Path("out/data.json").write_bytes(text.encode("latin1"))

@@ -10,7 +10,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import prune_dn
-from prune_dn.data import Datasets, load_datasets
+from prune_dn.data import Datasets, load_datasets, make_loader
 from prune_dn.errors import DataError, TrainingError
 from prune_dn.models import DenseNet, densenet
 from prune_dn.training import Distillation, FitConfig, FitResult, evaluate, fit, fitting, state_path
@@ -335,20 +335,32 @@ fitting.Run._update = killed
 """
 
 
-def test_killed_in_an_epoch_then_resumed(data: Datasets, tmp_path: Path) -> None:
-    script = SCRIPT.format(before=KILL, after="")
+KILL_BEFORE_LOG = """
+replace, written = os.replace, []
+def killed(source, target):
+    written.append(Path(target).name)
+    if written.count("train.jsonl") == 1:  # the state of the first epoch is there
+        os.kill(os.getpid(), 9)
+    replace(source, target)
+os.replace = killed
+"""
+
+
+@pytest.mark.parametrize("kill", [KILL, KILL_BEFORE_LOG], ids=["in an epoch", "before the log"])
+def test_killed_then_resumed(data: Datasets, tmp_path: Path, kill: str) -> None:
+    script = SCRIPT.format(before=kill, after="")
     died = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path / "killed")], capture_output=True, text=True
     )
     assert died.returncode == -signal.SIGKILL, died.stderr
-    assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == [
-        "train.jsonl",
-        "train.state.pt",
-    ]
+    left = {p.name for p in (tmp_path / "killed").glob("[!.]*")}
+    assert left == {"train.state.pt", *(["train.jsonl"] if kill == KILL else [])}
     whole, resumed = net(drop_rate=0.3), net(seed=8, drop_rate=0.3)
     go(whole, data, epochs=2, batch_size=8)
     go(resumed, data, epochs=2, batch_size=8, output_dir=tmp_path / "killed")
     assert same(whole, resumed)
+    log = (tmp_path / "killed" / "train.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in log] == [1, 2]
 
 
 @pytest.mark.parametrize("when", ["between", "torn"])
@@ -383,10 +395,11 @@ def test_the_log_follows_the_state(
 
 
 KILL_LOADER = """
-import multiprocessing
+import multiprocessing, time
 step = fitting.Run._update
 def kill_one(self):
     os.kill(multiprocessing.active_children()[0].pid, 9)
+    time.sleep(60)  # the signal that tells of it comes now
     return step(self)
 fitting.Run._update = kill_one
 """
@@ -403,6 +416,32 @@ def test_a_killed_loader_worker(tmp_path: Path) -> None:
     assert died.returncode == 1
     says = r"^prune_dn\.errors\.DataError: a process that loads images ended \(DataLoader worker.*"
     assert re.search(says + "set num_workers lower", died.stderr, re.MULTILINE), died.stderr
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset"), EOFError(), RuntimeError()])
+def test_a_worker_that_is_lost_while_it_sends(data: Datasets, error: Exception) -> None:
+    """torch sees the broken connection before it hears of the death."""
+
+    def _try_get_data() -> None:
+        raise error
+
+    def loader() -> Iterator[tuple[Tensor, Tensor]]:
+        yield next(iter(make_loader(data.test, 8)))
+        _try_get_data()
+
+    if isinstance(error, RuntimeError):
+        with pytest.raises(RuntimeError):
+            evaluate(net(), loader())  # type: ignore[arg-type]
+    else:
+        with pytest.raises(DataError, match="a process that loads images ended"):
+            evaluate(net(), loader())  # type: ignore[arg-type]
+
+    def own() -> Iterator[tuple[Tensor, Tensor]]:
+        raise type(error)
+        yield
+
+    with pytest.raises(type(error)):
+        evaluate(net(), own())  # type: ignore[arg-type]
 
 
 def test_what_a_loader_worker_cannot_read(tmp_path: Path) -> None:
