@@ -26,8 +26,12 @@ from prune_dn.run_files import (
     remove_leftovers_,
 )
 from prune_dn.run_metrics import FORMAT, read_metrics
+from prune_dn.training.config import WITHOUT_EFFECT
 from prune_dn.yaml_lines import parse
 
+# Values of a recipe with which a run may go on when they are others.
+WITHOUT_EFFECT_ON_THE_RUN = {"output_dir", "data.download"}
+WITHOUT_EFFECT_ON_THE_RUN |= {f"{x}.{key}" for x in ("train", "finetune") for key in WITHOUT_EFFECT}
 DATA_FORMAT = "prune_dn.data/1"
 REMEDY = "choose a new output_dir (--output-dir), or replace it with --overwrite"
 
@@ -163,7 +167,7 @@ class RunFolder:
         there = _flat(document.value)
         here = _flat(parse(to_yaml(recipe)).value)
         changed = [k for k in dict.fromkeys([*here, *there]) if here.get(k) != there.get(k)]
-        changed = [k for k in changed if k != "output_dir"]
+        changed = [k for k in changed if k not in WITHOUT_EFFECT_ON_THE_RUN]
         if changed:
             raise RecipeError(
                 f"{self.path} holds a run of another recipe (other values of: "

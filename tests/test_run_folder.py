@@ -13,7 +13,7 @@ from PIL import Image
 from test_cli import Run, run  # noqa: F401  (a fixture)
 
 from prune_dn import pipeline
-from prune_dn.errors import DataError, DataWarning
+from prune_dn.errors import DataError, DataWarning, RecipeError
 from prune_dn.recipe import Recipe
 from prune_dn.recipe_file import parse_recipe
 
@@ -113,6 +113,21 @@ def test_other_data_in_the_middle_of_training_is_refused_by_fit_too(trained: Rec
     swap_classes()
     with pytest.raises(TrainingError, match=r"belongs to a run with other settings .*contents: "):
         go()
+
+
+def test_what_makes_no_difference_to_the_result_may_be_another(trained: Recipe) -> None:
+    """As the advice goes when a process that loads images was killed."""
+    other = parse_recipe(
+        RECIPE, overrides=["train.num_workers=1", "train.tensorboard=true", "data.download=true"]
+    )
+    before = Path("out/dense.safetensors").stat().st_mtime_ns
+    pipeline.run(other, progress=False, only_train=True)
+    assert Path("out/dense.safetensors").stat().st_mtime_ns == before, "it trained again"
+    with pytest.raises(RecipeError, match=r"other values of: train\.batch_size\);"):
+        pipeline.run(
+            parse_recipe(RECIPE, overrides=["train.batch_size=5", "train.num_workers=2"]),
+            progress=False,
+        )
 
 
 def test_the_place_of_the_data_may_change_with_a_link(trained: Recipe) -> None:

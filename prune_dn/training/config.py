@@ -36,6 +36,10 @@ class Distillation(Strict):
     weight: Annotated[float, Field(gt=0, le=1)] = 0.9
 
 
+# Settings of FitConfig that make no difference to the result: a run goes on with others.
+WITHOUT_EFFECT = frozenset({"num_workers", "tensorboard"})
+
+
 class FitConfig(Strict):
     """One training run. Fractions are of the whole run; learning rates are per optimizer step."""
 

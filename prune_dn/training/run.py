@@ -23,7 +23,7 @@ from prune_dn.losses import find_loss
 from prune_dn.models import DenseNet, Net
 from prune_dn.models.answers import eval_mode
 from prune_dn.processes import process_state
-from prune_dn.training.config import FitConfig
+from prune_dn.training.config import WITHOUT_EFFECT, FitConfig
 from prune_dn.training.distillation import distillation_loss
 from prune_dn.training.evaluation import check_classes, evaluate
 from prune_dn.training.optim import build_optimizer, learning_rate
@@ -72,7 +72,7 @@ class Run:
         self.epoch = self.step = 0
         self.history: list[dict[str, Any]] = []
         self.fingerprint = {
-            **config.model_dump(mode="json", exclude={"num_workers", "tensorboard"}),
+            **config.model_dump(mode="json", exclude=set(WITHOUT_EFFECT)),
             "seed": seed,
             "batch": per_step,
             "data": datasets.spec.to_dict(),
