@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from prune_dn import limits
 from prune_dn.augment import AUGMENTATIONS
 from prune_dn.errors import DataError, DataWarning
+from prune_dn.files import wrong_name
 from prune_dn.images import RESIZES, Images
 from prune_dn.sources import DATASETS, Numbers, Request, by_turns
 
@@ -163,6 +164,8 @@ def load_datasets(
     check_normalisation(mean, std)
     if name not in DATASETS:
         raise DataError(f"data set {name!r} is unknown; choose from {', '.join(sorted(DATASETS))}")
+    if problem := wrong_name(root):
+        raise DataError(f"root {str(root)!r:.80} {problem}")
     if not 0 < val_fraction < 1:
         raise DataError(f"val_fraction is {val_fraction!r}; it must lie in (0, 1)")
     if limit is not None and limit < 1:

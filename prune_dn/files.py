@@ -14,6 +14,7 @@ from typing import Any
 from prune_dn.errors import WriteError
 
 StrPath = str | os.PathLike[str]
+_LONGEST_NAME = 255  # bytes
 MOST_TEXT = 1 << 26  # bytes of a text file
 
 
@@ -79,6 +80,16 @@ def file_size(path: StrPath) -> int:
     if not stat.S_ISREG(found.st_mode):
         raise OSError("it is no regular file, but a pipe or a device")
     return found.st_size
+
+
+def wrong_name(path: StrPath) -> str | None:
+    """Why there can be no such path on any disk; None = there can."""
+    name = os.fspath(path)
+    if "\0" in name:
+        return "has a NUL in it, which no path can have"
+    if any(len(os.fsencode(part)) > _LONGEST_NAME for part in Path(name).parts):
+        return f"has a name of more than {_LONGEST_NAME} bytes in it, which no disk keeps"
+    return None
 
 
 def read_text(path: StrPath, most: int = MOST_TEXT) -> str:

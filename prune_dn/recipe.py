@@ -20,6 +20,7 @@ from pydantic import (
 from prune_dn import limits
 from prune_dn.augment import AUGMENTATIONS
 from prune_dn.errors import ConfigError, PruningError
+from prune_dn.files import wrong_name
 from prune_dn.images import RESIZES
 from prune_dn.models import BUILDERS, LIGHT_CNNS, Net
 from prune_dn.pruning import CRITERIA
@@ -52,6 +53,12 @@ def _choice(kind: str, registry: Mapping[str, Any]) -> Any:
     return Annotated[
         str, AfterValidator(check), WithJsonSchema({"type": "string", "enum": sorted(registry)})
     ]
+
+
+def _check_path(value: str) -> str:
+    if problem := wrong_name(value):
+        raise ValueError(problem)
+    return value
 
 
 def _check_ratio(value: Any) -> Any:
@@ -87,6 +94,7 @@ def _check_augment(value: Any) -> Any:
     raise ValueError(f"is no augmentation; choose {', '.join(sorted(AUGMENTATIONS))}")
 
 
+FilePath = Annotated[str, Field(min_length=1), AfterValidator(_check_path)]
 Ratio = Annotated[float, BeforeValidator(_check_ratio)]
 Mfm = Annotated[
     Any, BeforeValidator(partial(_check_mfm, ("2/1", "3/2"))), _mfm_schema("2/1", "3/2")
@@ -103,7 +111,7 @@ class ModelSection(Strict):
     """A builder by its name and the builder's own arguments, or a checkpoint."""
 
     name: _choice("model", BUILDERS) | None = None  # type: ignore[valid-type]
-    checkpoint: Annotated[str, Field(min_length=1)] | None = None
+    checkpoint: FilePath | None = None
     block_config: Annotated[tuple[Layers, ...], Field(min_length=1)] | None = None
     growth_rate: Channels | None = None
     num_init_features: Channels | None = None
@@ -153,7 +161,7 @@ class DataSection(Strict):
     """What `prune_dn.data.load_datasets` takes; classes and channels come from the data."""
 
     name: _choice("data set", DATASETS)  # type: ignore[valid-type]
-    root: str = "data"
+    root: FilePath = "data"
     image_size: Pixels | None = None
     resize: _choice("way to resize", RESIZES) | None = None  # type: ignore[valid-type]
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
@@ -187,7 +195,7 @@ class PruneSection(Strict):
     batch_size: BatchSize | None = None
     criterion: _choice("criterion", CRITERIA) = "bn_scale"  # type: ignore[valid-type]
     scope: Literal["global", "local"] = "global"
-    ratios: Annotated[str, Field(min_length=1)] | None = None
+    ratios: FilePath | None = None
     units: Annotated[
         tuple[Literal["stream", "bottleneck", "edge", "sibling", "layer"], ...], Field(min_length=1)
     ] = ("stream", "bottleneck")
@@ -248,7 +256,7 @@ class Recipe(Strict):
     export: ExportSection = ExportSection()
     report: ReportSection = ReportSection()
     seed: Seed = 0
-    output_dir: Annotated[str, Field(min_length=1)] = "runs/recipe"
+    output_dir: FilePath = "runs/recipe"
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:

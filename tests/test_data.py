@@ -411,3 +411,12 @@ def test_calibration_images_can_be_those_of_the_first_epoch_at_any_time() -> Non
     train.set_epoch(5)
     assert torch.equal(drawn(), first)
     assert not torch.equal(next(iter(make_loader(train, 30, shuffle=True, seed=1)))[0], first[:30])
+
+
+@pytest.mark.parametrize("root", ["a\0b", "x" * 256, "ä" * 128])
+def test_roots_that_no_disk_has(root: str) -> None:
+    for name in ("image_folder", "cifar10", "digits"):
+        with pytest.raises(
+            DataError, match=r"root '.* has a (NUL|name of more than 255 bytes) in it"
+        ):
+            load_datasets(name, root=root)

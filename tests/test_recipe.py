@@ -421,3 +421,18 @@ def test_recipes_that_are_no_files(tmp_path: Path) -> None:
         RecipeError, match=r"it has 1,099,511,627,776 bytes, and such a file has at most"
     ):
         load_recipe(tmp_path / "huge.yaml")
+
+
+@pytest.mark.parametrize("place", ["model.checkpoint", "data.root", "prune.ratios", "output_dir"])
+def test_paths_that_no_disk_has(place: str) -> None:
+    start = "{}" if place.startswith("model.") else GOOD
+    for path, message in (
+        ('"a\\0b"', "has a NUL in it"),
+        ("a/" + "x" * 256, "of more than 255 bytes"),
+    ):
+        with pytest.raises(
+            RecipeError, match=f"{place}: .* has a .*{message.split()[-1]}"
+        ) as error:
+            parse_recipe(start, overrides=[f"{place}={path}", "data.name=digits"])
+        assert message in str(error.value)
+    assert "is missing" not in str(parse_recipe(GOOD, overrides=["output_dir=" + "x" * 255]))
