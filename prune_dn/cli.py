@@ -44,6 +44,10 @@ def run(
     from prune_dn import pipeline, report
 
     read = read_recipe(recipe, sets, output_dir)
+    if dry_run and overwrite:
+        raise RecipeError(
+            "--overwrite has no effect with --dry-run, which writes nothing; leave it out"
+        )
     if dry_run:
         facts = pipeline.dry_run(read)
         _show(facts, as_json)
@@ -68,6 +72,10 @@ def train(
     from prune_dn import pipeline, report
 
     read = read_recipe(recipe, sets, output_dir)
+    if read.train is None:
+        raise RecipeError(
+            f"{plain(recipe)} has no part train, so there is nothing to do; use `run`"
+        )
     result = pipeline.run(read, overwrite=overwrite, progress=not as_json, only_train=True)
     if _is_main():
         table, lines = report.stage_table(result.metrics), report.below_table(result.metrics)

@@ -106,6 +106,13 @@ def test_dry_run_trains_nothing(run: Run, recipe: Path) -> None:
     assert code == 0 and "output_dir: runs/tiny" in out
 
 
+def test_what_would_have_no_effect(run: Run, recipe: Path, net: Path) -> None:
+    bad(run("run", recipe, "--dry-run", "--overwrite"), "--overwrite has no effect with --dry-run")
+    start = ["--set", f"model={{checkpoint: {net}}}", "--set", "train=null"]
+    bad(run("train", recipe, *start), "has no part train, so there is nothing to do")
+    assert not Path("runs").exists()
+
+
 def test_validate_and_schema(run: Run, recipe: Path) -> None:
     code, out, err = run("validate", recipe, "--set", "seed=3")
     assert code == 0 and "is valid" in err
