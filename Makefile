@@ -24,6 +24,7 @@ portable-avx2: export ATEN_CPU_CAPABILITY = avx2
 portable-onednn: export ONEDNN_MAX_CPU_ISA = AVX2
 portable-1-thread: export OMP_NUM_THREADS = 1
 portable-2-threads: export OMP_NUM_THREADS = 2
+portable-2-threads: export OMP_WAIT_POLICY = passive
 portable-plain: export PRUNE_DN_KERNELS = 0
 $(PORTABLE): $(VENV)/.installed
 	$(BIN)/python -m pytest -p no:cacheprovider -m numbers $(PORTABLE_TESTS)
