@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from prune_dn.errors import PruningError
 from prune_dn.models import LightCNN
@@ -22,7 +24,10 @@ Layer = Conv | nn.Linear | Norm | nn.PReLU
 Keep = dict[str, Tensor]  # the root of a group to the mask of its channels that stay
 
 OUT, IN = 0, 1
-_ROUNDING = torch.finfo(torch.float64).eps ** 0.5  # of the largest answer: half of the digits
+# What may be rounding, as a share of the largest answer: in float64 half of the digits, in float32
+# what some hundred roundings make.
+_ROUNDING = torch.finfo(torch.float64).eps ** 0.5
+_ROUNDING_OF_FLOATS = 100 * torch.finfo(torch.float32).eps
 _WIDTHS = {
     "out_channels": OUT,
     "in_channels": IN,
@@ -160,9 +165,25 @@ def is_exact(
 ) -> bool:
     """Whether cutting equals masking what convs and linear layers read; on the CPU, in float64.
 
-    In a Light CNN, filters that go are minus infinity in their maximum as well.
+    In float32, with a warning, where the net cannot run in float64. In a Light CNN, filters that go
+    are minus infinity in their maximum as well.
     """
-    dense = to_inference_(copy.deepcopy(model).cpu().double(), branches=branches)
+    try:
+        return _is_exact(model, groups, keep, image.double(), branches)
+    except RuntimeError as error:
+        exact = _is_exact(model, groups, keep, image.float(), branches)
+        warnings.warn(
+            f"this {type(model).__name__} cannot run in float64 ({error}); that the pruned net equals "
+            "the masked one was checked in float32",
+            stacklevel=2,
+        )
+        return exact
+
+
+def _is_exact(
+    model: nn.Module, groups: list[Group], keep: Keep, image: Tensor, branches: bool
+) -> bool:
+    dense = to_inference_(copy.deepcopy(model).cpu().to(image.dtype), branches=branches)
     for name, masks in _masks(model, groups, keep).items():
         layer = dense.get_submodule(name)
         if isinstance(layer, Conv | nn.Linear) and not channelwise(layer):
@@ -170,17 +191,32 @@ def is_exact(
             layer.register_forward_pre_hook(lambda _, x, ins=ins: x[0].masked_fill(ins, 0))
             if isinstance(model, LightCNN):
                 layer.register_forward_hook(lambda _, x, y, o=outs: y.masked_fill(o, -math.inf))
-    small = to_inference_(cut(model, groups, keep).cpu().double(), branches=branches)
+    small = to_inference_(cut(model, groups, keep).cpu().to(image.dtype), branches=branches)
     with torch.no_grad():
-        wanted = tensors(dense(image.double()))
+        with _Narrowing() as narrowing:
+            wanted = tensors(dense(image))
         try:
-            pairs = list(zip(wanted, tensors(small(image.double())), strict=True))
+            pairs = list(zip(wanted, tensors(small(image)), strict=True))
         except (RuntimeError, ValueError, IndexError):
             return False
+    double = image.dtype == torch.float64 and not narrowing.found
+    rounding = _ROUNDING if double else _ROUNDING_OF_FLOATS
     return all(
-        a.shape == b.shape and bool((a - b).abs().max() <= _ROUNDING * a.abs().max())
+        a.shape == b.shape and bool((a - b).abs().max() <= rounding * a.abs().max())
         for a, b in pairs
     )
+
+
+class _Narrowing(TorchDispatchMode):
+    """Notes whether any operation gives a narrower floating-point type than float64, which it took."""
+
+    found = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if any(x.dtype != torch.float64 for x in tensors(out)):
+            self.found |= any(x.dtype == torch.float64 for x in tensors(args))
+        return out
 
 
 def reading_weight(layer: nn.Module) -> Tensor:

@@ -18,6 +18,7 @@ from prune_dn.errors import CheckpointError, ConversionError, PruneDNError
 from prune_dn.models import DenseNet, LightCNN, densenet, light_cnn_9, light_cnn_29_v2
 from prune_dn.models.as_built import as_built
 from prune_dn.models.convert import convert
+from prune_dn.pruning.sensitivity import sensitivity
 
 LAYER = "features.denseblock1.denselayer1"
 
@@ -254,6 +255,9 @@ def test_what_no_config_says_is_refused_everywhere(name, tmp_path: Path) -> None
         convert,
         prune_dn.count,
         lambda net: prune_dn.prune(net, 0.3),
+        lambda net: sensitivity(net, lambda _: 0.0),
+        lambda net: prune_dn.settling_plan(net, [torch.zeros(1, 3, 32, 32)]),
+        lambda net: prune_dn.fit_latency_model(net, image_size=32),
         lambda net: prune_dn.apply_plan(net, plan),
         lambda net: prune_dn.export_onnx(net, tmp_path / "net.onnx", image_size=32),
     ):

@@ -107,6 +107,40 @@ def test_layers_that_see_neighbouring_channels_are_refused() -> None:
         prune(net, 0.3, input_size=16)
 
 
+class Thresholds(nn.Module):
+    """Writes what it computes into float32 zeros, as torchxrayvision's thresholds do."""
+
+    def forward(self, x):
+        out = torch.zeros(x.shape)
+        out[x > 0.1] = x[x > 0.1].sqrt()
+        return out
+
+
+def head_of(*layers: nn.Module) -> nn.Sequential:
+    pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3), *pooled, *layers)
+    return randomise_(net, 0).eval()
+
+
+def test_a_net_that_cannot_run_in_float64_is_checked_in_float32() -> None:
+    net = head_of(Thresholds())
+    with pytest.warns(UserWarning, match=r"cannot run in float64 .* was checked in float32"):
+        small = prune(net, 0.3, unit="params", input_size=16)
+    assert small[0].out_channels + small[2].out_channels < 24 and small(X).shape == (2, 4)
+
+
+def test_a_net_that_rounds_to_float32_inside_is_checked_as_well_as_that_allows() -> None:
+    def half_way(x: torch.Tensor) -> torch.Tensor:
+        return x.float().softmax(1).to(x.dtype)
+
+    small = prune(head_of(Call(half_way)), 0.3, unit="params", input_size=16)
+    assert small[0].out_channels + small[2].out_channels < 24
+    net = head_of(Call(half_way))
+    net[1] = nn.LocalResponseNorm(3, alpha=1)
+    with pytest.raises(PruningError, match=r"outputs of 0 depends"):
+        prune(net, 0.3, unit="params", input_size=16)
+
+
 # -- computed weights ----------------------------------------------------------------------------
 
 
