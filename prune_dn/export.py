@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from prune_dn.models.convert import convert
 
 INPUT_NAME, OUTPUT_NAME = "input", "logits"
 BATCHES = (1, 7)
+OLDEST_OPSET = 18
 _EXAMPLE_BATCH = 2  # the exporters take a batch of 1 for a constant
 
 ImageSize = int | tuple[int, int]
@@ -53,13 +55,14 @@ def export_onnx(
 
     The model itself is not touched: a copy in eval mode on the CPU is exported. onnxruntime then
     runs the file at batch 1 and 7; `tolerance` is the error allowed, as a share of the largest
-    logit. `opset=None` leaves the choice to PyTorch.
+    logit. `opset=None` leaves the choice to PyTorch, which writes 18 and newer ones.
 
-    Raises ExportError if the model cannot be run or exported, or if the answers differ.
+    Raises ExportError if the model cannot be run or exported, in that opset, or if the answers differ.
     """
-    net, images = _prepare(model, image_size, in_channels)
     import onnx
 
+    _check_opset(opset, onnx.defs.onnx_opset_version())
+    net, images = _prepare(model, image_size, in_channels)
     with atomic_path(path) as temporary:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the exporter's internals
@@ -78,6 +81,12 @@ def export_onnx(
                 raise ExportError(f"PyTorch could not export the model to ONNX: {error}") from error
         assert program is not None
         proto = program.model_proto
+        written = {entry.domain: entry.version for entry in proto.opset_import}
+        if opset is not None and written != {"": opset}:
+            raise ExportError(
+                f"opset {opset} was asked for, but PyTorch exported "
+                f"{', '.join(f'{name or chr(39) * 2} {version}' for name, version in written.items())}"
+            )
         _clear_metadata(proto)
         onnx.save(proto, str(temporary))
         worst = _verify(net, images, _onnx_runner(temporary), tolerance, "ONNX file")
@@ -120,6 +129,15 @@ def export_torch(
         worst = _verify(net, images, loaded, tolerance, "exported program")
         size = temporary.stat().st_size
     return ExportReport(Path(path), size, worst)
+
+
+def _check_opset(opset: Any, newest: int) -> None:
+    is_whole = isinstance(opset, Integral) and not isinstance(opset, bool)
+    if opset is not None and not (is_whole and OLDEST_OPSET <= opset <= newest):
+        raise ExportError(
+            f"opset is {opset!r}; PyTorch's exporter can write the integers from {OLDEST_OPSET} to "
+            f"{newest}, and None leaves the choice to it"
+        )
 
 
 def _prepare(
