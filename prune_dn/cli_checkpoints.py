@@ -37,7 +37,12 @@ def prune(
             min=1, max=limits.BATCH_SIZE, help="For latency: images at once.  [default: 1]"
         ),
     ] = None,
-    criterion: options.Criterion = "bn_scale",
+    criterion: Annotated[
+        str | None,
+        typer.Option(
+            help="See `prune-dn criteria`.  [default: bn_scale where norms have scales, else l2]"
+        ),
+    ] = None,
     scope: Annotated[
         str, typer.Option(help="Rank over the whole net: global; or local.")
     ] = "global",

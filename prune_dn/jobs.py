@@ -70,6 +70,9 @@ def prune_checkpoint(
     _apart("--plan-out", plan_out, **read, **{"--output": output})
     Request(ratio, **{key: value for key, value in arguments.items() if key != "ratios"})
     model, info = open_checkpoint(checkpoint, ema)
+    if isinstance(model, LightCNN) and (plan_out is not None or recalibrate):
+        option, what = ("--plan-out", "plan") if plan_out else ("--recalibrate", "batch norms")
+        raise PruningError(f"{option} has no effect: a Light CNN has no {what}; leave it out")
     size, size_from = image_size_for(model, info, data.image_size, checkpoint)
     check_compensation(compensate, True)
     reads = reads_images(arguments["criterion"])
@@ -87,9 +90,6 @@ def prune_checkpoint(
     if reads or compensate != "none":
         images = calibration_batches(sets.train, calibration, seed=data.seed)
     if isinstance(model, LightCNN):
-        if plan_out is not None or recalibrate:
-            option, what = ("--plan-out", "plan") if plan_out else ("--recalibrate", "batch norms")
-            raise PruningError(f"{option} has no effect: a Light CNN has no {what}; leave it out")
         small = prune(
             model, ratio, **arguments, compensate=compensate, calibration=images if reads else None
         )
@@ -143,12 +143,12 @@ def _cut_figures(
     }
 
 
-def refuse_calibration(images: int | None, criterion: str, why_else: str = "") -> None:
+def refuse_calibration(images: int | None, criterion: str | None, why_else: str = "") -> None:
     """Raise PruningError when `--calibration` was given, but nothing would read the images."""
     if images is not None:
+        what = "the default criterion" if criterion is None else f"criterion {criterion!r}"
         raise PruningError(
-            f"--calibration has no effect: criterion {criterion!r} reads only the weights"
-            f"{why_else}; leave it out"
+            f"--calibration has no effect: {what} reads only the weights{why_else}; leave it out"
         )
 
 

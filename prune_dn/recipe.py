@@ -25,7 +25,7 @@ from prune_dn.images import RESIZES
 from prune_dn.models import BUILDERS, LIGHT_CNNS, Net
 from prune_dn.pruning import CRITERIA
 from prune_dn.pruning.importance import reads_images
-from prune_dn.pruning.request import check_ratios
+from prune_dn.pruning.request import USUAL_UNITS, UnitKind, check_ratios, units_in
 from prune_dn.sources import DATASETS
 from prune_dn.training import FitConfig
 from prune_dn.training.config import Pixels, Share, Strict
@@ -182,7 +182,7 @@ class PruneSection(Strict):
 
     `calibration` is how many training images the criterion and the compensation see (None = 512, see
     `data.calibration_batches`). `runtime` (None = onnxruntime) and `batch_size` (None = 1) are those
-    of the unit `latency`. `settle` takes the place of the ratio: every loser of an MFM goes, and nothing
+    of the unit `latency`. `criterion` None is `usual_criterion` of the net. `settle` takes the place of the ratio: every loser of an MFM goes, and nothing
     else (`settling_plan`). `ratios` is the path of a sensitivity.json of the net before the cut.
     After a cut `recalibrate_batches` refresh the norms, where there are any: 50, but none where
     the cut was compensated, which fits the norms too and would be undone in part.
@@ -193,12 +193,12 @@ class PruneSection(Strict):
     unit: Literal["channels", "params", "macs", "latency"] = "channels"
     runtime: Literal["eager", "onnxruntime"] | None = None
     batch_size: BatchSize | None = None
-    criterion: _choice("criterion", CRITERIA) = "bn_scale"  # type: ignore[valid-type]
+    criterion: _choice("criterion", CRITERIA) | None = None  # type: ignore[valid-type]
     scope: Literal["global", "local"] = "global"
     ratios: FilePath | None = None
-    units: Annotated[
-        tuple[Literal["stream", "bottleneck", "edge", "sibling", "layer"], ...], Field(min_length=1)
-    ] = ("stream", "bottleneck")
+    units: Annotated[tuple[UnitKind, ...], Field(min_length=1), AfterValidator(units_in)] = (
+        USUAL_UNITS
+    )
     compensate: Literal["none", "mean", "least_squares"] = "none"
     calibration: Images | None = None
     protect: tuple[str, ...] = ()
@@ -313,7 +313,7 @@ class Recipe(Strict):
                 wrong.append("prune.settle (for DenseNets; give pruning_ratio)")
             if cut.ratios is not None:
                 wrong.append("prune.ratios (for DenseNets; leave it out)")
-            if cut.units not in (type(cut).model_fields["units"].default, ("sibling",)):
+            if cut.units not in (USUAL_UNITS, ("sibling",)):
                 wrong.append("prune.units (leave it out, or give [sibling])")
         return ", ".join(wrong)
 

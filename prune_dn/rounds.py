@@ -11,6 +11,7 @@ from prune_dn.profiling import count
 from prune_dn.pruning import Plan, make_plan, prune, settling_plan
 from prune_dn.pruning.importance import reads_images
 from prune_dn.pruning.latency_model import LATENCY, requested_model
+from prune_dn.pruning.request import usual_criterion
 from prune_dn.recipe import Recipe
 
 NOT_PLANNED = {
@@ -36,7 +37,8 @@ def plan_round(
     images = calibration(recipe, data) if reads_images(section.criterion) else None
     seed = recipe.seed if section.seed is None else section.seed
     if section.pruning_ratio is None:
-        return settling_plan(model, images, criterion=section.criterion, seed=seed)
+        criterion = section.criterion or usual_criterion(model)
+        return settling_plan(model, images, criterion=criterion, seed=seed)
     return make_plan(
         model,
         section.pruning_ratio * number / section.rounds,

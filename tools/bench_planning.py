@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 import torchvision
+from results import chosen
 from torch import nn
 
 import prune_dn
 from prune_dn.latency import machine
-from prune_dn.models import BUILDERS
+from prune_dn.models import BUILDERS, LIGHT_CNNS
 
 NETS = ("densenet121", "densenet169", "densenet201", "densenet264")
 
@@ -62,17 +63,19 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
     return row
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("nets", nargs="*", default=NETS, metavar="NET")
+    parser.add_argument("nets", nargs="*", default=NETS, metavar="NET", help="patterns of builders")
     parser.add_argument("--repeats", type=int, default=5)
-    arguments = parser.parse_args()
+    given = parser.parse_args(arguments)
+    known = [name for name in BUILDERS if name not in (*LIGHT_CNNS, "densenet")]
+    nets = chosen(known, given.nets, "net")
     print(machine())
     rows = []
-    for name in arguments.nets:
-        rows.append(measure(name, arguments.repeats))
+    for name in nets:
+        rows.append(measure(name, given.repeats))
         print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
     print(json.dumps({"machine": machine(), "rows": rows}))
 

@@ -40,7 +40,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from memory import saved_bytes
-from results import Row, measured
+from results import Row, chosen, measured
 from torch import Tensor
 from training_report import exponents, write_report
 from training_variants import PLAIN, VARIANTS, build, cannot, find_net
@@ -109,12 +109,13 @@ class Bench:
 
     def _keys(self) -> Iterator[Row]:
         saved, peaks, times = [], [], []
+        wanted = {"naive", *chosen(VARIANTS, self.given.variants, "variant")}
         for name in self.given.nets:
             net = find_net(name)
             base = {"net": name, "depth": net.depth, "batch": self.given.batch or net.batch}
             variants = []
             for variant in VARIANTS:
-                if variant != "naive" and not _matches(variant, self.given.variants):
+                if variant not in wanted:
                     continue
                 if reason := cannot(net, variant):
                     print(f"skipped: {variant} of {name}: {reason}")

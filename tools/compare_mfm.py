@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import fnmatch
 import functools
 import hashlib
 import itertools
@@ -31,7 +30,7 @@ from typing import Any
 
 import torch
 from memory import saved_bytes
-from results import Row, measured, write_between
+from results import Row, chosen, measured, write_between
 from torch.nn import functional as F
 
 import prune_dn
@@ -56,7 +55,7 @@ class Table:
     def __init__(self, recipes: Path, out: Path, patterns: Sequence[str]) -> None:
         self.files = {path.stem: path for path in sorted(recipes.glob("*.yaml"))}
         self.out = out
-        wanted = [n for n in self.files if any(fnmatch.fnmatchcase(n, p) for p in patterns)]
+        wanted = chosen(self.files, patterns, f"recipe in {recipes}")
         self.rows = [name for name in wanted if self.start(name) is not None]
         starts = {self.start(name) for name in self.rows} | {*wanted} - {*self.rows}
         self.starts = [name for name in self.files if name in starts]

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import fnmatch
 import hashlib
 import json
 import statistics
@@ -28,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from pruning_methods import latency_model, macs_of, methods
-from results import Row, measured, write_between
+from results import Row, chosen, measured, write_between
 from torch import nn
 
 import prune_dn
@@ -54,6 +53,7 @@ class Comparison:
         self.given = given
         self.net = prune_dn.convert(prune_dn.load(given.checkpoint)).eval()
         self.methods = methods(given.round_to)
+        self.chosen = chosen(self.methods, given.methods, "method")
         self.whole = macs_of(self.net, given.image_size)
         mean, std = NORMALISATIONS[given.normalize]
         self.data: Datasets = load_datasets(
@@ -69,13 +69,11 @@ class Comparison:
 
     def keys(self) -> list[Row]:
         """The rows that were asked for, the dense net first."""
-        names = [
-            name
-            for name in self.methods
-            if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.given.methods)
-        ]
         asked = [
-            (r, name, s) for r in self.given.ratios for name in names for s in self.given.seeds
+            (r, name, s)
+            for r in self.given.ratios
+            for name in self.chosen
+            for s in self.given.seeds
         ]
         rows = [{"method": name, "asked": ratio, "seed": seed} for ratio, name, seed in asked]
         dense = {"method": "dense", "asked": 0.0, "seed": self.given.seeds[0]}

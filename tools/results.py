@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -31,6 +32,15 @@ def measured(path: Path, keys: Iterable[Row], measure: Callable[[Row], Row]) -> 
             with path.open("a") as file:
                 file.write(json.dumps(found) + "\n")
         yield found
+
+
+def chosen(names: Iterable[str], patterns: Iterable[str], what: str) -> list[str]:
+    """The names that match a pattern. Ends the program for a pattern that matches none."""
+    every = list(names)
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in every):
+            raise SystemExit(f"no {what} matches {pattern!r}; choose from {', '.join(every)}")
+    return [n for n in every if any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns)]
 
 
 def write_between(path: Path, name: str, text: str) -> None:

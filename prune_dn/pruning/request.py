@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -16,14 +16,15 @@ from prune_dn.profiling import ImageSize, sides
 from prune_dn.pruning.coupled import Norm
 from prune_dn.pruning.importance import CRITERIA
 from prune_dn.pruning.latency_model import LATENCY
-from prune_dn.pruning.parts import KINDS, Group
+from prune_dn.pruning.parts import KINDS, Group, Kind
 from prune_dn.pruning.rates import COUNTED
 from prune_dn.pruning.ratios import Ratios
 from prune_dn.pruning.units import Units
 
 SCOPES = ("global", "local")
+UnitKind = Kind | Literal["layer"]
 UNITS = (*KINDS, "layer")
-USUAL_UNITS = ("stream", "bottleneck")
+USUAL_UNITS: tuple[UnitKind, ...] = ("stream", "bottleneck")
 
 
 @dataclass(frozen=True)
