@@ -478,9 +478,10 @@ def light(tmp_path: Path) -> Path:
 
 def test_every_command_takes_a_light_cnn(run: Run, light: Path) -> None:
     before = count(load(light))
-    code, out, err = run("prune", light, "--ratio", 0.5, "--unit", "macs", "--criterion", "l2",
-                         "-o", "small.safetensors", "--json")  # fmt: skip
-    assert code == 0, err
+    asked = ("prune", light, "--ratio", 0.5, "--unit", "macs", "--json", "-o", "small.safetensors")
+    expected = document(run(*asked, "--criterion", "l2"))
+    code, out, err = run(*asked, "--units", "bottleneck,stream")  # without a criterion the same
+    assert code == 0 and json.loads(out) == expected, err
     small, figures = load("small.safetensors"), json.loads(out)
     assert figures["macs_before"] == before.macs and figures["macs_after"] == count(small).macs
     assert figures["achieved"] == pytest.approx(1 - count(small).macs / before.macs, abs=1e-6)
@@ -502,7 +503,10 @@ def test_every_command_takes_a_light_cnn(run: Run, light: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["prune", "--ratio", 0.5, "-o", "a.safetensors"], "no norm with a scale .* such as l2"),
+        (["prune", "--ratio", 0.5, "--criterion", "bn_scale", "-o", "a.safetensors"],
+         "no norm with a scale .* such as l2"),
+        (["prune", "--ratio", 0.5, "--calibration", 9, "-o", "a.safetensors"],
+         "--calibration has no effect: the default criterion reads only the weights"),
         (["prune", "--ratio", 0.5, "--criterion", "l2", "--plan-out", "p.json", "-o", "a.safetensors"],
          "--plan-out has no effect: a Light CNN has no plan"),
         (["prune", "--ratio", 0.5, "--criterion", "l2", "--recalibrate", 2, "-o", "a.safetensors"],

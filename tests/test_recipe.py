@@ -330,6 +330,14 @@ def test_schema_covers_every_key_and_choice() -> None:
         assert f'"{word}"' in text
 
 
+def test_units_are_a_set() -> None:
+    recipe = parse_recipe(GOOD, overrides=["prune.units=[edge, bottleneck, stream, edge]"])
+    assert recipe.prune is not None and recipe.prune.units == ("stream", "bottleneck", "edge")
+    assert parse_recipe(to_yaml(recipe)) == recipe
+    light = parse_recipe(LIGHT, overrides=["prune.units=[bottleneck, stream]"])
+    assert light == parse_recipe(LIGHT)
+
+
 LIGHT = """\
 model: {name: light_cnn_9, widths: [4, 4, 4, 4, 4], embedding: 8}
 data: {name: digits}
@@ -364,6 +372,7 @@ def test_what_is_wrong_for_a_light_cnn(override: str, message: str) -> None:
     assert parse_recipe(to_yaml(recipe)) == recipe
     assert recipe.model.build(7).config.layers[-1].units == 8
     assert parse_recipe(LIGHT, overrides=["prune.units=[sibling]"]).prune.units == ("sibling",)
+    assert parse_recipe(LIGHT, overrides=["prune.criterion=null"]).prune.criterion is None
     (found,) = problems(LIGHT, override)
     assert message in found
 
