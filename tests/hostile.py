@@ -31,6 +31,20 @@ prune:
   protect: ['features.conv0']
 """
 
+_STAGE = {"test_accuracy": 0.5, "test_loss": 1.5, "n_test": 360, "val_accuracy": 0.5, "n_val": 64}
+_STAGE |= {"params": 1000, "macs": 50_000, "file_bytes": 8_000}
+_ROW = {"median_ms": 1.5, "p10_ms": 1.0, "p90_ms": 2.0, "n": 30, "batch_size": 1}
+_EPOCH = {"epoch": 1, "loss": 2.0, "accuracy": 0.3, "val_loss": 2.0, "val_accuracy": 0.3}
+METRICS = {  # what a run with one cut leaves
+    "format": "prune_dn.metrics/1",
+    "phases": {"train": {"seconds": 1.5}, "prune-1": {"seconds": 0.5}, "report": {"seconds": 2.0}},
+    "stages": {"dense": _STAGE, "pruned": {**_STAGE, "params": 500}},
+    "history": {"train": [{**_EPOCH, "learning_rate": 0.1}]},
+    "latency": {n: [{**_ROW, "runtime": "eager", "machine": "a CPU"}] for n in ("dense", "pruned")},
+    "rounds": [{"unit": "macs", "requested": 0.5, "achieved": 0.52}],
+    "notices": [{"name": "train", "text": "it stopped early"}],
+}
+
 
 class Sandbox:
     """The process, and the folder with the good files."""
@@ -100,6 +114,7 @@ def make_files(folder: Path) -> None:
     }
     (folder / "sensitivity.json").write_text(json.dumps(facts))
     (folder / "recipe.yaml").write_text(RECIPE)
+    (folder / "metrics.json").write_text(json.dumps(METRICS))
 
 
 # -- in the process ------------------------------------------------------------------------------
@@ -143,11 +158,27 @@ def read_sensitivity(path: Path) -> str:
     return "ratios"
 
 
+def read_run(path: Path) -> str:
+    """As a run that goes on: its figures are read, and reported."""
+    from prune_dn.report import below_table, render, stage_table
+    from prune_dn.run_metrics import read_metrics
+
+    metrics = read_metrics(path)
+    metrics |= {"name": "run", "data": {"name": "digits", "classes": ["0"], "image_size": 8}}
+    if "train" in metrics["phases"]:
+        assert stage_table(metrics) and below_table(metrics)
+        render(
+            metrics, {"versions": {}, "machine": "", "seed": 0, "command": "", "processes": 1}, []
+        )
+    return "figures"
+
+
 READERS: dict[str, Callable[[Path], str]] = {
     "checkpoint": read_checkpoint,
     "plan": read_plan,
     "recipe": read_recipe,
     "sensitivity": read_sensitivity,
+    "metrics": read_run,
 }
 
 
@@ -199,6 +230,7 @@ def main() -> None:
         ("plan", "plan.json"),
         ("recipe", "recipe.yaml"),
         ("sensitivity", "sensitivity.json"),
+        ("metrics", "metrics.json"),
     ):  # imports and first calls cost the children nothing
         READERS[reader](Path(sys.argv[1]) / name)
     for line in sys.stdin:

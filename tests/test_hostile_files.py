@@ -182,10 +182,11 @@ def test_changed_headers_of_checkpoints(sandbox: Sandbox, name: str, data: st.Da
 
 
 @pytest.mark.parametrize(
-    ("reader", "name"), [("plan", "plan.json"), ("sensitivity", "sensitivity.json")]
+    ("reader", "name"),
+    [("plan", "plan.json"), ("sensitivity", "sensitivity.json"), ("metrics", "metrics.json")],
 )
 @given(data=st.data())
-def test_changed_plans_and_ratios(
+def test_changed_plans_ratios_and_metrics(
     sandbox: Sandbox, reader: str, name: str, data: st.DataObject
 ) -> None:
     text = (sandbox.folder / name).read_bytes()
