@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +9,9 @@ from typing import Any
 
 from prune_dn.data import Datasets, load_datasets
 from prune_dn.errors import DataError
-from prune_dn.models import LightCNN, Net
+from prune_dn.models import Net
 from prune_dn.phases import check_fit
-from prune_dn.profiling import default_image_size
+from prune_dn.pixels import CHECKPOINT, GUESSED, image_size_for, say_pixels
 from prune_dn.sources import CIFAR_NORMALISATION, DATASETS
 
 NORMALISATIONS = {
@@ -20,9 +19,6 @@ NORMALISATIONS = {
     "cifar100": CIFAR_NORMALISATION,
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
-CHECKPOINT = "from the checkpoint"
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,7 +38,7 @@ class DataOptions:
     def load(
         self, info: Mapping[str, Any], model: Net, where: Path
     ) -> tuple[Datasets, dict[str, Any]]:
-        """The data sets, and how their pixels are read: see `_pixels`, which is logged too.
+        """The data sets, and how their pixels are read: see `say_pixels`.
 
         Raises DataError when they are not named, or do not fit the net.
         """
@@ -52,6 +48,10 @@ class DataOptions:
             raise DataError(
                 f"{where} does not say what data it was trained on; add --data "
                 f"({', '.join(sorted(DATASETS))}) and --data-root"
+            )
+        if name == "digits" and self.root is not None:
+            raise DataError(
+                "--data-root has no effect: digits come with scikit-learn; leave it out"
             )
         size, size_from = image_size_for(model, info, self.image_size, where)
         mean, std, normalised_from = self._normalisation(known)
@@ -66,7 +66,7 @@ class DataOptions:
             std=std,
         )
         check_fit(model, data.spec, str(where))
-        return data, _pixels(data, size_from, normalised_from)
+        return data, say_pixels(data.spec, size_from, normalised_from)
 
     def refuse(self, why: str, *, but: Collection[str] = ()) -> None:
         """Raise DataError for an option that was given, but for some, where none has an effect."""
@@ -94,59 +94,7 @@ class DataOptions:
         mean, std = known.get("mean"), known.get("std")
         if mean is not None and std is not None:
             return mean, std, CHECKPOINT
-        return mean, std, "guessed: usual for the data, or measured on them"
-
-
-def image_size_for(
-    model: Net, info: Mapping[str, Any], given: int | None, where: Path
-) -> tuple[int, str]:
-    """The size of a net's images in pixels, and where it comes from.
-
-    Raises DataError for another size than that of a Light CNN, whose linear layer fits one.
-    """
-    if isinstance(model, LightCNN):
-        own = model.config.image_size
-        if given not in (None, own):
-            raise DataError(
-                f"{where} has {own} pixels a side, --image-size says {given}; leave it out"
-            )
-        return own, CHECKPOINT
-    if given is not None:
-        return given, "--image-size"
-    known = (info.get("data") or {}).get("image_size")
-    if known is not None:
-        return int(known), CHECKPOINT
-    return default_image_size(model.config), f"guessed: usual for the stem {model.config.stem!r}"
-
-
-def say_image_size(size: int, size_from: str) -> None:
-    """Log the size of images that a command goes by."""
-    logger.warning("images: %d pixels (%s)", size, _with_remedy(size_from, "--image-size"))
-
-
-def _pixels(data: Datasets, size_from: str, normalised_from: str) -> dict[str, Any]:
-    """How pixels are read and where that comes from; logged, because a guess can cost much accuracy."""
-    spec = data.spec
-    logger.warning(
-        "images: %d pixels (%s), normalised with mean %s and std %s (%s)",
-        spec.image_size,
-        _with_remedy(size_from, "--image-size"),
-        ",".join(f"{x:g}" for x in spec.mean),
-        ",".join(f"{x:g}" for x in spec.std),
-        _with_remedy(normalised_from, "--mean and --std, or --normalize"),
-    )
-    return {
-        "image_size": spec.image_size,
-        "image_size_from": size_from,
-        "resize": spec.resize,
-        "mean": list(spec.mean),
-        "std": list(spec.std),
-        "normalisation_from": normalised_from,
-    }
-
-
-def _with_remedy(source: str, options: str) -> str:
-    return f"{source}; {options} if that is wrong" if source.startswith("guessed") else source
+        return mean, std, GUESSED
 
 
 def _numbers(option: str, text: str) -> tuple[float, ...]:

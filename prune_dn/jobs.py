@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from prune_dn.checkpoint import load, save, save_state_dict
 from prune_dn.data import Datasets, calibration_batches, calibration_loader
-from prune_dn.data_options import DataOptions, image_size_for, say_image_size
+from prune_dn.data_options import DataOptions
 from prune_dn.errors import DataError, ExportError, PruningError, RecipeError
 from prune_dn.export import export_onnx, export_torch
 from prune_dn.files import same_file
@@ -21,6 +21,13 @@ from prune_dn.latency import measure_latency
 from prune_dn.models import DenseNet, LightCNN, Net
 from prune_dn.opened import open_checkpoint
 from prune_dn.phases import check_fit, load_data
+from prune_dn.pixels import (
+    GUESSED,
+    image_size_for,
+    say_image_size,
+    say_pixels,
+    warn_of_other_pixels,
+)
 from prune_dn.processes import process_state
 from prune_dn.profiling import count, count_per_layer
 from prune_dn.pruning import (
@@ -175,10 +182,14 @@ def finetune_checkpoint(
     elif base.get("distillation"):
         raise RecipeError("the recipe distils from a teacher; add --teacher, the dense checkpoint")
     model, info = open_checkpoint(checkpoint, ema)
-    pixels: dict[str, Any] = {}
     if recipe is not None:
         sets = load_data(recipe.data, seed=data.seed)
         check_fit(model, sets.spec, str(checkpoint))
+        warn_of_other_pixels(recipe.data, sets.spec, checkpoint)
+        part = recipe.data
+        size_from = GUESSED if part.image_size is None else "from the recipe"
+        given = part.mean is not None and part.std is not None
+        pixels = say_pixels(sets.spec, size_from, "from the recipe" if given else GUESSED)
     else:
         sets, pixels = data.load(info, model, checkpoint)
     try:
@@ -221,7 +232,7 @@ def finetune_checkpoint(
         "n": after.n,
         "seconds": round(result.seconds, 1),
         "notice": fell("fine-tuning", before.accuracy, after.accuracy, after.n),
-        **({"images": pixels} if pixels else {}),
+        "images": pixels,
     }
 
 

@@ -27,6 +27,7 @@ from prune_dn.intervals import fell
 from prune_dn.latency import machine
 from prune_dn.models import DenseNet, LightCNN, Net
 from prune_dn.models.state_dicts import fill
+from prune_dn.pixels import warn_of_other_pixels
 from prune_dn.processes import process_state
 from prune_dn.profiling import count
 from prune_dn.pruning import (
@@ -126,6 +127,8 @@ class Phases:
         if self.folder.done("train", [file]):
             return self._load(file)
         with self._phase("train") as notices:
+            if self.recipe.model.checkpoint is not None:
+                warn_of_other_pixels(self.recipe.data, self.data.spec, self.recipe.model.checkpoint)
             if self.recipe.train is not None:
                 notices += self._fit(model, self.recipe.train, "train")
             self._save(model, file)

@@ -11,6 +11,7 @@ from prune_dn.data import Datasets
 from prune_dn.errors import RecipeError
 from prune_dn.models import DenseNet, LightCNN, Net
 from prune_dn.phases import Phases, build_model, check_measured, load_data
+from prune_dn.pixels import warn_of_other_pixels
 from prune_dn.profiling import count
 from prune_dn.recipe import Recipe
 from prune_dn.rounds import cut_round, plan_round
@@ -85,6 +86,8 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
     """
     data = load_data(recipe.data, seed=recipe.seed)
     model = _model(recipe, data)
+    if recipe.model.checkpoint is not None:
+        warn_of_other_pixels(recipe.data, data.spec, recipe.model.checkpoint)
     facts: dict[str, Any] = {
         "model": recipe.model.name or recipe.model.checkpoint,
         "data": data.spec.to_dict(),

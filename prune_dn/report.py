@@ -199,9 +199,11 @@ def _environment(metrics: Metrics, environment: Metrics) -> str:
     seconds = sum(p["seconds"] for p in metrics["phases"].values())
     phases = ", ".join(f"{k} {p['seconds']:.1f}" for k, p in metrics["phases"].items())
     versions = ", ".join(f"{k} {v}" for k, v in environment["versions"].items())
+    data = metrics["data"]
     lines = [
         f"- machine: {in_markdown(environment['machine'])}",
         f"- versions: {versions}",
+        f"- pixels: mean {_words(data.get('mean'))}, std {_words(data.get('std'))} of values in [0, 1]",
         f"- seed: {environment['seed']}; processes: {environment['processes']}",
         f"- time: {seconds:.0f} s ({phases})",
         f"- command: {code(environment['command'])}",

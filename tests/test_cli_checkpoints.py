@@ -90,6 +90,20 @@ def test_how_pixels_were_read_is_said_and_what_of_it_was_guessed(
     assert lines(err)[0].startswith("images: 8 pixels (from the checkpoint), normalised with mean")
 
 
+@pytest.mark.filterwarnings("default::prune_dn.errors.DataWarning")
+def test_a_recipe_says_how_pixels_are_read(run: Run, plain: Path) -> None:
+    Path("r.yaml").write_text(RECIPE)
+    code, out, err = run("finetune", plain, "--recipe", "r.yaml", "-o", "o.safetensors", "--json")
+    assert code == 0, err
+    told = json.loads(out)["images"]
+    assert (told["image_size"], told["image_size_from"]) == (8, "from the recipe")
+    assert told["normalisation_from"].startswith("guessed")
+    assert lines(err)[0].startswith(
+        "images: 8 pixels (from the recipe), normalised with mean 0.3058"
+    )
+    assert "warning: plain.pt does not say the mean of its pixels; [0.3058] is a guess" in err
+
+
 @pytest.mark.parametrize(
     "command",
     [
@@ -177,6 +191,7 @@ def test_no_command_writes_over_what_it_reads(run: Run, net: Path) -> None:
          "add --teacher"),
         (["evaluate", "--normalize", "imagenet", "--mean", "0.5", "--std", "0.5"],
          "--normalize has no effect beside --mean and --std"),
+        (["evaluate", "--data-root", "nowhere"], "--data-root has no effect: digits come with"),
         (["export", "--image-size", 8, "-o", "o.pt"], "--image-size has no effect: a state dict"),
         (["prune", "--ratio", 0.5, "--calibration", 8, "-o", "o.safetensors"], "--calibration has no"),
         (["prune", "--ratio", 0.5, "--seed", 2**32, "-o", "o.safetensors"], "in the range|less than or equal"),

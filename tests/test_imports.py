@@ -37,6 +37,7 @@ FLOORS = [
     {"run_files", "run_metrics"},
     {"run_folder"},
     {"rounds", "figures"},
+    {"pixels"},
     {"phases"},
     {"pipeline", "data_options"},
     {"jobs"},

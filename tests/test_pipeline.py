@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from prune_dn import figures, phases, pipeline
-from prune_dn.checkpoint import load, read_info, save
+from prune_dn.checkpoint import load, read_info, save, save_state_dict
 from prune_dn.cli import main
 from prune_dn.data import calibration_batches, load_datasets, make_loader
-from prune_dn.errors import DataError, PruneDNError, PruningError, RecipeError
+from prune_dn.errors import DataError, DataWarning, PruneDNError, PruningError, RecipeError
 from prune_dn.models import MaxFeatureMap, densenet, light_cnn_9
 from prune_dn.profiling import count
 from prune_dn.pruning import Plan, apply_plan, compensate_plan, make_plan, settling_plan
@@ -236,6 +236,32 @@ def test_from_a_checkpoint_without_training(tmp_path: Path, finished: pipeline.R
         result.output_dir / "pruned.safetensors", phases.load_data(recipe.data, seed=0).test
     )
     assert stages["recalibrated"]["test_accuracy"] == pytest.approx(pruned)
+
+
+def test_pixels_that_are_read_otherwise_than_in_training_are_said(
+    tmp_path: Path, finished: pipeline.RunResult
+) -> None:
+    """A recipe goes by its data section, and not by what its checkpoint says."""
+    dense = finished.output_dir / "dense.safetensors"
+    rest = [NO_ONNX, "train=null", "finetune=null"]
+    start = f"model={{checkpoint: {json.dumps(str(dense))}}}"
+    same = go(tiny(tmp_path / "same", start, *rest))
+    assert same.metrics["notices"] == []
+    other = tiny(tmp_path / "other", start, *rest, "data.mean=[0.5]", "data.image_size=16")
+    notices = [notice["text"] for notice in go(other).metrics["notices"]]
+    assert notices == [
+        f"{dense} was trained with image_size 8, here it is 16; set data.image_size",
+        f"{dense} was trained with mean [0.3058], here it is [0.5]; set data.mean",
+    ]
+    report = (tmp_path / "other" / "report.md").read_text()
+    assert "was trained with image_size 8" in report and "pixels: mean 0.5, std 0.3236" in report
+    with pytest.warns(DataWarning, match="trained with"):
+        pipeline.dry_run(other)
+    save_state_dict(load(dense), tmp_path / "plain.pt")
+    start = f"model={{checkpoint: {json.dumps(str(tmp_path / 'plain.pt'))}}}"
+    guess = go(tiny(tmp_path / "guess", start, *rest, "data.std=[0.3]"))
+    (text,) = [notice["text"] for notice in guess.metrics["notices"]]
+    assert "does not say the mean of its pixels; [0.3058] is a guess" in text
 
 
 def test_ratios_of_a_sensitivity_file(tmp_path: Path, finished: pipeline.RunResult) -> None:
