@@ -38,6 +38,10 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="The file to write.
 OutputDir = Annotated[Path | None, typer.Option(help="Instead of the recipe's output_dir.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace another run in output_dir.")]
 Criterion = Annotated[str, typer.Option(help="See `prune-dn criteria`.")]
+Loss = Annotated[
+    str | None,
+    typer.Option(help="What outputs mean: softmax, sigmoid or mse.  [default: softmax]"),
+]
 UnitKinds = Annotated[
     str, typer.Option("--units", help="Of stream, bottleneck, edge, sibling, layer.")
 ]

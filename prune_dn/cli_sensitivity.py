@@ -62,6 +62,7 @@ def sensitivity(
             min=1, max=limits.IMAGES, help="Training images for the criterion.  [default: 512]"
         ),
     ] = None,
+    loss: options.Loss = None,
     data: options.DataName = None,
     data_root: options.DataRoot = None,
     image_size: options.ImageSize = None,
@@ -89,6 +90,7 @@ def sensitivity(
         arguments={
             "ratios": _fractions(ratios),
             "criterion": criterion,
+            "loss": loss,
             "units": list(words(units)),
             "protect": list(protect or ()),
         },

@@ -18,6 +18,7 @@ from prune_dn.export import export_onnx, export_torch
 from prune_dn.files import same_file
 from prune_dn.intervals import fell, wilson
 from prune_dn.latency import measure_latency
+from prune_dn.losses import USUAL
 from prune_dn.models import DenseNet, LightCNN, Net
 from prune_dn.opened import open_checkpoint
 from prune_dn.phases import check_fit, load_data
@@ -39,7 +40,7 @@ from prune_dn.pruning import (
     recalibrate_batch_norm_,
 )
 from prune_dn.pruning.compensate import check_compensation
-from prune_dn.pruning.importance import reads_images
+from prune_dn.pruning.importance import follows_loss, reads_images
 from prune_dn.pruning.latency_model import requested_model
 from prune_dn.pruning.request import Request
 from prune_dn.pruning.siblings import contests
@@ -62,6 +63,7 @@ def prune_checkpoint(
     recalibrate: int,
     compensate: str,
     calibration: int | None,
+    loss: str | None,
     runtime: str | None,
     batch_size: int | None,
     data: DataOptions,
@@ -69,8 +71,9 @@ def prune_checkpoint(
 ) -> dict[str, Any]:
     """Cut a checkpoint by `ratio`; `arguments` are those of `make_plan`.
 
-    `calibration` is how many training images the criterion and `compensate` see (None = 512);
-    `runtime` and `batch_size` are those of the unit `latency`.
+    `calibration` is how many training images the criterion and `compensate` see (None = 512), `loss`
+    what the outputs mean to them (None = `softmax`: the data have classes); `runtime` and
+    `batch_size` are those of the unit `latency`.
     """
     read = {"the checkpoint": checkpoint, "the file of --ratios": arguments.get("ratios")}
     _output(output, ".safetensors", **read)
@@ -85,6 +88,12 @@ def prune_checkpoint(
     reads = reads_images(arguments["criterion"])
     if not reads and compensate == "none":
         refuse_calibration(calibration, arguments["criterion"], " and --compensate is none")
+    scored = loss if follows_loss(arguments["criterion"]) else None
+    if loss is not None and scored is None and compensate == "none":
+        raise PruningError(
+            f"--loss has no effect: criterion {arguments['criterion']!r} does not depend on what the "
+            "outputs mean, and --compensate is none; leave it out"
+        )
     latency = requested_model(model, arguments["unit"], runtime, batch_size, size)  # type: ignore[arg-type]
     images: list[Any] = []
     pixels: dict[str, Any] = {"image_size": size, "image_size_from": size_from}
@@ -97,9 +106,8 @@ def prune_checkpoint(
     if reads or compensate != "none":
         images = calibration_batches(sets.train, calibration, seed=data.seed)
     if isinstance(model, LightCNN):
-        small = prune(
-            model, ratio, **arguments, compensate=compensate, calibration=images if reads else None
-        )
+        calibrated: dict[str, Any] = {"calibration": images if reads else None, "loss": loss}
+        small = prune(model, ratio, **arguments, **calibrated, compensate=compensate)
         save(small, output, info={**info, "pruned_from": checkpoint.name})
         before, after = (dataclasses.asdict(count(net)) for net in (model, small))
         achieved = 1 - after[arguments["unit"]] / before[arguments["unit"]]
@@ -110,13 +118,16 @@ def prune_checkpoint(
         ratio,
         input_size=size,
         calibration=images if reads else None,
+        loss=scored,
         latency_model=latency,
         **arguments,
     )
     small = apply_plan(model, plan)
     if compensate != "none":
         assert isinstance(model, DenseNet)
-        small = compensate_plan(small, model, plan, images, compensate, seed=data.seed)
+        small = compensate_plan(
+            small, model, plan, images, compensate, loss=loss or USUAL, seed=data.seed
+        )
     if recalibrate:
         _recalibrate(small, sets, recalibrate, info, data.seed)
     if plan_out is not None:

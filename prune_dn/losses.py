@@ -165,6 +165,7 @@ LOSSES: dict[str, Loss] = {
     ),
     "mse": Loss("mse", _mse_error, _mse_draw, _mse_distance, _mse_check, _mse_mean, None),
 }
+USUAL = "softmax"  # of class-labelled data
 
 
 def find_loss(loss: str | LossFunction | None, outputs: Any, labels: Tensor | None) -> Loss:
@@ -199,7 +200,7 @@ def find_loss(loss: str | LossFunction | None, outputs: Any, labels: Tensor | No
                 f"{given}: give loss='softmax' (one class of several), 'sigmoid' (yes or no for each "
                 "output), 'mse' (numbers), or a callable (outputs, labels) -> mean loss"
             )
-    found = LOSSES[loss or "softmax"]
+    found = LOSSES[loss or USUAL]
     if found.name == "softmax" and width < 2:
         raise DataError("loss 'softmax' of one output is always 0: choose sigmoid or mse")
     if labels is not None and (problem := found.check(labels, outputs)) is not None:

@@ -25,6 +25,7 @@ from prune_dn.export import export_onnx, export_torch
 from prune_dn.figures import asked_latency, latency_rows, stage_figures
 from prune_dn.intervals import fell
 from prune_dn.latency import machine
+from prune_dn.losses import USUAL
 from prune_dn.models import DenseNet, LightCNN, Net
 from prune_dn.models.state_dicts import fill
 from prune_dn.pixels import warn_of_other_pixels
@@ -41,7 +42,7 @@ from prune_dn.pruning.ratios import read_ratios
 from prune_dn.pruning.units import Units
 from prune_dn.recipe import DataSection, ModelSection, PruneSection, Recipe
 from prune_dn.report import write_report
-from prune_dn.rounds import calibration, cut_round, plan_round
+from prune_dn.rounds import calibration, cut_round, plan_round, seed_of
 from prune_dn.run_folder import RunFolder
 from prune_dn.training import fit
 
@@ -353,7 +354,10 @@ class Phases:
         weights = None
         if self.folder.is_main:
             images = calibration(self.recipe, self.data)
-            fitted = compensate_plan(small, model, plan, images, method, seed=self.recipe.seed)
+            loss = (self.recipe.prune and self.recipe.prune.loss) or USUAL
+            fitted = compensate_plan(
+                small, model, plan, images, method, loss=loss, seed=seed_of(self.recipe)
+            )
             weights = {name: tensor.cpu() for name, tensor in fitted.state_dict().items()}
         small.load_state_dict(self.folder.agree(weights))
         return small

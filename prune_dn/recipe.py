@@ -22,9 +22,10 @@ from prune_dn.augment import AUGMENTATIONS
 from prune_dn.errors import ConfigError, PruningError
 from prune_dn.files import wrong_name
 from prune_dn.images import RESIZES
+from prune_dn.losses import LOSSES
 from prune_dn.models import BUILDERS, LIGHT_CNNS, Net
 from prune_dn.pruning import CRITERIA
-from prune_dn.pruning.importance import reads_images
+from prune_dn.pruning.importance import follows_loss, reads_images
 from prune_dn.pruning.request import USUAL_UNITS, UnitKind, check_ratios, units_in
 from prune_dn.sources import DATASETS
 from prune_dn.training import FitConfig
@@ -39,7 +40,15 @@ Seed = Annotated[int, Field(ge=0, le=limits.SEED)]
 RECALIBRATE_BATCHES = 50
 FROM_DATA = ("num_classes", "in_channels", "image_size")  # of a builder's arguments
 # What prune.settle may stand beside.
-SETTLING = {"settle", "criterion", "compensate", "calibration", "recalibrate_batches", "seed"}
+SETTLING = {
+    "settle",
+    "criterion",
+    "compensate",
+    "calibration",
+    "loss",
+    "recalibrate_batches",
+    "seed",
+}
 
 
 def _choice(kind: str, registry: Mapping[str, Any]) -> Any:
@@ -181,8 +190,10 @@ class PruneSection(Strict):
     """What `prune_dn.prune` takes, and how often to prune.
 
     `calibration` is how many training images the criterion and the compensation see (None = 512, see
-    `data.calibration_batches`). `runtime` (None = onnxruntime) and `batch_size` (None = 1) are those
-    of the unit `latency`. `criterion` None is `usual_criterion` of the net. `settle` takes the place of the ratio: every loser of an MFM goes, and nothing
+    `data.calibration_batches`), drawn by `seed`; `loss` is what the outputs mean to both (None =
+    `softmax`: the data have classes). `runtime` (None = onnxruntime) and `batch_size` (None = 1)
+    are those of the unit `latency`. `criterion` None is `usual_criterion` of the net. `settle` takes
+    the place of the ratio: every loser of an MFM goes, and nothing
     else (`settling_plan`). `ratios` is the path of a sensitivity.json of the net before the cut.
     After a cut `recalibrate_batches` refresh the norms, where there are any: 50, but none where
     the cut was compensated, which fits the norms too and would be undone in part.
@@ -201,6 +212,7 @@ class PruneSection(Strict):
     )
     compensate: Literal["none", "mean", "least_squares"] = "none"
     calibration: Images | None = None
+    loss: _choice("loss", LOSSES) | None = None  # type: ignore[valid-type]
     protect: tuple[str, ...] = ()
     min_channels: Channels = 1
     round_to: Channels = 1
@@ -227,6 +239,11 @@ class PruneSection(Strict):
     def reads_images(self) -> bool:
         """Whether the criterion or the compensation needs calibration images."""
         return reads_images(self.criterion) or self.compensate != "none"
+
+    @property
+    def follows_loss(self) -> bool:
+        """Whether what the outputs mean counts for the criterion or the compensation."""
+        return follows_loss(self.criterion) or self.compensate != "none"
 
 
 class ExportSection(Strict):
@@ -272,6 +289,11 @@ class Recipe(Strict):
         if self.prune is not None and self.prune.calibration and not self.prune.reads_images:
             raise ValueError(
                 "prune.calibration has no effect: the criterion reads only the weights and "
+                "compensate is none; leave it out"
+            )
+        if self.prune is not None and self.prune.loss and not self.prune.follows_loss:
+            raise ValueError(
+                "prune.loss has no effect: the criterion does not depend on what the outputs mean and "
                 "compensate is none; leave it out"
             )
         if self.prune is not None and self.prune.unit != "latency":

@@ -9,7 +9,7 @@ from prune_dn.errors import PruningError
 from prune_dn.models import DenseNet, LightCNN
 from prune_dn.profiling import count
 from prune_dn.pruning import Plan, make_plan, prune, settling_plan
-from prune_dn.pruning.importance import reads_images
+from prune_dn.pruning.importance import follows_loss, reads_images
 from prune_dn.pruning.latency_model import LATENCY, requested_model
 from prune_dn.pruning.request import usual_criterion
 from prune_dn.recipe import Recipe
@@ -22,6 +22,7 @@ NOT_PLANNED = {
     "seed",
     "compensate",
     "calibration",
+    "loss",
     "runtime",
     "batch_size",
 }
@@ -35,10 +36,11 @@ def plan_round(
     section = recipe.prune
     assert section is not None
     images = calibration(recipe, data) if reads_images(section.criterion) else None
-    seed = recipe.seed if section.seed is None else section.seed
+    loss = section.loss if follows_loss(section.criterion) else None
+    seed = seed_of(recipe)
     if section.pruning_ratio is None:
         criterion = section.criterion or usual_criterion(model)
-        return settling_plan(model, images, criterion=criterion, seed=seed)
+        return settling_plan(model, images, criterion=criterion, loss=loss, seed=seed)
     return make_plan(
         model,
         section.pruning_ratio * number / section.rounds,
@@ -46,6 +48,7 @@ def plan_round(
         seed=seed,
         input_size=data.spec.image_size,
         calibration=images,
+        loss=loss,
         baseline=dense.config,
         latency_model=requested_model(
             model, section.unit, section.runtime, section.batch_size, data.spec.image_size
@@ -73,14 +76,21 @@ def cut_round(
         ratio,
         **section.model_dump(exclude=NOT_PLANNED),
         compensate=section.compensate,
-        seed=recipe.seed if section.seed is None else section.seed,
+        seed=seed_of(recipe),
         calibration=calibration(recipe, data) if reads_images(section.criterion) else None,
+        loss=section.loss,
     )
     assert isinstance(small, LightCNN)
     return small
 
 
 def calibration(recipe: Recipe, data: Datasets) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The training images that criterion and compensation see."""
+    """The training images that criterion and compensation see; the cut's seed draws them."""
     assert recipe.prune is not None
-    return calibration_batches(data.train, recipe.prune.calibration, seed=recipe.seed)
+    return calibration_batches(data.train, recipe.prune.calibration, seed=seed_of(recipe))
+
+
+def seed_of(recipe: Recipe) -> int:
+    """The seed of the cut: its own, or the recipe's."""
+    assert recipe.prune is not None
+    return recipe.seed if recipe.prune.seed is None else recipe.prune.seed

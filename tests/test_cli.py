@@ -559,3 +559,40 @@ def test_checkpoints_in_half_precision(run: Run, net: Path, dtype: torch.dtype) 
     found, expected = (document(run(*each, path, "--out", "each")) for path in (half, wide))
     for a, b in zip(found["rows"], expected["rows"], strict=True):
         assert a["value"] == pytest.approx(b["value"], rel=20 * torch.finfo(dtype).eps)
+
+
+def test_what_the_outputs_mean_and_the_seed_reach_a_cut(run: Run, net: Path) -> None:
+    """`--loss` counts for the criterion and the refit; `--seed` draws the images that decide."""
+
+    def kept(*options: object) -> Any:
+        command = ("prune", net, "--ratio", 0.4, "--unit", "macs", "--calibration", 16)
+        document(
+            run(*command, "--plan-out", "plan.json", "-o", "s.safetensors", "--json", *options)
+        )
+        return Plan.load("plan.json").keep_indices
+
+    by = ("--criterion", "reconstruction")
+    assert kept(*by) == kept(*by, "--loss", "softmax") != kept(*by, "--loss", "mse")
+    for criterion in ("taylor", "reconstruction", "activation"):
+        by = ("--criterion", criterion)
+        assert kept(*by, "--seed", 1) == kept(*by, "--seed", 1) != kept(*by, "--seed", 2)
+    assert kept("--compensate", "mean", "--loss", "sigmoid")
+    each = ("sensitivity", net, "--out", "each", "--max-images", 10, "--ratios", 0.5)
+    document(
+        run(*each, "--criterion", "reconstruction", "--loss", "mse", "--calibration", 16, "--json")
+    )
+    cut = ("prune", net, "--ratio", 0.4, "-o", "s.safetensors")
+    bad(run(*cut, "--loss", "mse"), "--loss has no effect: criterion 'bn_scale' does not depend")
+    bad(run(*cut, *by, "--loss", "mse"), "--loss has no effect: criterion 'activation'")
+    bad(
+        run(*cut, "--criterion", "taylor", "--loss", "hinge"),
+        "loss 'hinge' is unknown; choose soft",
+    )
+    bad(
+        run(*cut, "--compensate", "mean", "--loss", "hinge"), "loss 'hinge' is unknown; choose soft"
+    )
+    bad(run(*each, "--loss", "mse"), "loss has no effect: criterion 'l2'")
+    bad(
+        run(*cut, "--criterion", "taylor", "--loss", "sigmoid"),
+        r"labels have shape \(\d+,\), the outp",
+    )
