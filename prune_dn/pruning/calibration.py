@@ -29,7 +29,8 @@ class Statistics:
     mean of s squared, (C,). `gram` is the mean over sampled pixels of p p^T for the patch p that
     one output pixel reads, (C * kernel², C * kernel²), channel-major; `sensitivity` is the mean over
     images of the summed squared gradient of -log p(y) at each output, y drawn from the model's own
-    prediction (the diagonal of its Fisher information), (outputs,).
+    prediction (the diagonal of its Fisher information), (outputs,); of a loss that is a callable,
+    its gradient at the labels that are given.
 
     Of an MFM or a competing reader, (siblings,): `wins` is the share of pixels where the sibling
     survives (equals share what they win), `margins` by how much it exceeds the least of its unit,

@@ -167,7 +167,8 @@ def reconstruction(reading: Reading) -> Tensor:
     """Rise of the loss when the channel goes and the rest is refitted (optimal brain surgeon).
 
     The reader's channels go one by one (`elimination_losses`); an output's squared error counts
-    with half the diagonal Fisher information there, which makes readers comparable. No labels.
+    with half the diagonal Fisher information there, which makes readers comparable. No labels, but
+    the `loss` says what the outputs mean.
     """
     statistics = reading.statistics
     assert statistics.gram is not None and statistics.sensitivity is not None
