@@ -91,8 +91,8 @@ def prune_checkpoint(
     scored = loss if follows_loss(arguments["criterion"]) else None
     if loss is not None and scored is None and compensate == "none":
         raise PruningError(
-            f"--loss has no effect: criterion {arguments['criterion']!r} does not depend on what the "
-            "outputs mean, and --compensate is none; leave it out"
+            "--loss has no effect: the criterion does not depend on what the outputs mean, and "
+            "--compensate is none; leave it out"
         )
     latency = requested_model(model, arguments["unit"], runtime, batch_size, size)  # type: ignore[arg-type]
     images: list[Any] = []
