@@ -85,7 +85,9 @@ def _files(folder: Path) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add(real)
-        yield from (Path(root, f) for f in files if not is_hidden(f))
+        paths = (Path(root, f) for f in files if not is_hidden(f))
+        # no pipes and sockets; a link to nothing is an error when it is read
+        yield from (path for path in paths if path.is_file() or path.is_symlink())
 
 
 @dataclass(frozen=True)

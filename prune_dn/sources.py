@@ -22,6 +22,7 @@ from prune_dn.folders import (
 )
 from prune_dn.images import FileImages, Images, MemoryImages, resize
 
+USUAL_SIZE = 224  # pixels a side, of images that have no size in common
 Numbers = tuple[float, ...]
 CIFAR_NORMALISATION = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 NORMALISATION: dict[str, tuple[Numbers, Numbers]] = {
@@ -151,7 +152,7 @@ def _folder(request: Request, normalisation: tuple[Numbers, Numbers] | None = No
     root = request.root
     folders = _splits(root)
     look = look_at(list(folders.values()))
-    size, channels = request.image_size or look.side or 224, look.channels
+    size, channels = request.image_size or look.side or USUAL_SIZE, look.channels
     images: dict[str, Images] = {}
     count = sum(len(folder.paths) for folder in folders.values())
     fits = count * channels * size * size <= request.memory_budget_mb * 2**20
@@ -168,6 +169,11 @@ def _folder(request: Request, normalisation: tuple[Numbers, Numbers] | None = No
     if normalisation is not None and len(normalisation[0]) != channels:
         normalisation = None
     said = notices(root, folders, look, request.resize) + (copies(contents) if fits else [])
+    if request.image_size is None and look.side is None:
+        said.append(
+            f"images under {root} have no size in common and image_size is not given: each becomes "
+            f"{size} x {size} pixels"
+        )
     return Source(
         folders["train"].classes,
         images["train"],

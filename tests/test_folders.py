@@ -100,6 +100,7 @@ def test_links_are_followed_once_and_folders_are_no_images(tmp_path: Path) -> No
     (tmp_path / "train" / "a" / "x.png").mkdir()
     (tmp_path / "train" / "a" / "more").symlink_to(tmp_path / "far" / "train" / "a")
     (tmp_path / "train" / "a" / "round").symlink_to(tmp_path / "train" / "a")
+    os.mkfifo(tmp_path / "train" / "a" / "pipe.png")  # to read it would wait for ever
     (tmp_path / "train" / "c").symlink_to(tmp_path / "far" / "train" / "b")
     found = list_folder(tmp_path / "train")
     assert [re.sub(".*/train/", "", name) for name in map(str, found.paths)] == [
@@ -257,6 +258,14 @@ def test_what_is_not_square(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.train.images.take([0])[0, 0, 4:12].numpy(), wide)
     with pytest.raises(DataError, match="resize 'stretch' is unknown; choose from crop, pad, sq"):
         load(tmp_path, resize="stretch")
+
+
+def test_sizes_that_differ(tmp_path: Path) -> None:
+    make(tmp_path, "train", "test")
+    write(tmp_path / "test" / "b" / "3.png", noise(9, 9))
+    found = told(tmp_path, r"no size in common and image_size is not given: .* 224 x 224 pixels$")
+    assert found.spec.image_size == 224
+    assert load(tmp_path, image_size=8)[1] == []
 
 
 def test_transparency_and_frames(tmp_path: Path) -> None:
