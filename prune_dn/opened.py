@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -56,5 +56,5 @@ def _is_size(value: Any) -> bool:
 
 def _are_numbers(value: Any) -> bool:
     return isinstance(value, list) and all(
-        isinstance(x, int | float) and math.isfinite(x) for x in value
+        isinstance(x, int | float) and abs(x) <= sys.float_info.max for x in value
     )

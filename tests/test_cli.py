@@ -337,6 +337,8 @@ def test_checkpoints_of_training_scripts(run: Run, net: Path) -> None:
         ({"data": {"image_size": 10**30}}, "data.image_size is 10*, which is not a size"),
         ({"data": {"mean": 0.5}}, "data.mean is 0.5, which is not a list of numbers"),
         ({"data": {"std": ["x"]}}, r"data.std is \['x'\], which is not a list of numbers"),
+        ({"data": {"mean": [10**400]}}, r"data.mean is \[10*\.*, which is not a list of numbers"),
+        ({"data": {"std": [float("inf")]}}, r"data.std is \[inf\], which is not a list of numbers"),
         ({"history": [1]}, r"history is \[1\], which is not a mapping"),
         ({"augment": "flips"}, "augment is 'flips', which is not an augmentation"),
         ({"augment": {}}, "augment is {}, which is not an augmentation"),
