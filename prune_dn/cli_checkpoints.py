@@ -256,9 +256,11 @@ def profile(
     as_json: options.AsJson = False,
 ) -> None:
     """Params and MACs per layer, and measured latency."""
-    from prune_dn import jobs
+    from prune_dn import inspection
 
-    facts = jobs.profile_checkpoint(checkpoint, image_size, batch_size or [1, 32], repeats, ema=ema)
+    facts = inspection.profile_checkpoint(
+        checkpoint, image_size, batch_size or [1, 32], repeats, ema=ema
+    )
     rows = [[r["name"], f"{r['params']:,}", f"{r['macs']:,}"] for r in facts["layers"]]
     rows.append(["total", f"{facts['params']:,}", f"{facts['macs']:,}"])
     latency = {
@@ -277,9 +279,9 @@ def show(
     as_json: options.AsJson = False,
 ) -> None:
     """What a checkpoint or a plan holds."""
-    from prune_dn import jobs
+    from prune_dn import inspection
 
-    facts, table = jobs.show_file(file, ema=ema)
+    facts, table = inspection.show_file(file, ema=ema)
     hidden = ("layers", "config")
     lines = {key: value for key, value in facts.items() if key not in hidden}
     _show(facts, as_json, table=table, lines=lines)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from prune_dn.errors import DataError, ExportError, PruningError, RecipeError
 from prune_dn.export import export_onnx, export_torch
 from prune_dn.files import same_file
 from prune_dn.intervals import fell, wilson
-from prune_dn.latency import measure_latency
 from prune_dn.losses import USUAL
 from prune_dn.models import DenseNet, LightCNN, Net
 from prune_dn.opened import open_checkpoint
@@ -30,9 +28,8 @@ from prune_dn.pixels import (
     warn_of_other_pixels,
 )
 from prune_dn.processes import process_state
-from prune_dn.profiling import count, count_per_layer
+from prune_dn.profiling import count
 from prune_dn.pruning import (
-    Plan,
     apply_plan,
     compensate_plan,
     make_plan,
@@ -43,14 +40,10 @@ from prune_dn.pruning.compensate import check_compensation
 from prune_dn.pruning.importance import follows_loss, reads_images
 from prune_dn.pruning.latency_model import requested_model
 from prune_dn.pruning.request import Request
-from prune_dn.pruning.siblings import contests
-from prune_dn.pruning.units import Units
 from prune_dn.recipe import Recipe
 from prune_dn.training import FitConfig, fit
 from prune_dn.training import evaluate as score
 from prune_dn.training.config import Distillation
-
-Table = tuple[list[str], list[list[str]]]
 
 
 def prune_checkpoint(
@@ -311,78 +304,6 @@ def export_checkpoint(
         "image_size_from": size_from,
         "file_bytes": output.stat().st_size,
     }
-
-
-def profile_checkpoint(
-    checkpoint: Path,
-    image_size: int | None,
-    batch_sizes: Sequence[int],
-    repeats: int,
-    *,
-    ema: bool = False,
-) -> dict[str, Any]:
-    """Params, MACs and channels by layer, and measured eager latency."""
-    model, info = open_checkpoint(checkpoint, ema)
-    size, size_from = image_size_for(model, info, image_size, checkpoint)
-    say_image_size(size, size_from)
-    latency = [
-        measure_latency(model, batch_size=batch, image_size=size, repeats=repeats, max_seconds=60.0)
-        for batch in batch_sizes
-    ]
-    return {
-        "checkpoint": str(checkpoint),
-        "image_size": size,
-        "image_size_from": size_from,
-        **dataclasses.asdict(count(model, size)),
-        "latency": [dataclasses.asdict(x) for x in latency],
-        "layers": [dataclasses.asdict(row) for row in count_per_layer(model, size)],
-    }
-
-
-def show_file(file: Path, *, ema: bool = False) -> tuple[dict[str, Any], Table]:
-    """The facts in a plan (.json) or a checkpoint, and its widths as a table."""
-    if file.suffix == ".json":
-        if ema:
-            raise PruningError("--ema has no effect: a plan holds no weights; leave it out")
-        plan = Plan.load(file)
-        rows = [[r["name"], r["kind"], str(r["before"]), str(r["after"])] for r in plan.layers]
-        facts: dict[str, Any] = {
-            "plan": str(file),
-            "requested": plan.requested,
-            "achieved": plan.achieved,
-            "protected": plan.protected,
-            "layers": plan.layers,
-        }
-        return facts, (["unit group", "kind", "before", "after"], rows)
-    model, info = open_checkpoint(file, ema)
-    config = model.config
-    size, size_from = image_size_for(model, info, None, file)
-    layers = [dataclasses.asdict(row) for row in count_per_layer(model, size)]
-    facts = {
-        "checkpoint": str(file),
-        "classes": config.num_classes,
-        "in_channels": config.in_channels,
-        **_shape(model),
-        "image_size": size,
-        "image_size_from": size_from,
-        **dataclasses.asdict(count(model, size)),
-        "info": info,
-        "config": json.loads(config.to_json()),
-    }
-    rows = [[r["name"], str(r["channels"] or ""), f"{r['params']:,}"] for r in layers]
-    return facts, (["layer", "channels", "params"], rows)
-
-
-def _shape(model: Net) -> dict[str, Any]:
-    """What kind of net it is, in few words."""
-    if isinstance(model, LightCNN):
-        return {"light_cnn": model.config.variant, "blocks": list(model.config.blocks)}
-    blocks = [len(block) for block in model.config.blocks]
-    rivals = {
-        x.name: f"{len(x.owner)} maps compete, {x.winners} win"
-        for x in contests(Units(model.config))
-    }
-    return {"stem": model.config.stem, "layers_per_block": blocks, "mfm": rivals}
 
 
 def _recalibrate(

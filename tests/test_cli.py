@@ -13,7 +13,7 @@ import pytest
 import torch
 from commands import bad, document
 
-from prune_dn import cli, jobs
+from prune_dn import cli, inspection
 from prune_dn.checkpoint import load, read_info, save, save_state_dict
 from prune_dn.cli_options import app
 from prune_dn.data import calibration_loader, load_datasets
@@ -428,7 +428,7 @@ def test_what_nobody_expects(run: Run, net: Path, monkeypatch: pytest.MonkeyPatc
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("by chance")
 
-    monkeypatch.setattr(jobs, "show_file", broken)
+    monkeypatch.setattr(inspection, "show_file", broken)
     code, out, err = run("show", net)
     assert (code, out) == (1, "")
     assert "unexpected error: ZeroDivisionError: by chance" in err
@@ -445,7 +445,7 @@ def test_a_process_that_lost_another(run: Run, net: Path, monkeypatch: pytest.Mo
             "[/__w/pytorch/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:6890."
         )
 
-    monkeypatch.setattr(jobs, "show_file", broken)
+    monkeypatch.setattr(inspection, "show_file", broken)
     assert "unexpected error" in run("show", net)[2]
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, out, err = run("show", net)

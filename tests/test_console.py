@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_cli import Run, run  # noqa: F401  (a fixture)
 
-from prune_dn import cli, jobs
+from prune_dn import cli, inspection
 from prune_dn.checkpoint import save, save_state_dict
 from prune_dn.console import as_lines, plain, say, show
 from prune_dn.errors import WriteError
@@ -155,7 +155,7 @@ def test_too_little_memory(
     def broken(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(jobs, "show_file", broken)
+    monkeypatch.setattr(inspection, "show_file", broken)
     code, out, err = run("show", "net")
     assert (code, out) == (1, "") and len(err.splitlines()) == 1
     assert err.startswith("error: out of memory: use smaller batches") and "mistake" not in err

@@ -40,7 +40,7 @@ FLOORS = [
     {"pixels"},
     {"phases"},
     {"pipeline", "data_options"},
-    {"jobs"},
+    {"inspection", "jobs"},
     {"cli_options"},
     {"cli_checkpoints", "cli_sensitivity"},
     {"cli"},

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from test_cli import RECIPE, Run, net, recipe, run  # noqa: F401  (fixtures)
 
-from prune_dn import jobs
+from prune_dn import inspection
 from prune_dn.checkpoint import load
 from prune_dn.training.run import Run as Training
 
@@ -105,7 +105,9 @@ def test_every_command_and_only_the_first_process_speaks(
     net: Path,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(jobs, "show_file", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(
+        inspection, "show_file", lambda *_, **__: signal.raise_signal(signal.SIGTERM)
+    )
     assert run("show", net) == (143, "", "stopped by SIGTERM\n")
     monkeypatch.setenv("RANK", "1")
     assert run("show", net) == (143, "", "")
@@ -117,13 +119,13 @@ def test_what_is_ignored_stays_ignored(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As under nohup."""
-    facts = jobs.show_file(net)
+    facts = inspection.show_file(net)
 
     def show(*_: object, **__: object) -> Any:
         signal.raise_signal(signal.SIGHUP)
         return facts
 
-    monkeypatch.setattr(jobs, "show_file", show)
+    monkeypatch.setattr(inspection, "show_file", show)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         assert run("show", net)[0] == 0
