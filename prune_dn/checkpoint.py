@@ -17,6 +17,7 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from prune_dn.defaults import usual_defaults
 from prune_dn.errors import CheckpointError, ConfigError, ConversionError, WriteError
 from prune_dn.files import StrPath, atomic_path, file_size, parse_json
 from prune_dn.models import DenseNet, DenseNetConfig, LightCNN, LightCNNConfig, Net
@@ -39,6 +40,7 @@ CONFIGS: dict[str, type[DenseNetConfig] | type[LightCNNConfig]] = {
 logger = logging.getLogger(__name__)
 
 
+@usual_defaults()
 def save(model: nn.Module, path: StrPath, *, info: Mapping[str, Any] | None = None) -> None:
     """Write weights and config to one safetensors file that `load` turns back into the model.
 
@@ -90,6 +92,7 @@ def save(model: nn.Module, path: StrPath, *, info: Mapping[str, Any] | None = No
         _order_header_(temporary)
 
 
+@usual_defaults()
 def load(path: StrPath, *, ema: bool = False) -> Net:
     """Rebuild a DenseNet or Light CNN from a file, on the CPU and in eval mode.
 

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from prune_dn import limits
 from prune_dn.augment import AUGMENTATIONS
+from prune_dn.defaults import usual_defaults
 from prune_dn.errors import DataError, DataWarning
 from prune_dn.files import wrong_name
 from prune_dn.images import RESIZES, Images
@@ -126,6 +127,7 @@ class Datasets:
     notices: tuple[str, ...] = ()
 
 
+@usual_defaults()
 def load_datasets(
     name: str,
     *,
@@ -270,6 +272,7 @@ def calibration_loader(
     )
 
 
+@usual_defaults()
 def calibration_batches(
     dataset: ImageSet, images: int | None = None, *, seed: int = 0
 ) -> list[tuple[Tensor, Tensor]]:

@@ -47,6 +47,10 @@ class PruningError(PruneDNError):
     """A pruning request that cannot be met."""
 
 
+class PruningWarning(UserWarning):
+    """Something about a plan that its owner may not expect; the plan holds it too."""
+
+
 class CheckpointError(PruneDNError):
     """A checkpoint that cannot be read or does not fit."""
 

@@ -15,18 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prune_dn.defaults import usual_defaults
 from prune_dn.errors import ConfigError, ExportError
 from prune_dn.files import atomic_path
 from prune_dn.models import DenseNet, LightCNN, Net
 from prune_dn.models.as_built import as_built
 from prune_dn.models.convert import convert
+from prune_dn.profiling import ImageSize, sides
 
 INPUT_NAME, OUTPUT_NAME = "input", "logits"
 BATCHES = (1, 7)
 OLDEST_OPSET = 18
 _EXAMPLE_BATCH = 2  # the exporters take a batch of 1 for a constant
-
-ImageSize = int | tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class ExportReport:
 OnnxReport = ExportReport
 
 
+@usual_defaults()
 def export_onnx(
     model: Net,
     path: str | os.PathLike[str],
@@ -84,8 +85,7 @@ def export_onnx(
         written = {entry.domain: entry.version for entry in proto.opset_import}
         if opset is not None and written != {"": opset}:
             raise ExportError(
-                f"opset {opset} was asked for, but PyTorch exported "
-                f"{', '.join(f'{name or chr(39) * 2} {version}' for name, version in written.items())}"
+                f"opset {opset} was asked for, but PyTorch exported {written}; leave opset out"
             )
         _clear_metadata(proto)
         onnx.save(proto, str(temporary))
@@ -94,6 +94,7 @@ def export_onnx(
     return OnnxReport(Path(path), size, worst)
 
 
+@usual_defaults()
 def export_torch(
     model: Net,
     path: str | os.PathLike[str],
@@ -148,7 +149,7 @@ def _prepare(
     net = net.cpu().float().eval()
     if isinstance(net, DenseNet):
         net.memory_efficient = False
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    height, width = sides(image_size)
     channels = net.config.in_channels
     if in_channels is not None and in_channels != channels:
         raise ExportError(f"in_channels is {in_channels}, but the model takes {channels}")

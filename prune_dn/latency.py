@@ -18,8 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from prune_dn.defaults import usual_defaults
 from prune_dn.errors import PruneDNError
-from prune_dn.export import INPUT_NAME, ImageSize, export_onnx
+from prune_dn.export import INPUT_NAME, export_onnx
+from prune_dn.profiling import ImageSize
 
 Runtime = Literal["eager", "onnxruntime"]
 Timed = nn.Module | Callable[[Tensor], Any]
@@ -68,6 +70,7 @@ def measure_latency(
     )["model"]
 
 
+@usual_defaults()
 def compare_latency(
     models: Mapping[str, Timed],
     *,

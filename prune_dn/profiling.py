@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from prune_dn.defaults import usual_defaults
 from prune_dn.errors import ConfigError
 from prune_dn.models import DenseNet, DenseNetConfig, LightCNN
 from prune_dn.models.answers import computed_weights
@@ -82,6 +83,7 @@ def count_per_layer(
     return list(_densenet_rows(model, image_size))
 
 
+@usual_defaults()
 def weight_uses(model: nn.Module, image_size: ImageSize | None) -> Mapping[str, int]:
     """How often each conv and linear layer applies its weight to one image: its output pixels.
 

@@ -19,7 +19,7 @@ from prune_dn.cli_options import app
 from prune_dn.data import calibration_loader, load_datasets
 from prune_dn.models import densenet, light_cnn_9
 from prune_dn.profiling import count
-from prune_dn.pruning import Plan, apply_plan, prune, recalibrate_batch_norm_
+from prune_dn.pruning import Plan, apply_plan, latency_model, prune, recalibrate_batch_norm_
 
 RECIPE = """\
 model: {name: densenet, block_config: [2, 2], growth_rate: 4, bn_size: 2, stem: cifar}
@@ -208,6 +208,21 @@ def test_recalibration_follows_what_the_checkpoint_was_trained_on(
     assert all(torch.equal(found[k], v) for k, v in expected.state_dict().items())
     document(run("finetune", "a.safetensors", "--epochs", 1, "-o", "b.safetensors", "--json"))
     assert read_info("b.safetensors")["augment"] == "shift"  # what is usual for digits
+
+
+@pytest.mark.filterwarnings("always")
+def test_what_speaks_against_a_plan_for_time_is_on_stderr(
+    run: Run, net: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(configs, *_):
+        return [0.1 + 1e-6 * count(config).macs for config in configs], "made up", 0.7
+
+    monkeypatch.setattr(latency_model, "_measure", measure)
+    arguments = ["--ratio", 0.1, "--unit", "latency", "--plan-out", "plan.json", "--json"]
+    code, out, err = run("prune", net, *arguments, "-o", "fast.safetensors")
+    assert code == 0 and json.loads(out)["unit"] == "latency", err
+    assert "warning: the machine was busy when the latency model was fitted" in err
+    assert "differ by 70% of the median" in Plan.load("plan.json").achieved["warnings"][0]
 
 
 @pytest.mark.usefixtures("made_up_times")

@@ -18,7 +18,7 @@ import torch
 from light_cnn_oracle import slow
 from oracle import randomise_
 
-from prune_dn.errors import ConversionError, ExportError
+from prune_dn.errors import ConfigError, ConversionError, ExportError
 from prune_dn.export import OnnxReport, export_onnx, export_torch
 from prune_dn.models import (
     LIGHT_CNNS,
@@ -123,12 +123,48 @@ def test_onnx_folds_the_norms_that_follow_a_conv(
         torch.testing.assert_close(run(tmp_path / "net.onnx", x), net.eval()(x), rtol=0, atol=1e-5)
 
 
-def test_onnx_opset(tmp_path: Path) -> None:
+@pytest.mark.parametrize("opset", [18, np.int64(20)])
+def test_onnx_opset(tmp_path: Path, opset: int) -> None:
     net = densenet([1], 4, stem="cifar", num_classes=2)
-    export_onnx(net, tmp_path / "net.onnx", image_size=8, opset=18)
-    assert [x.version for x in onnx.load(tmp_path / "net.onnx").opset_import if not x.domain] == [
-        18
-    ]
+    export_onnx(net, tmp_path / "net.onnx", image_size=8, opset=opset)
+    written = onnx.load(tmp_path / "net.onnx").opset_import
+    assert [(entry.domain, entry.version) for entry in written] == [("", opset)]
+
+
+@pytest.mark.parametrize("opset", [0, -1, 7, 13, 17, 999, "18", 18.0, True])
+def test_an_opset_that_cannot_be_written(tmp_path: Path, opset: object) -> None:
+    newest = onnx.defs.onnx_opset_version()
+    match = rf"opset is {opset!r}; PyTorch's exporter can write the integers from 18 to {newest}"
+    with pytest.raises(ExportError, match=match):
+        export_onnx(uneven(), tmp_path / "net.onnx", image_size=8, opset=opset)  # type: ignore[arg-type]
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("entry", [("", 18), ("pkg.other", 1)])
+def test_a_file_of_another_opset_is_not_left(
+    exported: tuple[DenseNet, Path, OnnxReport, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    entry: tuple[str, int],
+) -> None:
+    """The exporter goes on where it could not convert: what it wrote is compared with the request."""
+    proto = onnx.load(exported[1])
+    if entry[0]:
+        proto.opset_import[0].version = 19
+        proto.opset_import.append(onnx.helper.make_opsetid(*entry))
+    else:
+        proto.opset_import[0].version = entry[1]
+    monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: SimpleNamespace(model_proto=proto))
+    with pytest.raises(ExportError, match=r"opset 19 was asked for, but PyTorch exported \{'': 1"):
+        export_onnx(uneven(), tmp_path / "net.onnx", image_size=(8, 12), opset=19)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("size", [0, "8", 8.0, True, (8,), (8, 8, 8), None])
+def test_sizes_that_are_none(tmp_path: Path, size: object) -> None:
+    for export, name in ((export_onnx, "net.onnx"), (export_torch, "net.pt2")):
+        with pytest.raises(ConfigError, match=r"image_size is .*; give pixels, or"):
+            export(uneven(), tmp_path / name, image_size=size)  # type: ignore[operator]
 
 
 def test_another_answer_is_no_file(

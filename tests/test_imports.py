@@ -15,7 +15,17 @@ import prune_dn
 PACKAGE = Path(prune_dn.__file__).parent
 # Each floor may import from the floors above it in this list, and from its own.
 FLOORS = [
-    {"limits", "errors", "files", "yaml_lines", "console", "processes", "signals", "pickles"},
+    {
+        "limits",
+        "defaults",
+        "errors",
+        "files",
+        "yaml_lines",
+        "console",
+        "processes",
+        "signals",
+        "pickles",
+    },
     {"intervals", "markdown"},
     {"losses", "sound"},
     {"models"},

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from prune_dn.defaults import usual_defaults
 from prune_dn.errors import ConversionError
 from prune_dn.models.answers import path_of, peculiarities
 from prune_dn.models.as_built import as_built, check_same_answers, copy_modes_, refuse_computed
@@ -34,6 +35,7 @@ _PLAIN: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
 }
 
 
+@usual_defaults()
 def convert(module: nn.Module, *, share: bool = False) -> DenseNet:
     """Our DenseNet with the weights of `module`, a DenseNet of torchvision or timm, or ours.
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prune_dn.batches import read_batches
+from prune_dn.defaults import usual_defaults
 from prune_dn.errors import PruningError
 from prune_dn.losses import LossFunction
 from prune_dn.models import DenseNet
@@ -30,6 +31,7 @@ Maps = list[Tensor]  # one tensor per calibration batch
 Streams = list[list[Tensor]]  # per calibration batch, the sources that make the stream
 
 
+@usual_defaults()
 @torch.inference_mode(False)
 def compensate_plan(
     small: DenseNet,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import get_args
 
@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from prune_dn.defaults import usual_defaults
 from prune_dn.errors import PruningError
 from prune_dn.latency import Runtime, compare_latency
 from prune_dn.models import DenseNet, DenseNetConfig
@@ -27,6 +28,12 @@ LATENCY = "latency"
 RUNTIME: Runtime = "onnxruntime"  # unless another is asked for
 TRIES = 4
 TOLERANCE = 0.03
+# Above these a plan is doubtful: shares of the predicted, the asked and the median time.
+BAD_FIT = (
+    0.15  # several times what a fit on a quiet machine leaves, and as much as units differ in price
+)
+OVERSHOT = 0.1
+SPREAD = 0.3  # from the fastest to the slowest tenth of the runs; 0.05 to 0.15 on a quiet machine
 FEATURES = (
     "mac_1x1",
     "mac_kxk",
@@ -43,7 +50,8 @@ STEPS = (1, 8, 16)  # channels in a block of the fastest convolutions: 8 with AV
 class LatencyModel:
     """Milliseconds of a batch = `constant` + the sum that `rates` stand for; JSON-able.
 
-    `error` is the median of |predicted - measured| / measured over nets that the fit did not see.
+    `error` is the median of |predicted - measured| / measured over nets that the fit did not see;
+    `spread` the share of their median time by which the slowest and the fastest tenth of runs differ.
     """
 
     rates: Rates
@@ -53,6 +61,7 @@ class LatencyModel:
     batch_size: int
     image_size: ImageSize
     machine: str
+    spread: float = 0.0
 
     def predict(self, config: DenseNetConfig) -> float:
         """Milliseconds of one batch of a net of this shape."""
@@ -63,10 +72,11 @@ class LatencyModel:
     def measure(self, *configs: DenseNetConfig, repeats: int = 30) -> list[float]:
         """Milliseconds of one batch, median, of nets of these shapes, timed in turns."""
         different = list(dict.fromkeys(configs))
-        times, _ = _measure(different, self.runtime, self.batch_size, self.image_size, repeats)
+        times, _, _ = _measure(different, self.runtime, self.batch_size, self.image_size, repeats)
         return [times[different.index(config)] for config in configs]
 
 
+@usual_defaults()
 def fit_latency_model(
     model: nn.Module,
     *,
@@ -97,7 +107,7 @@ def fit_latency_model(
     keeps = [np.ones(units.size, dtype=bool)]
     keeps += [_random_cut(units, generator) for _ in range(nets - 1)]
     configs = [units.after(keep) for keep in keeps]
-    times, where = _measure(configs, runtime, batch_size, size, repeats)
+    times, where, spread = _measure(configs, runtime, batch_size, size, repeats)
     taken = np.array(times)
     tables = {step: _table(units, keeps, step, size) for step in STEPS}
     errors = {step: _error(table, taken) for step, table in tables.items()}
@@ -105,7 +115,31 @@ def fit_latency_model(
     found = _least_squares(tables[step], taken)
     rates = Rates(**dict(zip(FEATURES, found[1:].tolist(), strict=True)), step=step)
     error = errors[step]
-    return LatencyModel(rates, float(found[0]), error, runtime, batch_size, size, where)
+    return LatencyModel(rates, float(found[0]), error, runtime, batch_size, size, where, spread)
+
+
+def doubts(model: LatencyModel, ratio: float, times: Mapping[str, float]) -> list[str]:
+    """What speaks against a plan that was asked to remove `ratio` of the time: `times` as measured."""
+    found = []
+    if model.spread > SPREAD:
+        found.append(
+            f"the machine was busy when the latency model was fitted: the slowest and the fastest "
+            f"tenth of runs differ by {model.spread:.0%} of the median; fit it on a quiet machine"
+        )
+    if model.error > BAD_FIT:
+        found.append(
+            f"the latency model fits badly: it misses the times of other nets by {model.error:.0%}, so "
+            "units are priced wrongly; fit it on a quiet machine, with more nets or repeats"
+        )
+    achieved = 1 - times["after"] / times["baseline"]
+    over = (1 - achieved) / (1 - ratio)
+    if not 1 - OVERSHOT <= over <= 1 + TOLERANCE:
+        found.append(
+            f"asked to remove {ratio:.1%} of the time, the plan removes {achieved:.1%} as measured in "
+            f"{model.runtime}: {times['after']:.3g} of {times['baseline']:.3g} ms a batch of "
+            f"{model.batch_size}; no plan that was tried came closer"
+        )
+    return found
 
 
 def requested_model(
@@ -189,15 +223,16 @@ def _measure(
     batch_size: int,
     image_size: ImageSize,
     repeats: int,
-) -> tuple[list[float], str]:
-    """Medians of nets with random weights, which take the time of any others, and the machine."""
+) -> tuple[list[float], str, float]:
+    """Medians of nets with random weights, which take the time of any others; machine; spread."""
     with torch.random.fork_rng(devices=[]):
         nets = {str(i): DenseNet(config).eval() for i, config in enumerate(configs)}
     found = compare_latency(
         nets, batch_size=batch_size, image_size=image_size, runtime=runtime, repeats=repeats
     )
     times = [found[str(i)].median_ms for i in range(len(configs))]
-    return times, found["0"].machine
+    spread = float(np.median([(x.p90_ms - x.p10_ms) / x.median_ms for x in found.values()]))
+    return times, found["0"].machine, spread
 
 
 def _random_cut(units: Units, generator: np.random.Generator) -> Mask:

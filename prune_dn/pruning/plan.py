@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import Any
 
 from torch import nn
 
-from prune_dn.errors import PruneDNError, PruningError
+from prune_dn.defaults import usual_defaults
+from prune_dn.errors import PruneDNError, PruningError, PruningWarning
 from prune_dn.files import parse_json, write_text
 from prune_dn.losses import LossFunction, loss_name
 from prune_dn.models import DenseNet, DenseNetConfig
@@ -25,6 +27,7 @@ from prune_dn.pruning.kept import Kept, consistent, indices_of
 from prune_dn.pruning.latency_model import (
     LATENCY,
     LatencyModel,
+    doubts,
     fit_latency_model,
     meet_latency,
 )
@@ -145,6 +148,7 @@ class Plan:
             raise PruningError(f"cannot read the plan {os.fspath(path)}: {error}") from error
 
 
+@usual_defaults()
 def make_plan(
     model: nn.Module,
     pruning_ratio: float,
@@ -194,8 +198,9 @@ def make_plan(
     default `fit_latency_model(model)`: onnxruntime at batch 1 on this machine. Widths above the block
     of channels that the runtime computes in (`rates.step`) are cut to multiples of it too, where that
     can meet the budget: others would lose channels and save no time. The net is then timed
-    beside the baseline and the plan corrected until the measured time meets the request; the times
-    are in `achieved`.
+    beside the baseline and the plan corrected until the measured time meets the request; the times,
+    in milliseconds of the model's runtime, are in `achieved`. A busy machine, a model that fits badly
+    and a result far from the request are a PruningWarning, and stand there as `warnings`.
 
     Raises PruningError for a request that is wrong, cannot be met, or would change nothing.
 
@@ -273,6 +278,11 @@ def make_plan(
         if times:
             achieved[when]["latency"] = times[when]
     achieved["ratio"] = 1.0 - achieved["after"][unit] / achieved["baseline"][unit]
+    if latency is not None:
+        achieved["runtime"] = latency.runtime
+        achieved["warnings"] = doubts(latency, asked.pruning_ratio, times)
+        for doubt in achieved["warnings"]:
+            warnings.warn(doubt, PruningWarning, stacklevel=3)
     return plan_of(table, keep, requested, achieved, protected)
 
 

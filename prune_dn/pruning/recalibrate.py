@@ -10,10 +10,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from prune_dn.batches import each_batch, run_on, working_copy
+from prune_dn.defaults import usual_defaults
 from prune_dn.errors import PruningError
 from prune_dn.sound import find_unsound
 
 
+@usual_defaults()
 @torch.no_grad()
 def recalibrate_batch_norm_(
     model: nn.Module, batches: Iterable[object], *, max_batches: int | None = None

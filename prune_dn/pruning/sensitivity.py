@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from prune_dn.defaults import usual_defaults
 from prune_dn.errors import PruningError
 from prune_dn.losses import LossFunction
 from prune_dn.models import DenseNet
@@ -44,6 +45,7 @@ class _Cut(NamedTuple):
     ratios: tuple[float, ...]
 
 
+@usual_defaults()
 @torch.inference_mode(False)
 def sensitivity(
     model: nn.Module,

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 from torch import nn
 
+from prune_dn.defaults import usual_defaults
 from prune_dn.errors import PruningError
 from prune_dn.losses import LossFunction
 from prune_dn.models.convert import convert
@@ -19,6 +20,7 @@ from prune_dn.pruning.units import Units
 from prune_dn.sound import check_sound
 
 
+@usual_defaults()
 def settling_plan(
     model: nn.Module,
     calibration: Iterable[object] | None = None,

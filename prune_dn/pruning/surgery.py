@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from prune_dn.defaults import usual_defaults
 from prune_dn.errors import PruningError
 from prune_dn.losses import LossFunction
 from prune_dn.models import DenseNet, LightCNN
@@ -26,6 +27,7 @@ from prune_dn.sound import check_filled, check_sound
 _SIBLINGS = ("sibling",)
 
 
+@usual_defaults()
 @torch.inference_mode(False)
 def prune(
     model: nn.Module,
@@ -141,6 +143,7 @@ def _check_cnn_options(
         )
 
 
+@usual_defaults()
 @torch.inference_mode(False)
 def apply_plan(model: nn.Module, plan: Plan) -> DenseNet:
     """The pruned net; `model` stays as it is.

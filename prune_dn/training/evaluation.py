@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from prune_dn.batches import each_batch
 from prune_dn.data import ImageSet, loading, make_loader
+from prune_dn.defaults import usual_defaults
 from prune_dn.errors import DataError
 from prune_dn.losses import LossFunction, describe, find_loss
 from prune_dn.models.answers import eval_mode
@@ -35,6 +36,7 @@ class EvalResult:
     n: int
 
 
+@usual_defaults()
 @loading()
 @torch.no_grad()
 def evaluate(

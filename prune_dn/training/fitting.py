@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from prune_dn.data import Datasets
+from prune_dn.defaults import usual_defaults
 from prune_dn.errors import TrainingError
 from prune_dn.files import write_text
 from prune_dn.training.config import FitConfig
@@ -34,6 +35,7 @@ class FitResult:
     notices: list[str]
 
 
+@usual_defaults()
 @torch.inference_mode(False)
 @torch.enable_grad()
 def fit(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import sys
 
 import pytest
 import torch
 
-from prune_dn.errors import PruningError
+from prune_dn.errors import PruningError, PruningWarning
+from prune_dn.latency import Latency
 from prune_dn.models import densenet
 from prune_dn.pruning import fit_latency_model, latency_model, make_plan
 from prune_dn.pruning.latency_model import LatencyModel
@@ -27,7 +29,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, factor: float = 1.0) -> None:
 
     def measure(configs, runtime, batch_size, image_size, repeats):
         times = [TRUE.predict(c) * (1 if c == NET.config else factor) for c in configs]
-        return times, "made up"
+        return times, "made up", 0.0
 
     monkeypatch.setattr(latency_model, "_measure", measure)
 
@@ -132,3 +134,43 @@ def test_a_real_fit() -> None:
     assert found.predict(NET.config) > 0
     one, same = found.measure(NET.config, NET.config, repeats=3)
     assert one == same > 0
+
+
+@pytest.mark.parametrize(
+    ("model", "factor", "text"),
+    [
+        ({"error": 0.24}, 1.0, "fits badly: it misses the times of other nets by 24%"),
+        ({"spread": 0.6}, 1.0, "machine was busy .* differ by 60% of the median"),
+        (
+            {},
+            0.5,
+            r"asked to remove 20.0% of the time, the plan removes 5\d.\d% as measured in eager",
+        ),
+    ],
+)
+def test_what_speaks_against_a_plan_is_said_and_kept(monkeypatch, model, factor, text) -> None:
+    """Half the predicted time, whatever is cut: no plan is near the request."""
+    pretend(monkeypatch, factor)
+    timing = dataclasses.replace(TRUE, **model)
+    ratio = 0.2 if factor < 1 else 0.4
+    with pytest.warns(PruningWarning, match=text):
+        plan = make_plan(NET, ratio, unit="latency", latency_model=timing, criterion="l1")
+    (told,) = plan.achieved["warnings"]
+    assert re.search(text, told)
+    assert plan.achieved["runtime"] == "eager"
+    assert type(plan).from_json(plan.to_json()) == plan
+
+
+def test_a_good_plan_says_nothing(monkeypatch) -> None:
+    pretend(monkeypatch)
+    plan = make_plan(NET, 0.4, unit="latency", latency_model=TRUE, criterion="l1")
+    assert plan.achieved["warnings"] == []
+
+
+def test_the_spread_is_that_of_the_runs(monkeypatch) -> None:
+    def timed(nets, *, batch_size, **_):
+        return {n: Latency(2.0, 1.5, 3.5, 9, batch_size, "eager", "here") for n in nets}
+
+    monkeypatch.setattr(latency_model, "compare_latency", timed)
+    found = fit_latency_model(NET, runtime="eager", nets=8, repeats=1)
+    assert found.spread == 1.0 and found.machine == "here"
