@@ -126,7 +126,7 @@ def measure(
     Raises PruneDNError for bad input, before anything is evaluated.
     """
     from prune_dn.data import calibration_batches, calibration_loader
-    from prune_dn.jobs import refuse_calibration
+    from prune_dn.data_options import refuse_calibration
     from prune_dn.latency import machine
     from prune_dn.models import DenseNet
     from prune_dn.opened import open_checkpoint

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prune_dn.data import Datasets, load_datasets
-from prune_dn.errors import DataError
+from prune_dn.errors import DataError, PruningError
 from prune_dn.models import Net
 from prune_dn.phases import check_fit
 from prune_dn.pixels import CHECKPOINT, GUESSED, image_size_for, say_pixels
@@ -102,3 +102,12 @@ def _numbers(option: str, text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise DataError(f"{option} {text!r}: give numbers with commas, 0.49,0.48,0.45") from None
+
+
+def refuse_calibration(images: int | None, criterion: str | None, why_else: str = "") -> None:
+    """Raise PruningError when `--calibration` was given, but nothing would read the images."""
+    if images is not None:
+        what = "the default criterion" if criterion is None else f"criterion {criterion!r}"
+        raise PruningError(
+            f"--calibration has no effect: {what} reads only the weights{why_else}; leave it out"
+        )

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from prune_dn.checkpoint import load, save, save_state_dict
 from prune_dn.data import Datasets, calibration_batches, calibration_loader
-from prune_dn.data_options import DataOptions
+from prune_dn.data_options import DataOptions, refuse_calibration
 from prune_dn.errors import DataError, ExportError, PruningError, RecipeError
 from prune_dn.export import export_onnx, export_torch
 from prune_dn.files import same_file
@@ -152,15 +152,6 @@ def _cut_figures(
         "file_bytes": output.stat().st_size,
         "protected": protected,
     }
-
-
-def refuse_calibration(images: int | None, criterion: str | None, why_else: str = "") -> None:
-    """Raise PruningError when `--calibration` was given, but nothing would read the images."""
-    if images is not None:
-        what = "the default criterion" if criterion is None else f"criterion {criterion!r}"
-        raise PruningError(
-            f"--calibration has no effect: {what} reads only the weights{why_else}; leave it out"
-        )
 
 
 def finetune_checkpoint(
