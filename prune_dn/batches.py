@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from prune_dn.errors import PruneDNError, PruningError
 from prune_dn.losses import LossFunction, check_loss, describe
 from prune_dn.models import DenseNet
+from prune_dn.models.answers import computed_weights
 from prune_dn.profiling import in_channels
 
 
@@ -93,8 +94,13 @@ def working_copy(model: nn.Module) -> nn.Module:
     """A copy in eval mode, without gradients, that computes in float32 or better.
 
     In half precision a sum over the pixels of an image overflows, or loses most of its digits.
+    Raises PruningError for weights that are computed, which torch cannot copy.
     """
-    net = copy.deepcopy(model).eval().requires_grad_(False)
+    try:
+        net = copy.deepcopy(model).eval().requires_grad_(False)
+    except RuntimeError as error:
+        why = next(computed_weights(model), error)
+        raise PruningError(f"this {type(model).__name__} cannot be copied: {why}") from error
     if any(p.dtype in (torch.float16, torch.bfloat16) for p in net.parameters()):
         net.float()
     if isinstance(net, DenseNet):

@@ -199,6 +199,22 @@ def test_labels_are_not_looked_at_where_they_are_drawn() -> None:
     np.testing.assert_array_equal(found, scores(net(3), "reconstruction", [images()], "mse"))
 
 
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda out, labels: out.detach().mean(), "without a gradient, so nothing follows from it"),
+        (
+            lambda out, labels: out.mean() * torch.nan,
+            "batch 0: the loss is nan, and nothing follows",
+        ),
+    ],
+)
+def test_a_callable_that_says_nothing(loss, message) -> None:
+    data = [(images(), torch.zeros(8).long())]
+    with pytest.raises(PruneDNError, match=message):
+        make_plan(net(), 0.3, criterion="taylor", calibration=data, loss=loss)
+
+
 CRITERIA = ("activation", "taylor", "fisher", "reconstruction")
 HALF = (torch.float16, torch.bfloat16)
 

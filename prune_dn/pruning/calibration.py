@@ -141,6 +141,12 @@ def collect(
         gradients: Sequence[Tensor | None] = [None] * len(seen)
         if backward:
             error = _error(outputs, batches, i, need, sampler.generator, like.device)
+            if not (error.requires_grad and error.isfinite()):
+                raise PruningError(
+                    f"calibration batch {i}: the loss is {error.item():g}, "
+                    f"{'and' if error.requires_grad else 'without a gradient, so'} nothing follows "
+                    "from it; look at the loss, and at the labels"
+                )
             gradients = torch.autograd.grad(error, watched, materialize_grads=True)
         for (name, x, _), gradient in zip(seen, gradients, strict=True):
             module, x = modules[name], x.detach()

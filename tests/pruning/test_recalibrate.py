@@ -148,3 +148,11 @@ def test_autograd_may_be_off_around_it_and_other_norms_are_reached() -> None:
         net[3].running_mean,
         nn.functional.batch_norm(maps, None, None, training=True).flatten(1).mean(0),
     )
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_weights_that_torch_cannot_copy() -> None:
+    net = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4))
+    net(GOOD)
+    with pytest.raises(PruningError, match=r"cannot be copied: 0.weight .*remove_weight_norm"):
+        recalibrate_batch_norm_(net, [GOOD])
