@@ -130,7 +130,7 @@ def prune_checkpoint(
     figures = _cut_figures(
         output, done["unit"], ratio, done["ratio"], done["before"], done["after"], plan.protected
     )
-    return {**figures, "images": pixels}
+    return {**figures, "warnings": list(done.get("warnings", [])), "images": pixels}
 
 
 def _cut_figures(

@@ -18,7 +18,7 @@ settings.register_profile("nightly", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
-THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
+THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "1"))  # processes of tests too
 torch.set_num_threads(THREADS)  # for fixtures of a module too
 COMPARES = re.compile(r"assert_close|approx\(|allclose|torch\.equal|import .*masked|check_contract")
 

@@ -539,7 +539,7 @@ def test_a_light_cnns_checkpoint_is_refused_before_it_trains(tmp_path: Path) -> 
     overrides = [
         f"model={{checkpoint: {json.dumps(str(tmp_path / 'net.safetensors'))}}}",
         f"output_dir={json.dumps(str(tmp_path / 'run'))}",
-        "prune={pruning_ratio: 0.5}",
+        "prune={pruning_ratio: 0.5, criterion: bn_scale}",
         "train.sparsity={kind: l1}",
     ]
     message = r"is a Light CNN, .* with train.sparsity .*criterion bn_scale .*choose l2"
