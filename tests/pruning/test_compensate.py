@@ -18,6 +18,7 @@ from prune_dn.pruning import (
     compensate,
     compensate_plan,
     judge,
+    least_squares,
     make_plan,
     prune,
     settling_plan,
@@ -112,15 +113,18 @@ def test_who_stands_alone_follows_its_whole_unit(units) -> None:
         assert float(F.mse_loss(found, target)) < 1.02 * float(F.mse_loss(best, target))
 
 
-def test_the_classifier_is_the_least_squares_solution() -> None:
-    """With only the classifier's inputs cut, the result is lstsq with a constant column."""
+def test_the_classifier_is_the_least_squares_solution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With only the classifier's inputs cut, and hardly a ridge, it is lstsq with a constant column."""
+    monkeypatch.setattr(
+        least_squares, "RIDGES", (1e-9, 1e-8)
+    )  # of two as good, rounding would choose
     torch.manual_seed(1)
     net = randomise_(densenet([2], 6, bn_size=None, stem="cifar", num_classes=5), 1).eval()
     plan = make_plan(net, 0.2, criterion="l2", units=("edge",), protect=("features.denseblock1",))
     # A filter that only the classifier read went too; nothing else did.
     assert "features.norm5" in plan.keep_indices
     assert not any(name.endswith("norm1") for name in plan.keep_indices)
-    batches = [torch.randn(200, 3, 8, 8) for _ in range(2)]
+    batches = [torch.randn(60, 3, 8, 8) for _ in range(2)]  # so few that all are fitted
     small = compensate_plan(apply_plan(net, plan), net, plan, batches)
     seen: list[torch.Tensor] = []
     net.classifier.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
@@ -131,7 +135,7 @@ def test_the_classifier_is_the_least_squares_solution() -> None:
     design = torch.cat([inputs, torch.ones(len(inputs), 1)], 1)
     best = design @ torch.linalg.lstsq(design, targets).solution
     assert float(F.mse_loss(got, targets)) == pytest.approx(
-        float(F.mse_loss(best, targets)), rel=0.02
+        float(F.mse_loss(best, targets)), rel=1e-3
     )
 
 
