@@ -37,9 +37,9 @@ def each_batch(
     what: str = "calibration",
     error: type[PruneDNError] = PruningError,
 ) -> Iterator[tuple[Tensor, object]]:
-    """Images (N, C, H, W) of each batch, checked, and what stands second in it, None = nothing.
+    """Images (N, C, H, W) or volumes (N, C, D, H, W) of each batch, checked, and its second part.
 
-    Raises `error` for batches of another shape, and values that are not finite.
+    None = there is none. Raises `error` for batches of another shape, and values that are not finite.
     """
     if isinstance(batches, Tensor):
         raise error(
@@ -48,10 +48,14 @@ def each_batch(
     for i, batch in enumerate(batches):
         parts = batch if isinstance(batch, tuple | list) else (batch,)
         found = parts[0] if parts else batch
-        if not isinstance(found, Tensor) or found.ndim != 4 or not found.is_floating_point():
+        if (
+            not isinstance(found, Tensor)
+            or found.ndim not in (4, 5)
+            or not found.is_floating_point()
+        ):
             raise error(
                 f"{what} batch {i} is {describe(found)}; each batch must be images "
-                "(N, C, H, W) in floating point, or (images, labels)"
+                "(N, C, H, W) or volumes (N, C, D, H, W) in floating point, or (images, labels)"
             )
         if not len(found):
             raise error(f"{what} batch {i} holds no images")

@@ -149,7 +149,7 @@ def _remedy(model: nn.Module, error: Exception) -> str:
 def example_image(model: nn.Module, image_size: ImageSize | None) -> Tensor:
     """One random image (1, C, H, W) on the CPU in float32, with the first conv's channels.
 
-    Raises ConfigError where `image_size` is None or no size, or the net has no 2-D convolution.
+    Raises ConfigError where `image_size` is None or no size, or the net has no convolution.
     """
     if image_size is None:
         raise ConfigError(
@@ -163,9 +163,9 @@ def example_image(model: nn.Module, image_size: ImageSize | None) -> Tensor:
 def in_channels(model: nn.Module) -> int:
     """Channels of the images that a CNN takes: those of its first convolution."""
     for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-            return module.in_channels
-    raise ConfigError(f"this {type(model).__name__} is no CNN: it has no 2-D convolution")
+        if isinstance(module, _CONVS + _TRANSPOSED):
+            return int(module.in_channels)
+    raise ConfigError(f"this {type(model).__name__} is no CNN: it has no convolution")
 
 
 def module_rows(model: nn.Module, uses: Mapping[str, int]) -> Iterator[LayerCost]:

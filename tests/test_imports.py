@@ -27,7 +27,7 @@ FLOORS = [
         "pickles",
     },
     {"intervals", "markdown"},
-    {"losses", "sound"},
+    {"losses", "sound", "graph"},
     {"models"},
     {"profiling"},
     {"batches"},

@@ -149,7 +149,7 @@ def test_other_nets_against_pytorchs_counter(make, size) -> None:
             None,
             "size of images is needed for a Conv2d: give it in pixels",
         ),
-        (torch.nn.Linear(3, 4), 8, "this Linear is no CNN: it has no 2-D convolution"),
+        (torch.nn.Linear(3, 4), 8, "this Linear is no CNN: it has no convolution"),
         (torch.nn.Conv2d(3, 4, 9), 8, r"Conv2d does not run on an image of shape \(1, 3, 8, 8\)"),
         (torch.nn.Conv2d(3, 4, 1), 0, "image_size is 0; give pixels"),
     ],

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prune_dn.batches import Batches, run_on, working_copy
 from prune_dn.errors import DataError, PruningError
+from prune_dn.graph import tensors
 from prune_dn.losses import find_loss
-from prune_dn.pruning.branches import tensors
 from prune_dn.pruning.competition import competition
+from prune_dn.pruning.patches import output_positions, patch_width, patches_of
 
 Need = Literal["activations", "gradients", "gram", "wins"]
 NEEDS: tuple[Need, ...] = ("activations", "gradients", "gram", "wins")
@@ -46,30 +46,6 @@ class Statistics:
     margins: Tensor | None = None
 
 
-def patches(inputs: Tensor, kernel: int, positions: Tensor | None) -> Tensor:
-    """What output pixels read: (N, C, H, W) -> (N * positions, C * kernel²), channel-major.
-
-    A conv with "same" zero padding is assumed. `positions` (N, Q) are flat output pixels, None =
-    all. A linear layer's input (N, C) is returned as it is.
-    """
-    if inputs.ndim == 2:
-        return inputs
-    n, c, h, w = inputs.shape
-    if kernel > 1:
-        inputs = F.pad(inputs, [kernel // 2] * 4)
-    if positions is None:
-        positions = torch.arange(h * w, device=inputs.device).expand(n, -1)
-    row, column = positions // w, positions % w
-    image = torch.arange(n, device=inputs.device)[:, None]
-    last = inputs.permute(0, 2, 3, 1)
-    taps = [
-        last[image, row + dy, column + dx].reshape(-1, c)
-        for dy in range(kernel)
-        for dx in range(kernel)
-    ]
-    return taps[0] if kernel == 1 else torch.stack(taps, -1).flatten(1)
-
-
 class PixelSampler:
     """Draws output pixels so that about `rows` patches come from `images` images; seeded."""
 
@@ -77,16 +53,17 @@ class PixelSampler:
         self.images = images
         self.generator = torch.Generator().manual_seed(seed)
 
-    def __call__(self, inputs: Tensor, width: int) -> Tensor | None:
-        """Positions (N, Q) for a reader whose patches have `width` numbers; None = every pixel."""
-        if inputs.ndim == 2:
-            return None
-        pixels = inputs.shape[2] * inputs.shape[3]
+    def __call__(self, layer: nn.Module, output: Tensor) -> Tensor | None:
+        """Flat output positions (N, Q) of a layer, about twice as many as a patch has numbers.
+
+        At least 4,096 in all; None = every position.
+        """
+        pixels, width = output_positions(layer, output), patch_width(layer)
         wanted = -(-max(2 * width, 4096) // self.images)
         if wanted >= pixels:
             return None
-        drawn = torch.randint(pixels, (len(inputs), wanted), generator=self.generator)
-        return drawn.to(inputs.device)
+        drawn = torch.randint(pixels, (len(output), wanted), generator=self.generator)
+        return drawn.to(output.device)
 
 
 @torch.inference_mode(False)
@@ -148,7 +125,7 @@ def collect(
                     "from it; look at the loss, and at the labels"
                 )
             gradients = torch.autograd.grad(error, watched, materialize_grads=True)
-        for (name, x, _), gradient in zip(seen, gradients, strict=True):
+        for (name, x, output), gradient in zip(seen, gradients, strict=True):
             module, x = modules[name], x.detach()
             if need == "wins":
                 found = competition(module, x)
@@ -156,7 +133,7 @@ def collect(
                 assert gradient is not None
                 gradient = _channels_second(gradient, module)
                 found = {"sensitivity": gradient.square().sum([0, *range(2, gradient.ndim)])}
-                _add_gram_(sums[name], _channels_second(x, module), module, sampler, len(images))
+                _add_gram_(sums[name], x, output, module, sampler)
             else:
                 owner = None if owners is None else owners.get(name)
                 found = _of_units(x, gradient, module, owner)
@@ -193,14 +170,20 @@ def _of_units(
 
 
 def _add_gram_(
-    sums: dict[str, Any], x: Tensor, module: nn.Module, sampler: PixelSampler, images: int
+    sums: dict[str, Any], x: Tensor, output: Tensor, module: nn.Module, sampler: PixelSampler
 ) -> None:
-    """Add the patches' Gram matrix; it is large, so in float32."""
-    kernel = int(getattr(module, "kernel_size", (1,))[0])
-    width = x.shape[1] * kernel**2
-    rows = patches(x, kernel, sampler(x, width)).float()
-    gram = sums.setdefault("gram", rows.new_zeros(width, width))
-    gram.addmm_(rows.T, rows, alpha=images / len(rows))
+    """Add the patches' Gram matrix; it is large, so in float32. Of a grouped conv, one for each group."""
+    groups = int(getattr(module, "groups", 1))
+    rows = patches_of(module, x, sampler(module, output)).float()
+    share = len(x) / len(rows)
+    if groups == 1:
+        gram = sums.setdefault("gram", rows.new_zeros(rows.shape[1], rows.shape[1]))
+        gram.addmm_(rows.T, rows, alpha=share)
+        return
+    parts = rows.unflatten(1, (groups, -1)).transpose(0, 1)
+    width = parts.shape[2]
+    gram = sums.setdefault("gram", rows.new_zeros(groups, width, width))
+    gram.baddbmm_(parts.transpose(1, 2), parts, alpha=share)
 
 
 def _channels_second(x: Tensor, layer: nn.Module) -> Tensor:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,10 @@ from prune_dn.losses import LossFunction
 from prune_dn.models import DenseNet
 from prune_dn.models.dense_net import DenseLayer, ReadStream, Transition
 from prune_dn.models.mfm import MaxFeatureMap
-from prune_dn.pruning.calibration import PixelSampler, patches
+from prune_dn.pruning.calibration import PixelSampler
 from prune_dn.pruning.judge import Judge, split_images
 from prune_dn.pruning.least_squares import Moments, solve
+from prune_dn.pruning.patches import at_positions, patches_of
 from prune_dn.pruning.plan import Plan
 from prune_dn.sound import check_sound
 
@@ -74,6 +75,28 @@ def compensate_plan(
     check_compensation(method, True)
     if method == "none":
         return small
+
+    def fit_(net: DenseNet, teacher: DenseNet, images: Sequence[Tensor]) -> None:
+        _Walk(net, teacher, plan, images, method == "least_squares", seed).run()
+
+    return closer(small, dense, calibration, method, loss, fit_)
+
+
+AnyNet = TypeVar("AnyNet", bound=nn.Module)
+
+
+def closer(
+    small: AnyNet,
+    dense: AnyNet,
+    calibration: Iterable[object],
+    method: str,
+    loss: str | LossFunction | None,
+    fit_: Callable[[AnyNet, AnyNet, Sequence[Tensor]], None],
+) -> AnyNet:
+    """A copy of `small` after `fit_(copy, dense, images)`, or `small` itself, with a warning.
+
+    See `compensate_plan`: judged on images that `fit_` did not see.
+    """
     for model in (small, dense):
         check_sound(model)
     images = read_batches(calibration).images
@@ -82,7 +105,7 @@ def compensate_plan(
     net, cut, teacher = (copy.deepcopy(each).eval() for each in (small, small, dense))
     with torch.no_grad():
         judge = Judge(teacher, judged, loss)
-        _Walk(net, teacher, plan, fitted, method == "least_squares", seed).run()
+        fit_(net, teacher, fitted)
         before, after = judge(cut), judge(net)
     if not after <= before + judge.rounding:
         unseen = "" if judged is images else " that the refit did not see"
@@ -91,7 +114,7 @@ def compensate_plan(
             f"{sum(map(len, judged))} calibration images{unseen} its {judge.loss.name} distance "
             f"from the dense net is {before:.4g}, compensated {after:.4g}; give more or better "
             "images, or compensate='none'",
-            stacklevel=2,
+            stacklevel=3,
         )
         return small
     for name, module in net.named_modules():
@@ -200,18 +223,16 @@ class _Walk:
         assert isinstance(new, nn.Conv2d | nn.Linear) and isinstance(old, nn.Conv2d | nn.Linear)
         kept = self.keep_indices.get(name)
         alone = _alone(kept, mfm, dense_mfm)
-        kernel = new.kernel_size[0] if isinstance(new, nn.Conv2d) else 1
-        width = new.weight[0].numel()
         halves = [Moments(new.weight, self.refit), Moments(new.weight, self.refit)]
         for i, (x, y) in enumerate(zip(inputs, targets, strict=True)):
-            positions = self.sampler(x, width)
             whole = old(y)
+            positions = self.sampler(new, whole)
             target = whole if kept is None else whole[:, list(kept)]
             if alone is not None and dense_mfm is not None:
                 filters, units = alone
                 target[:, filters] = dense_mfm(whole)[:, units]
-            missing = patches(target - new(x), 1, positions)
-            halves[i % 2].add(patches(x, kernel, positions), missing)
+            missing = at_positions(new, target - new(x), positions)
+            halves[i % 2].add(patches_of(new, x, positions), missing)
         both = halves[0] + halves[1]
         left = both.output
         if self.refit:

@@ -1,29 +1,31 @@
-"""Coupled channels of any CNN, from torch-pruning's dependency graph: found, cut, checked."""
+"""Coupled channels of any CNN: found in its graph, cut, checked."""
 
 from __future__ import annotations
 
 import copy
 import math
 import warnings
-from collections import Counter
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from prune_dn.errors import PruningError
+from prune_dn.graph import Graph, call, tensors, to_inference_
+from prune_dn.graph.groups import IN, OUT, Group, free_groups
 from prune_dn.models import LightCNN
-from prune_dn.pruning.branches import tensors, to_inference_
+from prune_dn.models.answers import peculiarities
+from prune_dn.models.weights import shorten
+from prune_dn.pruning.patches import Convolution, Transposed
 
-Conv = nn.Conv2d | nn.ConvTranspose2d
-Norm = _BatchNorm | nn.InstanceNorm2d
+Conv = Convolution | Transposed
+Norm = _BatchNorm | nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d
 Layer = Conv | nn.Linear | Norm | nn.PReLU
 Keep = dict[str, Tensor]  # the root of a group to the mask of its channels that stay
 
-OUT, IN = 0, 1
 # What may be rounding, as a share of the largest answer: in float64 half of the digits, in float32
 # what some hundred roundings make.
 _ROUNDING = torch.finfo(torch.float64).eps ** 0.5
@@ -36,104 +38,30 @@ _WIDTHS = {
     "num_features": OUT,
     "num_parameters": OUT,
 }
-# Kinds of torch-pruning's nodes that pass channels on as they are.
-_PASSED = {"ELEMENTWISE", "CONCAT", "RESHAPE", "EXPAND"}
-_BARRIERS = {"OUTPUT": "an output of the net", "PARAMETER": "a bare parameter"}
 
 
-@dataclass(frozen=True)
-class Member:
-    """A layer whose `channels`, on its side OUT, IN or both, are the group's channels `units`."""
+def find_groups(model: nn.Module, graph: Graph) -> list[Group]:
+    """The channels that can go, by what must go together.
 
-    layer: str
-    sides: tuple[int, ...]
-    channels: Tensor
-    units: Tensor
-
-
-@dataclass(frozen=True)
-class Group:
-    """`size` coupled channels in `blocks` equal parts (of grouped convs) that lose equally many.
-
-    `root` is a conv that makes them.
+    Raises PruningError where nothing can, with reasons, and for weights that the graph does not reach.
     """
-
-    root: str
-    size: int
-    blocks: int
-    members: tuple[Member, ...]
-
-
-def find_groups(model: nn.Module, image: Tensor, *, branches: bool = False) -> list[Group]:
-    """The conv outputs that can go, by what must go together; `image` (1, C, H, W) is passed through.
-
-    With `branches` also through those that only training takes (see `branches`).
-
-    Raises PruningError when the net cannot be followed, or nothing can go.
-    """
-    import torch_pruning  # takes a second: only those who need it wait
-
-    net = copy.deepcopy(model).cpu().float()
-    for parameter in net.parameters():
-        parameter.requires_grad_(parameter.is_floating_point())
-    try:
-        with torch.enable_grad():
-            graph = torch_pruning.DependencyGraph().build_dependency(
-                net,
-                image,
-                forward_fn=lambda model, x: to_inference_(model, branches=branches)(x),
-                output_transform=lambda out: [x * 1 for x in tensors(out) if x.requires_grad],
-                verbose=False,
-            )
-            ties = list(graph.get_all_groups(root_module_types=(nn.Conv2d, nn.ConvTranspose2d)))
-    except Exception as error:
+    kind = type(model).__name__
+    if graph.unreached:
+        why = "" if graph.why_unreached is None else f" (in training mode {graph.why_unreached})"
+        odd = shorten(list(peculiarities(model)), 2)
         raise PruningError(
-            f"torch-pruning cannot follow this {type(model).__name__} on an image of shape "
-            f"{tuple(image.shape)} ({type(error).__name__}: {error})"
-        ) from error
-    names = {module: name for name, module in net.named_modules()}
-    held = Counter(id(p) for m in names for p in m._parameters.values() if p is not None)
-    shared = {p for p, times in held.items() if times > 1}
-    found = [_group(tie, names, shared) for tie in ties]
-    if groups := [group for group in found if isinstance(group, Group)]:
+            f"what {shorten(list(graph.unreached))} reads cannot be followed: no forward of a copy of "
+            f"this {kind} on the example reaches it{why}{odd and f' ({odd})'}, so it might no longer "
+            "fit the pruned net; take it out and switch its use off first (as aux_logits=False "
+            "does), or give an example that it takes in training"
+        )
+    if groups := free_groups(graph):
         return groups
-    why = "; ".join(map(str, found[:3])) or "no conv is in what gradients of the answers reach"
-    raise PruningError(f"no channels of this model can be cut: {why}")
-
-
-def _group(tie: Any, names: dict[nn.Module, str], shared: set[int]) -> Group | str:
-    """One group of torch-pruning's as ours, or why it must stay."""
-    root = tie[0].dep.target.module
-    size, blocks, members = root.out_channels, 1, []
-    for item in tie.items:
-        layer, kind = item.dep.target.module, item.dep.target.type.name
-        if kind in _PASSED:
-            continue
-        if not isinstance(layer, Layer) or None in item.root_idxs:
-            what = _BARRIERS.get(kind, f"a {type(layer).__name__}")
-            return f"{names[root]} reaches {what}"
-        computed = getattr(layer, "weight", None) is not layer._parameters.get("weight")
-        if computed or any(id(p) in shared for p in layer._parameters.values()):
-            return f"{names[root]} reaches {names[layer]}, whose weight is shared or computed"
-        outward = item.dep.handler.__name__ == "prune_out_channels"
-        channels, units = torch.tensor(item.idxs), torch.tensor(item.root_idxs)
-        widths = dict(zip((OUT, IN), _widths(layer), strict=True))
-        if int(channels.max()) >= widths[OUT if outward else IN]:
-            return f"{names[root]} reaches {names[layer]} with another number of channels"
-        if len(set(units.bincount(minlength=size).tolist())) > 1:
-            return f"{names[root]} reaches {names[layer]} in part only"
-        parts = 1 if channelwise(layer) else getattr(layer, "groups", 1)
-        if parts > 1:
-            whole = channels.equal(units) and channels.equal(torch.arange(size))
-            if not isinstance(layer, nn.Conv2d) or parts == layer.out_channels or not whole:
-                return f"{names[root]} reaches {names[layer]}, a grouped conv of an unusual kind"
-            blocks = math.lcm(blocks, parts)
-        sides = (OUT, IN) if channelwise(layer) else (OUT if outward else IN,)
-        if not isinstance(layer, nn.PReLU) or layer.num_parameters > 1:
-            members.append(Member(names[layer], sides, channels, units))
-    if not any(member.sides == (OUT,) for member in members):
-        return f"{names[root]} passes the model's input on"
-    return Group(names[root], size, blocks, tuple(members))
+    reasons = {p.layer: graph.why_fixed(p.layer) for p in graph.producers}
+    found = [f"{layer} stays: {why}" for layer, why in reasons.items() if why is not None]
+    raise PruningError(
+        f"no channels of this {kind} can be cut: {shorten(found, 3) or 'no layer with weights is reached'}"
+    )
 
 
 def cut(model: nn.Module, groups: list[Group], keep: Keep) -> nn.Module:
@@ -142,26 +70,35 @@ def cut(model: nn.Module, groups: list[Group], keep: Keep) -> nn.Module:
     net.zero_grad(set_to_none=True)
     masks = _masks(model, groups, keep)
     for name, (outs, ins) in masks.items():
-        layer: Any = net.get_submodule(name)
+        layer: Any = held(net, name)
+        if isinstance(layer, Tensor):  # a bare parameter or buffer, cut along its only axis
+            parent, _, key = name.rpartition(".")
+            (axis,) = [d for d, size in enumerate(layer.shape) if size > 1]
+            new = _select(layer.detach(), axis, outs)
+            if isinstance(layer, nn.Parameter):
+                new = nn.Parameter(new, requires_grad=layer.requires_grad)
+            setattr(net.get_submodule(parent), key, new)
+            continue
+        depthwise = isinstance(layer, Conv) and channelwise(layer)
         for key, old in layer._parameters.items():
             if old is not None:
                 new = _kept(layer, key, old.detach(), outs, ins)
                 setattr(layer, key, nn.Parameter(new, requires_grad=old.requires_grad))
         for key, old in layer._buffers.items():
-            if old is not None and old.ndim:
+            if old is not None and old.ndim and len(old) == len(outs):
                 setattr(layer, key, _kept(layer, key, old, outs, ins))
-        if isinstance(layer, Conv) and channelwise(layer):
-            layer.groups = int(outs.sum())
         for key, side in _WIDTHS.items():
             if hasattr(layer, key):
                 setattr(layer, key, int((outs, ins)[side].sum()))
+        if depthwise:
+            layer.groups = layer.in_channels
     if isinstance(net, LightCNN):
         net.refit_({name: outs for name, (outs, _) in masks.items()})
     return net
 
 
 def is_exact(
-    model: nn.Module, groups: list[Group], keep: Keep, image: Tensor, *, branches: bool = False
+    model: nn.Module, groups: list[Group], keep: Keep, inputs: Any, *, branches: bool = False
 ) -> bool:
     """Whether cutting equals masking what convs and linear layers read; on the CPU, in float64.
 
@@ -169,9 +106,9 @@ def is_exact(
     are minus infinity in their maximum as well.
     """
     try:
-        return _is_exact(model, groups, keep, image.double(), branches)
+        return _is_exact(model, groups, keep, inputs, torch.float64, branches)
     except RuntimeError as error:
-        exact = _is_exact(model, groups, keep, image.float(), branches)
+        exact = _is_exact(model, groups, keep, inputs, torch.float32, branches)
         warnings.warn(
             f"this {type(model).__name__} cannot run in float64 ({error}); that the pruned net equals "
             "the masked one was checked in float32",
@@ -181,25 +118,32 @@ def is_exact(
 
 
 def _is_exact(
-    model: nn.Module, groups: list[Group], keep: Keep, image: Tensor, branches: bool
+    model: nn.Module,
+    groups: list[Group],
+    keep: Keep,
+    inputs: Any,
+    dtype: torch.dtype,
+    branches: bool,
 ) -> bool:
-    dense = to_inference_(copy.deepcopy(model).cpu().to(image.dtype), branches=branches)
+    dense = to_inference_(copy.deepcopy(model).cpu().to(dtype), branches=branches)
     for name, masks in _masks(model, groups, keep).items():
-        layer = dense.get_submodule(name)
+        layer = held(dense, name)
         if isinstance(layer, Conv | nn.Linear) and not channelwise(layer):
-            outs, ins = (~m if isinstance(layer, nn.Linear) else ~m[:, None, None] for m in masks)
+            axes = 0 if isinstance(layer, nn.Linear) else layer.weight.ndim - 2
+            outs, ins = (~m.view(-1, *[1] * axes) for m in masks)
             layer.register_forward_pre_hook(lambda _, x, ins=ins: x[0].masked_fill(ins, 0))
             if isinstance(model, LightCNN):
                 layer.register_forward_hook(lambda _, x, y, o=outs: y.masked_fill(o, -math.inf))
-    small = to_inference_(cut(model, groups, keep).cpu().to(image.dtype), branches=branches)
+    small = to_inference_(cut(model, groups, keep).cpu().to(dtype), branches=branches)
+    example = tree_map(lambda x: x.to(dtype) if _is_real(x) else x, inputs)
     with torch.no_grad():
         with _Narrowing() as narrowing:
-            wanted = tensors(dense(image))
+            wanted = tensors(call(dense, example))
         try:
-            pairs = list(zip(wanted, tensors(small(image)), strict=True))
+            pairs = list(zip(wanted, tensors(call(small, example)), strict=True))
         except (RuntimeError, ValueError, IndexError):
             return False
-    double = image.dtype == torch.float64 and not narrowing.found
+    double = dtype == torch.float64 and not narrowing.found
     rounding = _ROUNDING if double else _ROUNDING_OF_FLOATS
     return all(
         a.shape == b.shape and bool((a - b).abs().max() <= rounding * a.abs().max())
@@ -220,23 +164,60 @@ class _Narrowing(TorchDispatchMode):
 
 
 def reading_weight(layer: nn.Module) -> Tensor:
-    """The weight of a conv or linear layer by what it reads: (outputs, inputs, height, width).
+    """The weight of a conv or linear layer by what it reads: (outputs, inputs, taps, 1).
 
     Of a grouped conv, outputs are those of one group.
     """
     weight = layer.get_parameter("weight").detach()
-    if isinstance(layer, nn.ConvTranspose2d):
-        return weight.transpose(0, 1)
-    if isinstance(layer, nn.Conv2d):
-        return torch.cat(weight.chunk(layer.groups), dim=1)
-    return weight[:, :, None, None]
+    if isinstance(layer, Transposed):
+        weight = weight.transpose(0, 1)
+    elif isinstance(layer, Convolution):
+        weight = torch.cat(weight.chunk(layer.groups), dim=1)
+    return weight.reshape(*weight.shape[:2], -1, 1)
 
 
 def channelwise(layer: nn.Module) -> bool:
     """Whether each output has its own one input: norms and depthwise convs."""
     if isinstance(layer, Conv):
-        return 1 < layer.groups == layer.in_channels == layer.out_channels
+        return 1 < layer.groups == layer.in_channels
     return not isinstance(layer, nn.Linear)
+
+
+def widths(model: nn.Module, name: str) -> tuple[int, int]:
+    """Outputs and inputs of a layer, or the entries of a bare parameter twice."""
+    layer = held(model, name)
+    if isinstance(layer, Tensor):
+        return layer.numel(), layer.numel()
+    found = {side: int(getattr(layer, key)) for key, side in _WIDTHS.items() if hasattr(layer, key)}
+    return found[OUT], found.get(IN, found[OUT])
+
+
+def held(model: nn.Module, name: str) -> nn.Module | Tensor:
+    """A module, parameter or buffer by its name; the model itself by an empty one."""
+    if not name:
+        return model
+    parent, _, key = name.rpartition(".")
+    found: nn.Module | Tensor = getattr(model.get_submodule(parent), key)
+    return found
+
+
+def kept_outputs(model: nn.Module, groups: list[Group], keep: Keep) -> dict[str, Tensor]:
+    """The outputs that stay of each layer that loses some, (outputs left,)."""
+    masks = _masks(model, groups, keep)
+    return {name: outs.nonzero().flatten() for name, (outs, _) in masks.items() if not outs.all()}
+
+
+def shifts(model: nn.Module, graph: Graph) -> set[str]:
+    """The layers of which each output goes through a batch norm, which can move its mean."""
+    normed = {
+        int(c)
+        for follower in graph.followers
+        if isinstance(held(model, follower.layer), _BatchNorm)
+        for c in graph.classes(follower.channels)
+    }
+    return {
+        p.layer for p in graph.producers if normed.issuperset(graph.classes(p.channels).tolist())
+    }
 
 
 def _masks(model: nn.Module, groups: list[Group], keep: Keep) -> dict[str, tuple[Tensor, Tensor]]:
@@ -248,32 +229,38 @@ def _masks(model: nn.Module, groups: list[Group], keep: Keep) -> dict[str, tuple
             continue
         for member in group.members:
             if member.layer not in masks:
-                outs, ins = _widths(model.get_submodule(member.layer))
+                outs, ins = widths(model, member.layer)
                 masks[member.layer] = torch.ones(outs).bool(), torch.ones(ins).bool()
             for side in member.sides:
-                masks[member.layer][side][member.channels] &= stays[member.units]
+                # A depthwise conv may make several outputs of each input.
+                sizes = [len(mask) for mask in masks[member.layer]]
+                copies = sizes[OUT] // sizes[side] if len(member.sides) > 1 else 1
+                channels, kept = member.channels[::copies] // copies, stays[member.units[::copies]]
+                masks[member.layer][side][channels] &= kept
     return masks
-
-
-def _widths(layer: nn.Module) -> tuple[int, int]:
-    """Outputs and inputs of a layer."""
-    found = {side: getattr(layer, key) for key, side in _WIDTHS.items() if hasattr(layer, key)}
-    return found[OUT], found.get(IN, found[OUT])
 
 
 def _kept(layer: nn.Module, key: str, tensor: Tensor, outs: Tensor, ins: Tensor) -> Tensor:
     """The part of a layer's parameter or buffer that stays, in the same memory format."""
-    if key != "weight" or channelwise(layer):
+    if key == "weight" and isinstance(layer, Transposed):
+        new = _select(tensor, 0, ins)
+        if not channelwise(layer):
+            pairs = zip(new.chunk(layer.groups), outs.chunk(layer.groups), strict=True)
+            new = torch.cat([_select(w, 1, o) for w, o in pairs])
+    elif key != "weight" or channelwise(layer):
         new = _select(tensor, 0, outs)
-    elif isinstance(layer, nn.ConvTranspose2d):
-        new = _select(_select(tensor, 0, ins), 1, outs)
     else:
         parts = (x.chunk(getattr(layer, "groups", 1)) for x in (tensor, outs, ins))
         new = torch.cat([_select(_select(w, 0, o), 1, i) for w, o, i in zip(*parts, strict=True)])
-    if tensor.ndim == 4 and not tensor.is_contiguous():
-        return new.contiguous(memory_format=torch.channels_last)
+    for memory in (torch.channels_last, torch.channels_last_3d):
+        if tensor.ndim == 4 + (memory is torch.channels_last_3d) and not tensor.is_contiguous():
+            return new.contiguous(memory_format=memory)
     return new
 
 
 def _select(tensor: Tensor, dim: int, mask: Tensor) -> Tensor:
     return tensor.index_select(dim, mask.nonzero().flatten().to(tensor.device))
+
+
+def _is_real(x: object) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()

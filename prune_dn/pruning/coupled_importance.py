@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from prune_dn.batches import Batches
 from prune_dn.errors import PruningError
+from prune_dn.graph.groups import IN, Group, Member
 from prune_dn.pruning.calibration import Statistics
-from prune_dn.pruning.coupled import IN, Group, Member, reading_weight
-from prune_dn.pruning.importance import Reading, check_losses, judge, observe
+from prune_dn.pruning.coupled import reading_weight, widths
+from prune_dn.pruning.importance import CRITERIA, Reading, check_losses, judge, observe
+from prune_dn.pruning.patches import kernel_matrix, taps_of
 
 
 def importance(
@@ -28,6 +30,8 @@ def importance(
     owners = _owners(model, groups)
     seed = generator.initial_seed()
     found = observe(model, list(owners), criterion, batches, seed, owners)
+    if CRITERIA[criterion].need == "gram":
+        return _of_whole_readers(model, groups, criterion, found, owners, generator)
     scores = [torch.zeros(group.size, dtype=torch.float64) for group in groups]
     for score, group, first in zip(scores, groups, _starts(groups), strict=True):
         for member in _reads(group):
@@ -40,6 +44,44 @@ def importance(
             reading = _reading(layer, member, group.size, generator, statistics)
             score += torch.from_numpy(judge(reading, criterion))
     return scores
+
+
+def _of_whole_readers(
+    model: nn.Module,
+    groups: list[Group],
+    criterion: str,
+    found: Mapping[str, Statistics],
+    owners: Mapping[str, Tensor],
+    generator: torch.Generator,
+) -> list[Tensor]:
+    """For criteria that judge an input beside all others of its reader: each reader at once.
+
+    Each group of a grouped conv is a reader of its own.
+    """
+    sizes = [group.size for group in groups]
+    total = torch.zeros(sum(sizes) + 1, dtype=torch.float64)  # the last is of no group
+    for name, owner in owners.items():
+        layer, known = model.get_submodule(name), found[name]
+        matrix, taps = kernel_matrix(layer).float(), taps_of(layer)
+        assert known.gram is not None and known.sensitivity is not None
+        grams = known.gram.view(len(matrix), *known.gram.shape[-2:])
+        parts = (owner.chunk(len(matrix)), matrix, grams, known.sensitivity.chunk(len(matrix)))
+        for mine, weight, gram, sensitivity in zip(*parts, strict=True):
+            order = mine.argsort(stable=True)
+            # A unit that has several positions, as behind a flattened map, is judged as one.
+            times = mine.bincount()
+            copies = int(times.max()) if len(set(times[times > 0].tolist())) == 1 else 1
+            columns = (order[:, None] * taps + torch.arange(taps)).flatten().to(weight.device)
+            reading = Reading(
+                name,
+                None,
+                weight[columns].T.unflatten(1, (-1, copies * taps))[..., None],
+                generator,
+                Statistics(gram=gram[columns][:, columns], sensitivity=sensitivity),
+            )
+            losses = torch.from_numpy(judge(reading, criterion))
+            total.index_add_(0, mine[order[::copies]], losses)
+    return list(total[:-1].split(sizes))
 
 
 def scaled(model: nn.Module, groups: list[Group]) -> list[Group]:
@@ -81,8 +123,7 @@ def _owners(model: nn.Module, groups: list[Group]) -> dict[str, Tensor]:
     none = sum(group.size for group in groups)
     for group, first in zip(groups, _starts(groups), strict=True):
         for member in _reads(group):
-            layer = model.get_submodule(member.layer)
-            width = int(getattr(layer, "in_features", 0) or getattr(layer, "in_channels", 0))
+            width = widths(model, member.layer)[IN]
             owner = owners.setdefault(member.layer, torch.full((width,), none))
             owner[member.channels] = first + member.units
     return owners

@@ -1,45 +1,47 @@
-"""Other CNNs: channels that torch-pruning's dependency graph ties together are cut together.
+"""Other CNNs: channels that their graph ties together are cut together.
 
-The graph only says which channels of which layers are one; scoring, counting and cutting happen
-here, with the criteria and units of DenseNets. So is the contract: the pruned net equals the given
-one with masks where convs and linear layers read the cut channels. Every call checks it, in float64.
+The contract is that of DenseNets: the pruned net equals the given one with masks where convs and
+linear layers read the cut channels. Every call checks it, in float64.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import math
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from prune_dn.batches import read_batches
 from prune_dn.errors import PruningError
+from prune_dn.graph import Graph, trace
+from prune_dn.graph.groups import IN, OUT, Group
 from prune_dn.losses import LossFunction
 from prune_dn.models import LightCNN
 from prune_dn.models.answers import computed_weights
 from prune_dn.models.as_built import as_built
-from prune_dn.profiling import ImageSize, example_image, module_rows, total, weight_uses
-from prune_dn.pruning.branches import has_branches
+from prune_dn.profiling import ImageSize, example_image, weight_uses
 from prune_dn.pruning.budget import unreachable
+from prune_dn.pruning.compensate import check_compensation, closer
 from prune_dn.pruning.coupled import (
-    IN,
-    OUT,
     Conv,
-    Group,
     Keep,
     Layer,
     cut,
     find_groups,
     is_exact,
+    kept_outputs,
+    shifts,
 )
 from prune_dn.pruning.coupled_importance import importance, scaled
-from prune_dn.pruning.importance import CRITERIA, calibration_for
+from prune_dn.pruning.importance import CRITERIA, calibration_for, follows_loss, reads_images
 from prune_dn.pruning.light_cnn import light_cnn_groups, light_cnn_scores, losers, sibling_groups
 from prune_dn.pruning.protect import matching
+from prune_dn.pruning.refit import refit_
 from prune_dn.pruning.request import Request, names_in, usual_criterion
+from prune_dn.pruning.table import Table
+from prune_dn.pruning.widths import Widths
 from prune_dn.sound import check_filled, check_sound
 
 
@@ -52,12 +54,14 @@ def prune_cnn(
     criterion: str | None = None,
     scope: str = "global",
     siblings: bool = False,
+    compensate: str = "none",
     calibration: Iterable[object] | None = None,
     loss: str | LossFunction | None = None,
     protect: Iterable[str] = (),
     min_channels: int = 1,
     round_to: int = 1,
     input_size: ImageSize | None = None,
+    example_inputs: Any = None,
     seed: int = 0,
 ) -> nn.Module:
     """`prune` for a CNN that is no DenseNet; `model` stays as it is.
@@ -65,17 +69,18 @@ def prune_cnn(
     The arguments are those of `make_plan`. Outputs of convs that a sum or a depthwise conv ties
     together are one unit. Its importance is the sum over the convs and linear layers that read it;
     that of `bn_scale` the sum of |gamma| over the norms on it (arXiv:1708.06519). Scope `global`
-    compares shares of the mean of each group of coupled channels. `criterion` None is `bn_scale`
-    where norms have scales, else `l2`. `input_size` is that of `calibration` where it is not given,
-    or what a Light CNN takes. There a channel is an MFM unit, all of its filters, also in the
+    compares shares of the mean of each group of coupled channels, but with `reconstruction` the loss
+    per cost saved. `compensate` refits what is left (see `compensate_plan`). `criterion` None is `bn_scale`
+    where norms have scales, else `l2`. `example_inputs` are what the net is followed and compared on: a tensor,
+    a tuple of the forward's arguments, or a dict of them by name; where they are not given, an
+    image of `calibration`, or a random one of `input_size` (a Light CNN says itself what it takes). There a channel is an MFM unit, all of its filters, also in the
     embedding (protect `fc2` to keep it), and one map after MFM is what is judged, where it is read;
     `mfm_win_rate` judges what competes, where it is made, and the rest stays. With `siblings` only
     single filters of a Light CNN go, of each pair the less important one; then `round_to` and
     `min_channels` count filters.
 
-    Outputs of the net and of other linear layers stay, and channels that pass a split, a norm over
-    channels (layer or group norm), a shared weight or a bare parameter; for `bn_scale`, also those
-    without a norm of their own.
+    Outputs of the net stay, and channels that a norm over channels (layer or group norm), an unequal
+    split, a slice or a shared weight reads; for `bn_scale`, also those without a norm of their own.
 
     Raises PruningError for a request that is wrong or out of reach, and for transformers.
 
@@ -105,15 +110,22 @@ def prune_cnn(
             f"this {type(model).__name__} has weights that are not its own: {computed[0]}"
         )
     _check_criterion(model, criterion)
-    batches = calibration_for(calibration, criterion, loss)
-    if input_size is None and batches is not None:
-        input_size = (batches.images[0].shape[2], batches.images[0].shape[3])
+    check_compensation(compensate, calibration is not None)
+    calibration = None if calibration is None else list(calibration)
+    alone = compensate == "none"
+    batches = calibration_for(
+        calibration if reads_images(criterion) or alone else None,
+        criterion,
+        loss if follows_loss(criterion) or alone else None,
+    )
+    if example_inputs is None and input_size is None and calibration:
+        example_inputs = read_batches(calibration[:1]).images[0][:1].float().cpu()
     if input_size is None and isinstance(model, LightCNN):
         input_size = model.config.image_size
-    _check_size(model, input_size)
-    image, uses = example_image(model, input_size), weight_uses(model, input_size)
-    branches = has_branches(model, image)
-    groups = _groups(model, image, siblings, branches)
+    inputs, graph = _followed(model, input_size, example_inputs)
+    groups = _groups(model, graph, siblings)
+    uses = weight_uses(model, input_size) if graph is None else graph.uses()
+    branches = graph is not None and any(reader.layer not in uses for reader in graph.readers)
     free = _unprotected(model, groups, asked.protect)
     if branches:
         free = _judged(free, uses)
@@ -130,29 +142,49 @@ def prune_cnn(
             f"criterion {criterion!r} judges only what competes, and no filters of this "
             f"{type(model).__name__} that may go do; choose another criterion"
         )
-    ladder = _ladder(free, scores, may_go, scope, asked.min_channels, asked.round_to)
-    shapes = copy.deepcopy(model).to("meta")
-
-    def remains(prefix: int) -> int:
-        rows = module_rows(cut(shapes, groups, ladder(prefix)), uses)
-        return int(getattr(total(list(rows)), unit))
-
-    most = sum(int(m.sum()) // g.blocks for g, m in zip(free, may_go, strict=True))
-    whole, least = remains(0), remains(most)
+    table = Table(model, free, uses)
+    widths = Widths(table, scores, may_go, asked.min_channels, asked.round_to)
+    whole, least = (table.total(unit, kept) for kept in (table.everything(), widths.all_steps()))
     if least > (target := (1 - asked.pruning_ratio) * whole):
         amounts = (whole, target, least)
         raise unreachable(unit, amounts, min_channels, round_to, "and the channels that must stay")
-    keep = ladder(bisect_left(range(most), True, key=lambda count: remains(count) <= target))
-    _check_exact(model, groups, keep, image, branches)
+    if CRITERIA[criterion].need == "gram" and scope == "global":
+        mask = widths.meet_by_price(unit, target)
+    else:
+        mask = widths.meet_by_share(unit, target, scores, scope)
+    keep = {group.root: torch.from_numpy(mask[table.units(i)]) for i, group in enumerate(free)}
+    _check_exact(model, groups, keep, inputs, branches)
     small = cut(model, groups, keep)
     check_filled(small)
-    return small
+    if compensate == "none":
+        return small
+    kept, shiftable = (
+        kept_outputs(model, groups, keep),
+        set() if graph is None else shifts(model, graph),
+    )
+
+    def fit_(net: nn.Module, dense: nn.Module, images: Sequence[Tensor]) -> None:
+        refit = compensate == "least_squares"
+        refit_(net, dense, kept, shiftable, images, weights=refit, seed=seed)
+
+    return closer(small, model, calibration or (), compensate, loss, fit_)
 
 
-def _groups(model: nn.Module, image: Tensor, siblings: bool, branches: bool) -> list[Group]:
+def _followed(
+    model: nn.Module, input_size: ImageSize | None, example_inputs: Any
+) -> tuple[Any, Graph | None]:
+    """Inputs to compare nets on, and the graph; a Light CNN's groups follow from its config."""
+    if example_inputs is None:
+        _check_size(model, input_size)
+        example_inputs = example_image(model, input_size)
+    return example_inputs, None if isinstance(model, LightCNN) else trace(model, example_inputs)
+
+
+def _groups(model: nn.Module, graph: Graph | None, siblings: bool) -> list[Group]:
     """What may go together; for `siblings` each filter of a Light CNN's pairs."""
-    if not isinstance(model, LightCNN):
-        return find_groups(model, image, branches=branches)
+    if graph is not None:
+        return find_groups(model, graph)
+    assert isinstance(model, LightCNN)
     if not siblings:
         return light_cnn_groups(model.config)
     if found := sibling_groups(model.config):
@@ -161,45 +193,6 @@ def _groups(model: nn.Module, image: Tensor, siblings: bool, branches: bool) -> 
         f"units=['sibling']: in this {type(model).__name__} no filters compete any more, each unit has "
         "one; leave units out, to cut whole units"
     )
-
-
-def _ladder(
-    groups: list[Group],
-    scores: list[Tensor],
-    may_go: list[Tensor],
-    scope: str,
-    min_channels: int,
-    round_to: int,
-) -> Callable[[int], Keep]:
-    """From the number of least important units that go to what stays.
-
-    In a group of several blocks, a unit is one channel of each: the least important left there.
-    """
-    orders, ranking = [], []
-    for number, (group, score, goes) in enumerate(zip(groups, scores, may_go, strict=True)):
-        value = score.masked_fill(~goes, math.inf).view(group.blocks, -1)
-        losses, order = value.sort(dim=1, stable=True)
-        orders.append(order)
-        losses = losses[:, : int(goes.sum()) // group.blocks]
-        places = [(k + 0.5) / order.shape[1] for k in range(losses.shape[1])]
-        shares = (losses.mean(0) / score[score.isfinite()].mean().clamp_min(1e-30)).tolist()
-        values = shares if scope == "global" else places
-        ranking += [(value, place, number) for value, place in zip(values, places, strict=True)]
-    owners = torch.tensor([number for _, _, number in sorted(ranking)])
-
-    def ladder(prefix: int) -> Keep:
-        gone = owners[:prefix].bincount(minlength=len(groups)).tolist()
-        keep = {}
-        for group, order, count in zip(groups, orders, gone, strict=True):
-            step = round_to // math.gcd(round_to, group.blocks)
-            least = max(-(-min_channels // group.blocks), 1)
-            left = -(-max(order.shape[1] - count, least) // step) * step
-            first = order[:, : max(order.shape[1] - left, 0)]
-            mask = torch.ones(order.shape, dtype=torch.bool).scatter_(1, first, False)
-            keep[group.root] = mask.flatten()
-        return keep
-
-    return ladder
 
 
 def _unprotected(model: nn.Module, groups: list[Group], patterns: tuple[str, ...]) -> list[Group]:
@@ -228,13 +221,13 @@ def _judged(groups: list[Group], uses: Mapping[str, int]) -> list[Group]:
 
 
 def _check_exact(
-    model: nn.Module, groups: list[Group], keep: Keep, image: Tensor, branches: bool
+    model: nn.Module, groups: list[Group], keep: Keep, inputs: Any, branches: bool
 ) -> None:
     """Raise PruningError where the contract does not hold, with the cuts that break it alone."""
 
     def exact(part: Keep) -> bool:
         return all(
-            is_exact(model, groups, part, image, branches=mode) for mode in {False, branches}
+            is_exact(model, groups, part, inputs, branches=mode) for mode in {False, branches}
         )
 
     if exact(keep):
@@ -244,8 +237,8 @@ def _check_exact(
     raise PruningError(
         "the pruned net would not equal the masked one: what the model does with the outputs "
         f"of {', '.join(wrong) or 'several layers together'} depends on their number or order "
-        "(a shuffle, a sum with the input, a fixed view, a layer that torch-pruning does not "
-        f"know); leave those layers as they are{f': protect={wrong}' if wrong else ''}"
+        "(a fixed view, a width that the code remembers, an operation whose rule does not fit); "
+        f"leave those layers as they are{f': protect={wrong}' if wrong else ''}"
     )
 
 
@@ -253,7 +246,7 @@ def _check_model(model: nn.Module) -> None:
     """Raise PruningError for what is no CNN."""
     kind = type(model).__name__
     if not any(isinstance(module, Conv) for module in model.modules()):
-        raise PruningError(f"this {kind} has no 2-D convolution: only CNNs can be pruned")
+        raise PruningError(f"this {kind} has no convolution: only CNNs can be pruned")
     layer_norms = any(isinstance(module, nn.LayerNorm) for module in model.modules())
     for name, module in model.named_modules():
         part = type(module).__name__
@@ -267,13 +260,10 @@ def _check_model(model: nn.Module) -> None:
 def _check_criterion(model: nn.Module, criterion: str) -> None:
     """Raise PruningError for what makes no sense for this net."""
     kind = type(model).__name__
-    ours = ("gram",) if isinstance(model, LightCNN) else ("gram", "wins")
-    if CRITERIA[criterion].need in ours:
-        wins = CRITERIA[criterion].need == "wins"
+    if CRITERIA[criterion].need == "wins" and not isinstance(model, LightCNN):
         raise PruningError(
-            f"criterion {criterion!r} is for DenseNets{' and Light CNNs' if wins else ''}; for a {kind} "
-            "choose one of "
-            f"{', '.join(n for n, c in sorted(CRITERIA.items()) if c.need not in ours)}"
+            f"criterion {criterion!r} is for DenseNets and Light CNNs; for a {kind} choose one of "
+            f"{', '.join(n for n, c in sorted(CRITERIA.items()) if c.need != 'wins')}"
         )
 
 

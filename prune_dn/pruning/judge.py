@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from prune_dn.errors import PruningError
+from prune_dn.graph import tensors
 from prune_dn.losses import LossFunction, find_loss
-from prune_dn.models import DenseNet
+from prune_dn.pruning.patches import is_fitted
 
 EVERY, ENOUGH = 10, 128  # a tenth costs the refit 1 to 3 % more error at 128 images, 1 % at 512
 
@@ -36,33 +38,37 @@ class Judge:
     """How far from the dense net's a net's outputs are, per image; `rounding`: what is nothing."""
 
     def __init__(
-        self, dense: DenseNet, images: Sequence[Tensor], loss: str | LossFunction | None
+        self, dense: nn.Module, images: Sequence[Tensor], loss: str | LossFunction | None
     ) -> None:
-        like = dense.classifier.weight
+        like = next(dense.parameters())
         self.images = [x.to(like) for x in images if len(x)]
-        self.targets = [dense(x) for x in self.images]
-        if not all(target.isfinite().all() for target in self.targets):
+        self.targets = [tensors(dense(x)) for x in self.images]
+        if not all(t.isfinite().all() for target in self.targets for t in target):
             raise PruningError(
                 "the dense net gives NaN or infinity on the calibration images: nothing can be "
                 "refitted to that; look at its weights, and at how the images are normalised"
             )
-        self.loss = find_loss("mse" if loss is None else loss, self.targets[0], None)
+        self.loss = find_loss("mse" if loss is None else loss, self.targets[0][0], None)
         self.rounding = self._mean(self._rounded(_rounding(dense)))
 
-    def __call__(self, net: DenseNet) -> float:
-        return self._mean([net(x) for x in self.images])
+    def __call__(self, net: nn.Module) -> float:
+        return self._mean([tensors(net(x)) for x in self.images])
 
-    def _mean(self, outputs: Sequence[Tensor]) -> float:
-        pairs = zip(outputs, self.targets, strict=True)
+    def _mean(self, outputs: Sequence[Sequence[Tensor]]) -> float:
+        pairs = zip(itertools.chain(*outputs), itertools.chain(*self.targets), strict=True)
         total = sum(float(self.loss.distance(found, target)) for found, target in pairs)
         return total / sum(map(len, self.images))
 
-    def _rounded(self, share: float) -> list[Tensor]:
+    def _rounded(self, share: float) -> list[list[Tensor]]:
         """The targets, each with an error of its own, of `share` of what outputs are like."""
         generator = torch.Generator().manual_seed(0)
-        size = share * torch.cat(self.targets).double().square().mean().sqrt()
-        noises = [torch.randn(t.shape, generator=generator).to(size) for t in self.targets]
-        return [t + size * noise for t, noise in zip(self.targets, noises, strict=True)]
+        every = torch.cat([t.flatten().double() for target in self.targets for t in target])
+        size = share * every.square().mean().sqrt()
+
+        def noisy(t: Tensor) -> Tensor:
+            return t + size * torch.randn(t.shape, generator=generator).to(size)
+
+        return [[noisy(t) for t in target] for target in self.targets]
 
 
 def _rounding(net: nn.Module) -> float:
@@ -71,7 +77,7 @@ def _rounding(net: nn.Module) -> float:
     The root of: one unit roundoff of the net's dtype for each layer's result that is stored, and
     one of float32 or better for each term of the sums that make it.
     """
-    weights = [m.weight for m in net.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    weights = [m.get_parameter("weight") for m in net.modules() if is_fitted(m)]
     dtype, terms = weights[0].dtype, sum(weight[0].numel() for weight in weights)
     stored, summed = (
         torch.finfo(d).eps / 2 for d in (dtype, torch.promote_types(dtype, torch.float32))

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from prune_dn.batches import Batches
+from prune_dn.graph.groups import IN, OUT, Group, Member
 from prune_dn.models import LightCNN, LightCNNConfig, MFMConfig
-from prune_dn.pruning.coupled import IN, OUT, Group, Member, reading_weight
+from prune_dn.pruning.coupled import reading_weight
 from prune_dn.pruning.coupled_importance import importance
 from prune_dn.pruning.importance import CRITERIA, Reading, judge, observe
 from prune_dn.pruning.siblings import shared

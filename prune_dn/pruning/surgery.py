@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,7 @@ def prune(
     min_channels: int = 1,
     round_to: int = 1,
     input_size: ImageSize | None = None,
+    example_inputs: Any = None,
     seed: int = 0,
     latency_model: LatencyModel | None = None,
 ) -> nn.Module:
@@ -57,8 +59,8 @@ def prune(
     mean, serves it too. Without it fine-tune the result, or at least `recalibrate_batch_norm_` it.
 
     Any other CNN becomes a smaller one of its own class (see `generic.prune_cnn`), a `LightCNN` one
-    that can be saved. Others need `input_size`, or `calibration` images to take it from; `units`,
-    `ratios`, `compensate` and latency are for DenseNets. But a Light CNN also takes `units=["sibling"]`:
+    that can be saved. Others need `input_size`, `calibration` images to take it from, or
+    `example_inputs` (see there); `units`, `ratios` and latency are for DenseNets. But a Light CNN also takes `units=["sibling"]`:
     of each MFM pair the less important filter may go, and nothing else; its units go whole without.
     `mfm_win_rate` is for DenseNets and Light CNNs. `criterion` None is `bn_scale`, or `l2` in a
     net without norms, where `channels` counts the filters of convs.
@@ -71,7 +73,7 @@ def prune(
     check_not_wrapped(model)
     if isinstance(model, nn.Module) and not is_densenet(model):
         kinds = units_in(units)
-        _check_cnn_options(model, kinds, ratios, compensate, unit, latency_model)
+        _check_cnn_options(model, kinds, ratios, unit, latency_model)
         return prune_cnn(
             model,
             pruning_ratio,
@@ -79,13 +81,20 @@ def prune(
             criterion=criterion,
             scope=scope,
             siblings=kinds == _SIBLINGS,
+            compensate=compensate,
             calibration=calibration,
             loss=loss,
             protect=protect,
             min_channels=min_channels,
             round_to=round_to,
             input_size=input_size,
+            example_inputs=example_inputs,
             seed=seed,
+        )
+    if example_inputs is not None:
+        raise PruningError(
+            "example_inputs have no effect on a DenseNet, which takes images of any size: leave them "
+            "out, or give input_size"
         )
     check_compensation(compensate, calibration is not None)
     net = convert(model, share=True)
@@ -118,7 +127,6 @@ def _check_cnn_options(
     model: nn.Module,
     units: tuple[str, ...],
     ratios: Ratios | None,
-    compensate: str,
     unit: str,
     latency_model: LatencyModel | None,
 ) -> None:
@@ -131,11 +139,6 @@ def _check_cnn_options(
         )
     if ratios is not None:
         raise PruningError(f"ratios are for DenseNets; leave them out for a {kind}")
-    if compensate != "none":
-        raise PruningError(
-            f"compensate={compensate!r} is for DenseNets; leave it out for a {kind}, and fine-tune "
-            "the result or at least recalibrate_batch_norm_ it"
-        )
     if unit == LATENCY or latency_model is not None:
         raise PruningError(
             f"a latency budget is for DenseNets; for a {kind} choose unit='macs', without a "

@@ -13,7 +13,7 @@ from torch import nn
 
 from prune_dn import prune
 from prune_dn.errors import PruningError
-from prune_dn.pruning.branches import has_branches
+from prune_dn.graph import trace
 
 X = torch.randn(2, 3, 16, 16)
 
@@ -149,7 +149,9 @@ def test_googlenet_trains_on() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         net = torchvision.models.googlenet(num_classes=4, aux_logits=True, init_weights=False)
-    assert has_branches(net, torch.randn(1, 3, 64, 64))
+    assert {"aux1.fc2", "aux2.fc2"} <= {
+        r.layer for r in trace(net, torch.randn(1, 3, 64, 64)).readers
+    }
     small = prune(net, 0.4, unit="macs", input_size=64)
     assert small.inception4a.branch1.conv.out_channels <= net.inception4a.branch1.conv.out_channels
     assert small.aux1.conv.conv.in_channels < net.aux1.conv.conv.in_channels
@@ -180,14 +182,19 @@ def hidden_loss() -> nn.Module:
             forward_elsewhere,
             r"what first, second.* reads cannot be .*\(the model has a forward of its",
         ),
-        (hidden_loss, "what aux_conv, aux_head reads cannot be followed"),
         (lambda: Net("never"), "what aux_conv, aux_head reads cannot be followed: no forward of"),
-        (lambda: Net("targets"), r"aux_conv, aux_head .* for training on it raises TypeError"),
+        (lambda: Net("targets"), r"aux_conv, aux_head .*in training mode .* TypeError"),
     ],
 )
 def test_what_no_forward_reaches_is_refused_by_name(make, text) -> None:
     with pytest.raises(PruningError, match=text):
         prune(make(), 0.3, criterion="l2", input_size=16)
+
+
+def test_a_branch_whose_answer_a_hook_takes_fits_too() -> None:
+    small = prune(hidden_loss(), 0.3, criterion="l2", unit="params", input_size=16)
+    assert small.train()(X).shape == (2, 4)
+    assert small.aux_conv.in_channels == small.first[0].out_channels
 
 
 def test_the_remedy_that_is_named() -> None:
@@ -199,8 +206,10 @@ def test_the_remedy_that_is_named() -> None:
 
 def test_nets_without_such_branches() -> None:
     image = torch.randn(1, 3, 32, 32)
-    assert not has_branches(torchvision.models.resnet18(), image)
-    assert not has_branches(torchvision.models.efficientnet_b0(), image)  # stochastic depth
     tied = nn.Sequential(nn.Conv2d(3, 3, 1, bias=False), nn.Conv2d(3, 3, 1, bias=False))
     tied[1].weight = tied[0].weight
-    assert not has_branches(tied, image)
+    # The second has stochastic depth in training.
+    for net in (torchvision.models.resnet18(), torchvision.models.efficientnet_b0(), tied):
+        graph = trace(net, image)
+        assert graph.unreached == ()
+        assert all(reader.layer in graph.uses() for reader in graph.readers)

@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from oracle import randomise_
 
 from prune_dn.batches import read_batches
 from prune_dn.models import densenet
-from prune_dn.pruning.calibration import PixelSampler, collect, patches
-
-
-@pytest.mark.parametrize("kernel", [1, 3])
-def test_patches_times_weights_is_the_convolution(kernel) -> None:
-    x, weight = torch.randn(2, 3, 5, 4).double(), torch.randn(7, 3, kernel, kernel).double()
-    out = torch.nn.functional.conv2d(x, weight, padding=kernel // 2)
-    rows = patches(x, kernel, None) @ weight.flatten(1).T
-    torch.testing.assert_close(rows, out.permute(0, 2, 3, 1).reshape(-1, 7))
-    at = torch.tensor([[3, 19], [0, 7]])
-    picked = torch.stack([out[n].flatten(1)[:, p] for n in range(2) for p in at[n]])
-    torch.testing.assert_close(patches(x, kernel, at) @ weight.flatten(1).T, picked)
+from prune_dn.pruning.calibration import PixelSampler, collect
 
 
 def test_grams_predict_the_outputs_power() -> None:
@@ -56,13 +44,12 @@ def test_sensitivity_is_the_fisher_information_of_the_logits() -> None:
 
 
 def test_the_sampler_draws_enough_rows() -> None:
-    sampler = PixelSampler(100, 0)
-    x = torch.zeros(10, 4, 32, 32)
-    positions = sampler(x, 36)
+    sampler, conv = PixelSampler(100, 0), torch.nn.Conv2d(4, 5, 3)
+    positions = sampler(conv, torch.zeros(10, 5, 32, 32))
     assert positions is not None and positions.shape == (10, 41)  # 4,096 rows of 100 images
     assert positions.min() >= 0 and positions.max() < 1024
-    assert sampler(torch.zeros(10, 4, 4, 4), 36) is None
-    assert sampler(torch.zeros(10, 4), 4) is None
+    assert sampler(conv, torch.zeros(10, 5, 4, 4)) is None
+    assert sampler(torch.nn.Linear(4, 5), torch.zeros(10, 5)) is None
 
 
 class Forked(torch.nn.Module):

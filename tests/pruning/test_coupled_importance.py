@@ -9,6 +9,7 @@ from torch import nn
 
 from prune_dn import prune
 from prune_dn.batches import Batches, read_batches
+from prune_dn.graph import trace
 from prune_dn.models import light_cnn_9, light_cnn_29_v2
 from prune_dn.pruning.coupled import find_groups
 from prune_dn.pruning.coupled_importance import importance
@@ -56,7 +57,7 @@ def test_a_linear_layer_chooses_what_its_conv_does(criterion: str, size: Size, s
 
 
 def scored(net: nn.Module, criterion: str, size: Size, batches: Batches) -> list[torch.Tensor]:
-    groups = find_groups(net, torch.zeros(1, 3, *size))
+    groups = find_groups(net, trace(net, torch.zeros(1, 3, *size)))
     return importance(net, groups, criterion, batches, torch.Generator())
 
 

@@ -44,13 +44,13 @@ Follow = Callable[[torch.Tensor], torch.Tensor]
 # A layer between two convs, how many channels it makes of 16, and what is right: the mask of its
 # channels by the mask of those that it reads, or that nothing is cut before it.
 CHANGES: dict[str, tuple[nn.Module, int, str | Follow]] = {
-    "GLU": (nn.GLU(1), 8, WHOLE),
-    "functional GLU": (Call(lambda x: F.glu(x, 1)), 8, WHOLE),
-    "maxout": (Call(maxout), 8, WHOLE),
-    "gate": (Call(gated), 8, WHOLE),
+    "GLU": (nn.GLU(1), 8, lambda mask: mask[:8]),
+    "functional GLU": (Call(lambda x: F.glu(x, 1)), 8, lambda mask: mask[:8]),
+    "maxout": (Call(maxout), 8, lambda mask: mask[:8]),
+    "gate, split at 8": (Call(gated), 8, REFUSED),
     "CReLU": (Call(lambda x: torch.cat([x, -x], 1).relu()), 32, lambda mask: mask.repeat(2)),
-    "PixelShuffle": (nn.PixelShuffle(2), 4, WHOLE),
-    "PixelUnshuffle": (nn.PixelUnshuffle(2), 64, REFUSED),
+    "PixelShuffle": (nn.PixelShuffle(2), 4, lambda mask: mask[::4]),
+    "PixelUnshuffle": (nn.PixelUnshuffle(2), 64, lambda mask: mask.repeat_interleave(4)),
     "Unfold": (
         nn.Sequential(nn.Unfold(2, stride=2), nn.Unflatten(2, (8, 8))),
         64,
@@ -59,17 +59,21 @@ CHANGES: dict[str, tuple[nn.Module, int, str | Follow]] = {
     "pooling over channels": (Call(lambda x: F.max_pool3d(x[:, None], (2, 1, 1))[:, 0]), 8, WHOLE),
     "top channels": (Call(lambda x: x.topk(8, 1)[0]), 8, WHOLE),
     "slice": (Call(lambda x: x[:, ::2]), 8, WHOLE),
-    "sum of parts": (Call(lambda x: sum(x.chunk(4, 1))), 4, WHOLE),
+    "sum of parts": (Call(lambda x: sum(x.chunk(4, 1))), 4, lambda mask: mask[:4]),
     "padding": (
         Call(lambda x: F.pad(x, (0, 0, 0, 0, 0, 4))),
         20,
         lambda mask: F.pad(mask, (0, 4), value=1),
     ),
-    "repeat": (Call(lambda x: x.repeat(1, 2, 1, 1)), 32, REFUSED),
-    "ChannelShuffle": (nn.ChannelShuffle(4), 16, REFUSED),
-    "LocalResponseNorm": (nn.LocalResponseNorm(3), 16, REFUSED),
-    "softmax": (nn.Softmax2d(), 16, REFUSED),
-    "depthwise, twice as many": (nn.Conv2d(16, 32, 3, padding=1, groups=16), 32, WHOLE),
+    "repeat": (Call(lambda x: x.repeat(1, 2, 1, 1)), 32, lambda mask: mask.repeat(2)),
+    "ChannelShuffle": (nn.ChannelShuffle(4), 16, lambda mask: mask.view(4, 4).T.flatten()),
+    "LocalResponseNorm": (nn.LocalResponseNorm(3), 16, WHOLE),
+    "softmax": (nn.Softmax2d(), 16, WHOLE),
+    "depthwise, twice as many": (
+        nn.Conv2d(16, 32, 3, padding=1, groups=16),
+        32,
+        lambda mask: mask.repeat_interleave(2),
+    ),
 }
 
 
@@ -103,7 +107,7 @@ def test_what_changes_channels_is_cut_right_or_refused(name) -> None:
 def test_layers_that_see_neighbouring_channels_are_refused() -> None:
     """The effect is small: 1e-5 of the answers."""
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.LocalResponseNorm(3), nn.Conv2d(8, 4, 3))
-    with pytest.raises(PruningError, match=r"outputs of 0 depends .* protect=\['0'\]"):
+    with pytest.raises(PruningError, match="0 stays: pooling over an axis of channels reads it"):
         prune(net, 0.3, input_size=16)
 
 
@@ -203,9 +207,6 @@ class KeywordOnly(TwoInputs):
 
 
 @pytest.mark.parametrize(
-    "use", [lambda net: prune(net, 0.3, input_size=16), lambda net: prune_dn.count(net, 16)]
-)
-@pytest.mark.parametrize(
     ("kind", "what"),
     [
         (TwoInputs, "its forward takes image, age, but only"),
@@ -213,11 +214,35 @@ class KeywordOnly(TwoInputs):
         (FromDict, "its forward needs more, but only"),
     ],
 )
-def test_other_inputs_than_one_image(use, kind, what) -> None:
+def test_other_inputs_than_one_image_cannot_be_counted(kind, what) -> None:
     text = rf"{what} a forward of one image tensor \(N, C, H, W\) can be run here: wrap the net"
     with pytest.raises(ConfigError, match=text) as e:
-        use(kind())
+        prune_dn.count(kind(), 16)
     assert "size" not in str(e.value)
+
+
+AGE = torch.ones(2, 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "inputs"),
+    [
+        (TwoInputs, (X, AGE)),
+        (TwoInputs, {"image": X, "age": AGE, "scale": 2.0}),
+        (KeywordOnly, {"image": X, "age": AGE}),
+        (FromDict, ({"image": X, "age": AGE},)),
+    ],
+)
+def test_other_inputs_are_given_as_examples(kind, inputs) -> None:
+    net = kind()
+    with pytest.raises(
+        PruningError, match=r"does not run on .*; give example_inputs that it takes"
+    ):
+        prune(net, 0.3, input_size=16)
+    small = prune(net, 0.3, unit="params", example_inputs=inputs)
+    assert small.conv.out_channels < 8
+    out = small(**inputs) if isinstance(inputs, dict) else small(*inputs)
+    assert out.shape == (2, 2)
 
 
 def test_the_remedy_for_two_inputs() -> None:

@@ -177,11 +177,11 @@ def test_refusals() -> None:
         ),
         (
             {"criterion": "reconstruction"},
-            "'reconstruction' is for DenseNets; for a LightCNN choose",
+            "'reconstruction' needs calibration images: give calibration=",
         ),
         ({"unit": "latency"}, "latency budget is for DenseNets"),
         ({"units": ["edge"]}, r"units=\['edge'\] is for DenseNets; leave it out for a LightCNN"),
-        ({"compensate": "mean"}, "compensate='mean' is for DenseNets"),
+        ({"compensate": "mean"}, "compensate='mean' needs calibration images"),
         ({"unit": "macs", "min_channels": 6}, "cannot bring macs from"),
         ({"protect": ["nowhere"]}, "'nowhere'"),
     ):

@@ -1,0 +1,141 @@
+"""A graph under construction: new ids, ties between them, and reasons why some must stay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+
+from prune_dn.graph.flow import Flow
+from prune_dn.graph.types import NONE, Follower, Graph, Ids, Op, Producer, Reader
+
+
+class Builder:
+    """Collects what rules find out. A layer that is called again ties its channels to those before."""
+
+    def __init__(self) -> None:
+        self._parent: list[int] = []
+        self._reasons: dict[int, str] = {}
+        self._producers: dict[str, Ids] = {}
+        self._readers: dict[str, Reader] = {}
+        self._followers: dict[str, Ids] = {}
+        self._ops: list[Op] = []
+        self._balanced: list[Ids] = []
+        self.used: set[str] = set()  # names of parameters and buffers
+        self.counts_ops = True  # off while the same calls are seen again
+
+    def new(self, count: int) -> Ids:
+        """Ids that nobody has yet."""
+        start = len(self._parent)
+        self._parent.extend(range(start, start + count))
+        return np.arange(start, start + count)
+
+    def tie(self, first: Ids, second: Ids, reason: str) -> None:
+        """Tie ids position by position; where only one side has a channel, it must stay."""
+        first, second = np.broadcast_arrays(first, second)
+        pairs = np.unique(np.stack([first.ravel(), second.ravel()], 1), axis=0)
+        for a, b in pairs.tolist():
+            if a == NONE or b == NONE:
+                self._fix(max(a, b), reason)
+            elif a != b:
+                self._union(a, b)
+
+    def fix(self, ids: Ids, reason: str) -> None:
+        """These channels must stay; `reason` completes "it stays because ..."."""
+        for i in np.unique(ids).tolist():
+            self._fix(i, reason)
+
+    def channels(self, flow: Flow, axis: int, reason: str) -> Ids:
+        """One id for each position along `axis`; several at one position are tied."""
+        axis %= len(flow.shape)
+        ids = flow.ids
+        if ids.shape[axis] == 1 and flow.shape[axis] > 1:
+            if ids.size > 1:  # they differ along another axis: a layer over that one
+                self.fix(ids, reason)
+            return np.full(flow.shape[axis], ids.flat[0] if ids.size == 1 else NONE)
+        rows = np.moveaxis(ids, axis, 0).reshape(ids.shape[axis], -1)
+        if rows.shape[1] > 1:
+            self.tie(rows[:, :1], rows, reason)
+        return rows[:, 0].copy()
+
+    def produce(self, layer: str, count: int) -> Ids:
+        """The ids of a layer's outputs, the same at every call."""
+        if layer not in self._producers:
+            self._producers[layer] = self.new(count)
+        return self._producers[layer]
+
+    def read(self, layer: str, ids: Ids, select: str | None) -> None:
+        """`layer` reads these ids."""
+        known = self._readers.get(layer)
+        if known is None:
+            self._readers[layer] = Reader(layer, ids, select)
+            return
+        self.tie(known.channels, ids, f"{layer} is called on several tensors")
+        if known.select != select:
+            self._readers[layer] = replace(known, select=None)
+
+    def follow(self, layer: str, ids: Ids) -> None:
+        """`layer` has one entry for each of these ids."""
+        known = self._followers.setdefault(layer, ids)
+        self.tie(known, ids, f"{layer} is called on several tensors")
+
+    def balance(self, rows: Ids) -> None:
+        """Each row (a group of a grouped convolution) must lose equally many."""
+        self._balanced.append(rows)
+
+    def op(self, op: Op) -> None:
+        """A call of a convolution or linear layer."""
+        if self.counts_ops:
+            self._ops.append(op)
+
+    def unread(self) -> Ids:
+        """The ids that a layer makes, no layer reads and nothing fixes."""
+        read = {
+            self._find(i) for r in self._readers.values() for i in r.channels.tolist() if i != NONE
+        }
+        read |= {self._find(i) for i in self._reasons}
+        made = [i for ids in self._producers.values() for i in ids.tolist()]
+        return np.array([i for i in made if self._find(i) not in read], dtype=np.int64)
+
+    def graph(self, unreached: Iterable[str], why: str | None) -> Graph:
+        """What was found."""
+        ties = np.array([self._find(i) for i in range(len(self._parent))], dtype=np.int64)
+        fixed: dict[int, str] = {}
+        for i, reason in self._reasons.items():
+            fixed.setdefault(int(ties[i]), reason)
+        return Graph(
+            tuple(Producer(name, ids) for name, ids in self._producers.items()),
+            tuple(self._readers.values()),
+            tuple(Follower(name, ids) for name, ids in self._followers.items()),
+            tuple(self._ops),
+            ties,
+            fixed,
+            tuple(self._balanced),
+            tuple(unreached),
+            why,
+        )
+
+    def share(self, layer: str, reason: str) -> None:
+        """Fix all channels that a layer reads, makes or follows."""
+        reader = self._readers.get(layer)
+        found = (self._producers.get(layer), self._followers.get(layer))
+        for ids in (*found, None if reader is None else reader.channels):
+            if ids is not None:
+                self.fix(ids, reason)
+
+    def _fix(self, i: int, reason: str) -> None:
+        if i != NONE:
+            self._reasons.setdefault(i, reason)
+
+    def _find(self, i: int) -> int:
+        root = i
+        while self._parent[root] != root:
+            root = self._parent[root]
+        while self._parent[i] != root:
+            self._parent[i], i = root, self._parent[i]
+        return root
+
+    def _union(self, a: int, b: int) -> None:
+        a, b = sorted((self._find(a), self._find(b)))
+        self._parent[b] = a

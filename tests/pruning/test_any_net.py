@@ -1,0 +1,131 @@
+"""Reconstruction and refit on nets of every kind: residual, depthwise, U-shaped, 3-D, flattened, MFM."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torchvision.models as zoo
+from oracle import randomise_
+from torch import nn
+
+import prune_dn
+from prune_dn import prune
+from prune_dn.models import densenet, light_cnn_9
+
+
+class UNet(nn.Module):
+    """Skip connections out of the encoder, a transposed conv, a prediction per pixel."""
+
+    def __init__(self, dimensions: int = 2) -> None:
+        super().__init__()
+        conv, norm, up = (
+            (nn.Conv2d, nn.BatchNorm2d, nn.ConvTranspose2d)
+            if dimensions == 2
+            else (nn.Conv3d, nn.BatchNorm3d, nn.ConvTranspose3d)
+        )
+        self.first = nn.Sequential(conv(3, 12, 3, padding=1), norm(12), nn.ReLU())
+        self.down = nn.Sequential(conv(12, 16, 3, 2, 1), norm(16), nn.ReLU())
+        self.up = up(16, 12, 2, 2)
+        self.last = nn.Sequential(conv(24, 8, 3, padding=1, bias=False), norm(8), nn.ReLU())
+        self.out = conv(8, 2, 1)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.out(self.last(torch.cat([x, self.up(self.down(x))], 1)))
+
+
+def flat() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 12, 3, padding=1),
+        nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(48, 20), nn.ReLU(), nn.Linear(20, 4),
+    )  # fmt: skip
+
+
+def grouped() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 24, 3, padding=1, groups=4, bias=False), nn.BatchNorm2d(24), nn.ReLU(),
+        nn.Conv2d(24, 24, 3, padding=1, groups=24), nn.BatchNorm2d(24), nn.SiLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 4),
+    )  # fmt: skip
+
+
+NETS = {
+    "resnet": lambda: zoo.ResNet(zoo.resnet.BasicBlock, [1, 1, 1, 1], num_classes=4),
+    "mobilenet": lambda: zoo.mobilenet_v2(num_classes=4, width_mult=0.25),
+    "unet": UNet,
+    "volumes": lambda: UNet(3),
+    "flat": flat,
+    "grouped": grouped,
+    "wrapped densenet": lambda: nn.Sequential(densenet([2, 2], 8, stem="cifar", num_classes=4)),
+    "light cnn": lambda: light_cnn_9(num_classes=4, image_size=32, widths=(16, 16, 24, 16, 16), embedding=16),
+}  # fmt: skip
+
+
+def images(name: str, seed: int) -> list[torch.Tensor]:
+    """Smooth images: neighbouring pixels, and so channels, say nearly the same."""
+    generator = torch.Generator().manual_seed(seed)
+    if name == "volumes":
+        coarse = torch.randn(4, 16, 3, 4, 4, 4, generator=generator)
+        return [nn.functional.interpolate(x, size=(8, 8, 8), mode="trilinear") for x in coarse]
+    coarse = torch.randn(4, 16, 1 if name == "light cnn" else 3, 8, 8, generator=generator)
+    return [nn.functional.interpolate(x, size=(32, 32), mode="bilinear") for x in coarse]
+
+
+def settled(name: str) -> nn.Module:
+    """A random net whose norms have the statistics of its images."""
+    net = randomise_(NETS[name](), 0)
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules()):
+        prune_dn.recalibrate_batch_norm_(net, images(name, 1))
+    return net.eval()
+
+
+def distance(small: nn.Module, net: nn.Module, name: str) -> float:
+    with torch.no_grad():
+        pairs = [(small(x), net(x)) for x in images(name, 2)]
+    return float(sum((a - b).square().sum() for a, b in pairs))
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_a_refit_brings_the_answers_closer_on_images_it_did_not_see(name) -> None:
+    net = settled(name)
+    before = copy.deepcopy(net.state_dict())
+    options = {
+        "criterion": "reconstruction", "unit": "macs", "calibration": images(name, 1), "loss": "mse",
+    }  # fmt: skip
+    if name == "light cnn":
+        options["protect"] = ["fc2"]
+    cut = prune(net, 0.35, **options)
+    small = prune(net, 0.35, compensate="least_squares", **options)
+    assert {k: v.shape for k, v in cut.state_dict().items()} == {
+        k: v.shape for k, v in small.state_dict().items()
+    }
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in small.modules())
+    most = 0.9 if name == "volumes" else 0.7
+    assert distance(small, net, name) < most * distance(cut, net, name)
+
+
+@pytest.mark.parametrize("name", ["resnet", "grouped", "flat"])
+def test_reconstruction_loses_less_than_random_channels(name) -> None:
+    net = settled(name)
+    options = {"unit": "macs", "compensate": "least_squares", "calibration": images(name, 1)}
+    ours = prune(net, 0.35, criterion="reconstruction", loss="mse", **options)
+    random = [prune(net, 0.35, criterion="random", seed=s, **options) for s in range(3)]
+    assert distance(ours, net, name) < min(distance(small, net, name) for small in random)
+
+
+def test_means_alone_help_too() -> None:
+    net = settled("resnet")
+    options = {"criterion": "l2", "unit": "macs", "calibration": images("resnet", 1)}
+    moved = prune(net, 0.3, compensate="mean", **options)
+    cut = prune(net, 0.3, criterion="l2", unit="macs", input_size=32)
+    assert distance(moved, net, "resnet") < distance(cut, net, "resnet")
+    changed = {
+        key
+        for key, value in moved.state_dict().items()
+        if not torch.equal(value, cut.state_dict()[key])
+    }
+    assert changed and all(k.endswith(("running_mean", "bias")) for k in changed)
