@@ -24,6 +24,7 @@ from prune_dn.graph.operations import elementwise
 from prune_dn.graph.rules import RULES, Call, Weight, unknown
 from prune_dn.graph.types import Graph
 
+_UNKNOWN = -1  # a size that depends on the data
 _NORMS = {"aten.batch_norm", "aten.instance_norm"}
 
 
@@ -169,7 +170,11 @@ def _call(node: Node, values: Mapping[str, Any], build: Builder) -> Any:
         return args[0][args[1]]
     result = node.meta.get("val")
     found = [result] if isinstance(result, Tensor) else tree_leaves(result)
-    shapes = tuple(tuple(x.shape) for x in found if isinstance(x, Tensor))
+    shapes = tuple(
+        tuple(size if isinstance(size, int) else _UNKNOWN for size in x.shape)
+        for x in found
+        if isinstance(x, Tensor)
+    )
     if isinstance(target, torch._ops.HigherOrderOperator):
         inner: Any = next((x for x in args if isinstance(x, torch.fx.GraphModule)), None)
         operands = [x for x in args if isinstance(x, Flow | Weight)]
@@ -188,6 +193,8 @@ def _call(node: Node, values: Mapping[str, Any], build: Builder) -> Any:
         filled += [given.get(argument.name, argument.default_value) for argument in rest]
     call = Call(name, tuple(filled), shapes, build, _norm_in_front(node, values))
     rule = RULES.get(name)
+    if any(_UNKNOWN in shape for shape in (*shapes, *(f.shape for f in call.flows()))):
+        rule = None  # its sizes depend on the data
     out = unknown(call) if rule is None else rule(call)
     if isinstance(result, Tensor) and isinstance(out, list):
         return out[0]
