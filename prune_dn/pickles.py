@@ -132,6 +132,10 @@ def _check_archive(path: Path) -> None:
         return  # of before PyTorch 1.6
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
+        names = [entry.filename for entry in entries]
+        for end, (what, remedy) in _OTHER_ARCHIVES.items():
+            if any(name.endswith(end) for name in names):
+                raise CheckpointError(f"{path} is {what}: {remedy}, and load that")
         if sum(entry.file_size for entry in entries) > file_size(path):
             raise CheckpointError(
                 f"{path} unpacks to more than it has: torch.save wrote no such file"
@@ -139,10 +143,6 @@ def _check_archive(path: Path) -> None:
         for entry in entries:
             if entry.CRC:  # 0: torch was told to leave it out
                 _read_through(archive, entry)
-    names = [entry.filename for entry in entries]
-    for end, (what, remedy) in _OTHER_ARCHIVES.items():
-        if any(name.endswith(end) for name in names):
-            raise CheckpointError(f"{path} is {what}: {remedy}, and load that")
     if not any(name.endswith("data.pkl") for name in names):
         raise CheckpointError(f"{path} is a zip archive, but not of torch.save")
 

@@ -234,7 +234,7 @@ def test_damaged_files_in_a_run(run: Run, finished: Path, tmp_path: Path) -> Non
     for name in ("metrics.json", "recipe.yaml", "dense.safetensors", "plan.json"):
         file = finished / name
         before = file.read_bytes()
-        file.write_bytes(before[: len(before) // 2])
+        file.write_bytes(before[: len(before) // 2] + b"\0{")
         code, out, err = run(*command)
         assert (code, out) == (2, ""), err
         assert len(err.splitlines()) == 1 and err.startswith("error: ") and "mistake" not in err

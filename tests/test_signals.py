@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,16 @@ from prune_dn.checkpoint import load
 from prune_dn.training.run import Run as Training
 
 KEPT = "each finished phase and epoch is kept in {}; the same command{} goes on from there"
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_in_a_terminal() -> Iterator[None]:
+    """Whoever runs the tests may have had signals ignored, as `nohup` and `&` do."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def raised_in_epoch(number: int, patch: pytest.MonkeyPatch, epoch: int) -> None:

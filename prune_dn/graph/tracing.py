@@ -193,7 +193,8 @@ def _call(node: Node, values: Mapping[str, Any], build: Builder) -> Any:
         filled += [given.get(argument.name, argument.default_value) for argument in rest]
     call = Call(name, tuple(filled), shapes, build, _norm_in_front(node, values))
     rule = RULES.get(name)
-    if any(_UNKNOWN in shape for shape in (*shapes, *(f.shape for f in call.flows()))):
+    read = [x.shape for x in tree_leaves(filled) if isinstance(x, Flow)]
+    if any(_UNKNOWN in shape for shape in (*shapes, *read)):
         rule = None  # its sizes depend on the data
     out = unknown(call) if rule is None else rule(call)
     if isinstance(result, Tensor) and isinstance(out, list):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_dn.defaults import usual_defaults
-from prune_dn.errors import PruningError
+from prune_dn.errors import ConversionError, PruningError
 from prune_dn.losses import LossFunction
 from prune_dn.models import DenseNet, LightCNN
 from prune_dn.models.convert import check_not_wrapped, convert, is_densenet
@@ -58,8 +58,8 @@ def prune(
     `calibration`: a few hundred training images, without augmentation; `loss`, what the net's outputs
     mean, serves it too. Without it fine-tune the result, or at least `recalibrate_batch_norm_` it.
 
-    Any other CNN becomes a smaller one of its own class (see `generic.prune_cnn`), a `LightCNN` one
-    that can be saved. Others need `input_size`, `calibration` images to take it from, or
+    Any other CNN, and a variant of torchvision's or timm's DenseNet, such as one with another head, becomes
+    a smaller one of its own class (see `generic.prune_cnn`), a `LightCNN` one that can be saved. Others need `input_size`, `calibration` images to take it from, or
     `example_inputs` (see there); `units`, `ratios` and latency are for DenseNets. But a Light CNN also takes `units=["sibling"]`:
     of each MFM pair the less important filter may go, and nothing else; its units go whole without.
     `mfm_win_rate` is for DenseNets and Light CNNs. `criterion` None is `bn_scale`, or `l2` in a
@@ -71,8 +71,9 @@ def prune(
     torch.Size([1, 1000])
     """
     check_not_wrapped(model)
-    if isinstance(model, nn.Module) and not is_densenet(model):
-        kinds = units_in(units)
+    kinds = units_in(units)
+    net = _as_densenet(model, kinds, ratios, unit, latency_model)
+    if net is None:
         _check_cnn_options(model, kinds, ratios, unit, latency_model)
         return prune_cnn(
             model,
@@ -97,7 +98,6 @@ def prune(
             "out, or give input_size"
         )
     check_compensation(compensate, calibration is not None)
-    net = convert(model, share=True)
     batches = None if calibration is None else list(calibration)
     alone = compensate == "none"
     plan = make_plan(
@@ -121,6 +121,30 @@ def prune(
     if batches is None or alone:
         return small
     return compensate_plan(small, net, plan, batches, compensate, loss=loss, seed=seed)
+
+
+def _as_densenet(
+    model: nn.Module,
+    units: tuple[str, ...],
+    ratios: Ratios | None,
+    unit: str,
+    latency_model: LatencyModel | None,
+) -> DenseNet | None:
+    """The model as our DenseNet; None for one that is followed by its graph instead.
+
+    That is any other CNN, and a variant of torchvision's or timm's DenseNet, such as one with another
+    head, unless what is asked for is for DenseNets alone.
+    """
+    if isinstance(model, nn.Module) and not is_densenet(model):
+        return None
+    try:
+        return convert(model, share=True)
+    except ConversionError:
+        only = units != USUAL_UNITS or ratios is not None or unit == LATENCY
+        is_module = isinstance(model, nn.Module) and not isinstance(model, DenseNet)
+        if not is_module or only or latency_model is not None:
+            raise
+        return None
 
 
 def _check_cnn_options(

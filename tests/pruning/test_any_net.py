@@ -12,6 +12,7 @@ from torch import nn
 
 import prune_dn
 from prune_dn import prune
+from prune_dn.errors import ConversionError, PruningError
 from prune_dn.models import densenet, light_cnn_9
 
 
@@ -129,3 +130,48 @@ def test_means_alone_help_too() -> None:
         if not torch.equal(value, cut.state_dict()[key])
     }
     assert changed and all(k.endswith(("running_mean", "bias")) for k in changed)
+
+
+def variant(change) -> nn.Module:
+    net = zoo.DenseNet(8, (2, 2), 16, 2, num_classes=5)
+    change(net)
+    return randomise_(net, 0).eval()
+
+
+def other_head(net: nn.Module) -> None:
+    net.classifier = nn.Sequential(
+        nn.Linear(32, 7), nn.ReLU(), nn.Dropout(), nn.Linear(7, 3), nn.Sigmoid()
+    )
+
+
+def no_head(net: nn.Module) -> None:
+    net.classifier = nn.Identity()
+
+
+def small_stem(net: nn.Module) -> None:
+    net.features.conv0 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+    net.features.pool0 = nn.Identity()
+
+
+def no_pool(net: nn.Module) -> None:
+    del net.features.pool0
+
+
+@pytest.mark.parametrize("change", [other_head, no_head, small_stem, no_pool])
+def test_variants_of_densenets_keep_their_class(change) -> None:
+    net = variant(change)
+    options = {"unit": "macs", "calibration": images("resnet", 1), "loss": "mse"}
+    small = prune(net, 0.4, criterion="reconstruction", compensate="least_squares", **options)
+    assert type(small) is zoo.DenseNet
+    x = images("resnet", 2)[0]
+    assert small(x).shape == net(x).shape
+    assert prune_dn.count(small, 32).macs <= 0.6 * prune_dn.count(net, 32).macs
+    cut = prune(net, 0.4, criterion="reconstruction", **options)
+    assert distance(small, net, "resnet") < distance(cut, net, "resnet")
+
+
+def test_what_is_for_densenets_alone_says_why_a_variant_is_none() -> None:
+    with pytest.raises(ConversionError, match="classifier is Sequential, not Linear"):
+        prune(variant(other_head), 0.4, units=["edge"], criterion="l2")
+    with pytest.raises(PruningError, match="size of images is needed"):
+        prune(variant(other_head), 0.4)

@@ -409,7 +409,12 @@ PLAIN = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3))
         ),
         (broken, {}, PruningError, "^layer1.0.bn1.weight holds 1 NaN or infinite value"),
         (lambda: nn.DataParallel(resnet()), {}, ConversionError, "unwrap it: pass model.module"),
-        (lambda: OtherForward(8, (1, 1)), {}, ConversionError, "OtherForward changes the forward"),
+        (
+            lambda: OtherForward(8, (1, 1)),
+            {"units": ["edge"], "criterion": "l2"},
+            ConversionError,
+            "OtherForward changes the forward",
+        ),
     ],
 )
 def test_models_that_are_refused(make, options, error, message) -> None:
