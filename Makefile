@@ -7,6 +7,7 @@ DEMO_DIR ?= runs/quickstart
 
 PORTABLE := portable-default portable-avx2 portable-onednn portable-1-thread portable-2-threads portable-plain
 PORTABLE_TESTS ?= tests prune_dn
+WORKERS ?= auto
 
 .PHONY: demo test test-portable $(PORTABLE) test-nightly lint format clean
 
@@ -14,7 +15,7 @@ demo: $(VENV)/.installed
 	$(BIN)/prune-dn run recipes/quickstart.yaml --output-dir $(DEMO_DIR) --overwrite
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-portable:
 	$(MAKE) --keep-going $(PORTABLE)
@@ -25,9 +26,10 @@ portable-onednn: export ONEDNN_MAX_CPU_ISA = AVX2
 portable-1-thread: export OMP_NUM_THREADS = 1
 portable-2-threads: export OMP_NUM_THREADS = 2
 portable-2-threads: export OMP_WAIT_POLICY = passive
+portable-2-threads: WORKERS = 1
 portable-plain: export PRUNE_DN_KERNELS = 0
 $(PORTABLE): $(VENV)/.installed
-	$(BIN)/python -m pytest -p no:cacheprovider -m numbers $(PORTABLE_TESTS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -p no:cacheprovider -m numbers $(PORTABLE_TESTS)
 
 test-nightly: $(VENV)/.installed
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/pruning/test_exactness.py tests/models tests/test_hostile_files.py
