@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from prune_dn.cli import main
+from prune_dn.graph.rules import RULES
 from prune_dn.pruning import CRITERIA
 
 ROOT = Path(__file__).parent.parent
@@ -59,13 +60,14 @@ def test_make_targets_exist(page: Path) -> None:
 
 
 def test_the_python_runs(folder: Path) -> None:
-    before = set(CRITERIA)
+    before = {name for registry in (CRITERIA, RULES) for name in registry}
     for page in PAGES:
         names: dict[str, object] = {}
         for block in blocks(page, "python"):
             exec(compile(block, page.name, "exec"), names)
-    for name in set(CRITERIA) - before:
-        del CRITERIA[name]
+    for registry in (CRITERIA, RULES):
+        for name in set(registry) - before:
+            del registry[name]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
