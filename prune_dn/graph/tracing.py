@@ -35,7 +35,7 @@ def trace(model: nn.Module, example_inputs: Any) -> Graph:
     the model is called. Where weights or channels are not used in eval mode (auxiliary heads) the
     branches for training are followed too; what neither reaches is in `Graph.unreached`.
 
-    Raises PruningError where the model does not run, or `torch.export` cannot follow it.
+    Raises PruningError where the model cannot be copied, does not run, or `torch.export` cannot follow it.
 
     >>> from torch import nn
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
@@ -45,7 +45,13 @@ def trace(model: nn.Module, example_inputs: Any) -> Graph:
     >>> graph.why_fixed("0"), graph.why_fixed("3")
     (None, 'an output of the net')
     """
-    net = to_inference_(copy.deepcopy(model).cpu().float(), branches=False)
+    try:
+        net = copy.deepcopy(model)
+    except Exception as error:  # whatever a foreign module raises
+        raise PruningError(
+            f"this {type(model).__name__} cannot be copied, and is not to be changed: {_reason(error)}"
+        ) from error
+    net = to_inference_(net.cpu().float(), branches=False)
     example_inputs = tree_map(
         lambda x: x.cpu().float() if isinstance(x, Tensor) and x.is_floating_point() else x,
         example_inputs,

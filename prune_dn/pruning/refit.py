@@ -57,6 +57,8 @@ def refit_(
     Both nets are in eval mode; `small` is changed in place. Memory: all images' live feature maps in
     `small`, and for each layer the dense outputs at about max(4096, twice its inputs * taps) positions.
     """
+    like = next(dense.parameters())
+    images = [x.to(like.device, like.dtype) for x in images]
     count = sum(map(len, images))
     sampler = PixelSampler(count, seed)
     seen: dict[str, _Seen] = {}
@@ -117,7 +119,7 @@ def refit_(
         for part in images:
             dense(part)
             is_first = False
-        small(torch.cat(list(images)))
+        small(torch.cat(images))
 
 
 def _fit_layer_(

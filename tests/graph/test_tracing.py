@@ -310,6 +310,13 @@ def test_what_cannot_be_followed_is_refused() -> None:
         trace(Branches(), X[:, :2])
 
 
+def test_what_cannot_be_copied_is_refused() -> None:
+    net = nn.Conv2d(3, 4, 1)
+    net.kept = net.weight * 2  # no leaf, which torch does not copy
+    with pytest.raises(PruningError, match="this Conv2d cannot be copied"):
+        trace(net, X)
+
+
 def pruned_by_torch(net: nn.Module, x: Tensor) -> set[object]:
     """Torch-Pruning's groups of conv outputs: size, and per layer and side how many channels."""
     import torch_pruning

@@ -118,6 +118,21 @@ def test_reconstruction_loses_less_than_random_channels(name) -> None:
     assert distance(ours, net, name) < min(distance(small, net, name) for small in random)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_images_follow_the_nets_dtype(dtype) -> None:
+    net = settled("grouped").to(dtype)
+    options = {"unit": "macs", "calibration": images("grouped", 1), "loss": "mse"}
+    cut, small = (
+        prune(net, 0.35, criterion="reconstruction", compensate=how, **options)
+        for how in ("none", "least_squares")
+    )
+    assert {p.dtype for p in small.parameters()} == {dtype}
+    x = images("grouped", 2)[0].to(dtype)
+    with torch.no_grad():
+        off = [float((y(x) - net(x)).double().square().sum()) for y in (cut, small)]
+    assert off[1] < off[0]
+
+
 def test_means_alone_help_too() -> None:
     net = settled("resnet")
     options = {"criterion": "l2", "unit": "macs", "calibration": images("resnet", 1)}
