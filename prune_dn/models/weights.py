@@ -116,7 +116,7 @@ def unusable(tensors: Mapping[str, Tensor]) -> Iterator[str]:
     stored: dict[int, int] = {}
     plain: list[tuple[str, Tensor]] = []
     needed = 0
-    for name, tensor in tensors.items():
+    for name, tensor in sorted(tensors.items()):
         if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
             kind = "meta" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
             yield f"{name} is a {kind} tensor, not a plain one with data"
