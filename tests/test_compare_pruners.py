@@ -16,6 +16,7 @@ from prune_dn.latency import machine
 from prune_dn.models import densenet
 
 
+@pytest.mark.filterwarnings("ignore::prune_dn.errors.PruningWarning")  # a busy machine's times
 def test_rows_for_both_sides_and_a_resumed_run(tmp_path: Path, capsys) -> None:
     generator = torch.Generator().manual_seed(0)
     for split, n in (("train", 12), ("test", 3)):
