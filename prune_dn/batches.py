@@ -113,7 +113,7 @@ def working_copy(model: nn.Module) -> nn.Module:
 
 
 def run_on(net: nn.Module, images: Tensor, what: str = "calibration") -> Any:
-    """What the net gives for images. Raises PruningError when it cannot take them."""
+    """Run the net on images. Raises PruningError when it cannot take them."""
     if images.shape[1] != (channels := in_channels(net)):
         raise PruningError(
             f"{what} images have {images.shape[1]} channels; the model takes {channels}"

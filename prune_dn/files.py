@@ -101,7 +101,7 @@ def read_text(path: StrPath, most: int = MOST_TEXT) -> str:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """What a JSON text holds. Raises ValueError for all that is none, or is nested too deeply."""
+    """Read a JSON text. Raises ValueError for all that is none, or is nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError:

@@ -92,7 +92,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class Look:
-    """What the headers of files say: the side that all share, or None; 1 channel if all are grey."""
+    """The side that all files share by their headers, or None; 1 channel if all are grey."""
 
     side: int | None
     channels: int
@@ -127,7 +127,7 @@ def _check_depth(paths: Sequence[Path]) -> None:
 
 
 def notices(root: Path, folders: Mapping[str, Folder], look: Look, resize: str | None) -> list[str]:
-    """What is done with the images that their owner may not expect, one sentence each."""
+    """Treatments of the images that their owner may not expect, one sentence each."""
     said = []
 
     def say(found: Sequence[Path], text: str, of: int = len(look.headers)) -> None:

@@ -99,7 +99,7 @@ class Builder:
         return np.array([i for i in made if self._find(i) not in read], dtype=np.int64)
 
     def graph(self, unreached: Iterable[str], why: str | None) -> Graph:
-        """What was found."""
+        """The graph of everything that was collected."""
         ties = np.array([self._find(i) for i in range(len(self._parent))], dtype=np.int64)
         fixed: dict[int, str] = {}
         for i, reason in self._reasons.items():

@@ -78,7 +78,7 @@ def _sides(graph: Graph, owner: Ids) -> Iterator[tuple[str, tuple[int, ...], Ids
 
 
 def _signatures(sides: list[tuple[str, tuple[int, ...], Ids]]) -> dict[int, tuple[object, ...]]:
-    """Where each class lies: layers, sides, and how often."""
+    """The layers and sides in which each class lies, and how often."""
     found: dict[int, Counter[tuple[str, tuple[int, ...]]]] = {}
     for layer, tag, ids in sides:
         for c in ids.tolist():

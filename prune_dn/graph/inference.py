@@ -1,4 +1,4 @@
-"""How a net is run to follow or compare it: its inputs, its outputs, its modes."""
+"""Running a net to follow or compare it: its inputs, its outputs, its modes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
-    """What the model returns for `inputs` (see `arguments`)."""
+    """Call the model with `inputs` (see `arguments`)."""
     positional, named = arguments(inputs)
     return model(*positional, **named)
 

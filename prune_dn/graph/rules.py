@@ -1,4 +1,4 @@
-"""What each operation of `torch.export`'s graphs does to channel ids: one rule per operation.
+"""The effect of each operation of `torch.export`'s graphs on channel ids: one rule per operation.
 
 A rule is a function from a `Call` to a `Flow`, or to a list of them where the operation returns several
 tensors. It is registered by the operation's name in ATen; an operation without a rule fixes all
@@ -61,7 +61,7 @@ class Call:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the only tensor that it returns."""
+        """The shape of the only tensor that it returns."""
         return self.shapes[0]
 
     def flow(self, position: int) -> Flow:
