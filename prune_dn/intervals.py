@@ -1,4 +1,4 @@
-"""How sure an accuracy is that was measured on n images."""
+"""Confidence intervals of an accuracy that was measured on n images."""
 
 from __future__ import annotations
 

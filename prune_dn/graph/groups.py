@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,8 +30,8 @@ class Member:
 class Group:
     """`size` classes of tied channels in `blocks` equal parts that must lose equally many.
 
-    All classes of a group lie in the same layers, equally often; `root` is the first layer that makes
-    them. Blocks are the groups of a grouped convolution.
+    All classes of a group lie in the same layers, equally often; `root`, its name, is the first layer that
+    makes them and names no other group. Blocks are the groups of a grouped convolution.
     """
 
     root: str
@@ -58,9 +59,10 @@ def free_groups(graph: Graph) -> list[Group]:
             keyed.setdefault(where[c], []).append(c)
     orders = [(np.array(found), 1) for found in keyed.values()]
     orders += [(rows.ravel(), len(rows)) for rows in blocks]
-    return [
-        _group(order, count, sides) for order, count in sorted(orders, key=lambda o: o[0].min())
-    ]
+    groups: list[Group] = []
+    for order, count in sorted(orders, key=lambda o: o[0].min()):
+        groups.append(_group(order, count, sides, {group.root for group in groups}))
+    return groups
 
 
 def _sides(graph: Graph, owner: Ids) -> Iterator[tuple[str, tuple[int, ...], Ids]]:
@@ -115,8 +117,10 @@ def _balance(graph: Graph) -> tuple[Ids, list[Ids]]:
                     owner[owner == c] = owner[column].min()
 
 
-def _group(order: Ids, blocks: int, sides: list[tuple[str, tuple[int, ...], Ids]]) -> Group:
-    """The group of these classes, its units in this order."""
+def _group(
+    order: Ids, blocks: int, sides: list[tuple[str, tuple[int, ...], Ids]], taken: set[str]
+) -> Group:
+    """The group of these classes, its units in this order, with a name that is not taken."""
     unit = np.full(int(max(order.max(), *(ids.max(initial=0) for _, _, ids in sides))) + 1, NONE)
     unit[order] = np.arange(len(order))
     members = []
@@ -126,5 +130,7 @@ def _group(order: Ids, blocks: int, sides: list[tuple[str, tuple[int, ...], Ids]
         if len(channels):
             found = torch.from_numpy(channels), torch.from_numpy(units[channels])
             members.append(Member(layer, tag, *found))
-    root = next(m.layer for m in members if m.sides == (OUT,))
+    makers = [m.layer for m in members if m.sides == (OUT,)]
+    parts = (f"{makers[0]} (part {n})" for n in itertools.count(2))
+    root = next(name for name in itertools.chain(makers, parts) if name not in taken)
     return Group(root, len(order), blocks, tuple(members))

@@ -87,7 +87,7 @@ class Graph:
         return np.where(ids == NONE, NONE, self.ties[ids]) if len(self.ties) else ids
 
     def uses(self) -> dict[str, int]:
-        """How often each convolution and linear layer applies its weight to one image."""
+        """The number of output positions of one image to which each layer applies its weight."""
         found: dict[str, int] = {}
         for op in self.ops:
             found[op.layer] = found.get(op.layer, 0) + op.pixels

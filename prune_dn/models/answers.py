@@ -54,7 +54,7 @@ def computed_weights(net: nn.Module) -> Iterator[str]:
 
 
 def peculiarities(net: nn.Module) -> Iterator[str]:
-    """What makes a net compute otherwise than its classes say: hooks, forwards of its own."""
+    """Causes by which a net computes otherwise than its classes say: hooks, forwards of its own."""
     for name, module in net.named_modules():
         where, kind = name or "the model", type(module)
         for key, value in vars(module).items():
@@ -120,7 +120,7 @@ def _compare(answer: object, wanted: Tensor) -> str | None:
 
 
 def _answer(net: nn.Module, tensors: Mapping[str, Tensor], image: Tensor) -> Any:
-    """What the net answers with these tensors in place of its own."""
+    """The net's answer with these tensors in place of its own."""
     devices = [image.device] if image.device.type == "cuda" else []
     compiled = any(module._compiled_call_impl is not None for module in net.modules())
     with (

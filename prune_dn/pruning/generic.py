@@ -232,8 +232,10 @@ def _check_exact(
 
     if exact(keep):
         return
-    cuts = [root for root, mask in keep.items() if not mask.all()]
-    wrong = [root for root in cuts if not exact({root: keep[root]})]
+    cuts = [g for g in groups if g.root in keep and not keep[g.root].all()]
+    alone = [g.members for g in cuts if not exact({g.root: keep[g.root]})]
+    makers = [next(m.layer for m in members if m.sides == (OUT,)) for members in alone]
+    wrong = list(dict.fromkeys(makers))
     raise PruningError(
         "the pruned net would not equal the masked one: what the model does with the outputs "
         f"of {', '.join(wrong) or 'several layers together'} depends on their number or order "

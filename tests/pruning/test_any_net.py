@@ -210,3 +210,29 @@ def test_what_is_for_densenets_alone_says_why_a_variant_is_none() -> None:
         prune(variant(other_head), 0.4, units=["edge"], criterion="l2")
     with pytest.raises(PruningError, match="size of images is needed"):
         prune(variant(other_head), 0.4)
+
+
+class Halves(nn.Module):
+    """A conv whose first channels are added to those of one conv, the others to another's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.whole, self.few, self.many = (nn.Conv2d(3, n, 3, padding=1) for n in (12, 4, 8))
+        self.head = nn.Conv2d(12, 2, 1)
+
+    def forward(self, x):
+        return self.head((self.whole(x) + torch.cat([self.few(x), self.many(x)], 1)).relu())
+
+
+def test_parts_of_one_layer_are_cut_each_by_itself() -> None:
+    net = randomise_(Halves(), 0)
+    with torch.no_grad():
+        for i, conv in enumerate((net.whole, net.few, net.many)):
+            conv.bias.copy_(torch.arange(len(conv.bias)) + 100 * i)
+    small = prune(net, 0.4, criterion="l2", unit="params", scope="local", input_size=16)
+    left = torch.isin(net.whole.bias, small.whole.bias)
+    assert left[:4].sum() == small.few.out_channels < 4
+    assert left[4:].sum() == small.many.out_channels < 8
+    assert torch.equal(small.few.bias, net.few.bias[left[:4]])
+    assert torch.equal(small.many.bias, net.many.bias[left[4:]])
+    assert prune_dn.count(small, 16).params <= 0.6 * prune_dn.count(net, 16).params
