@@ -9,7 +9,7 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prune_dn.checkpoint import load, read_info, save, save_state_dict
+    from prune_dn.checkpoint import load, read_info, read_plan, save, save_state_dict
     from prune_dn.export import export_onnx, export_torch
     from prune_dn.latency import compare_latency, measure_latency
     from prune_dn.models import DenseNet, DenseNetConfig
@@ -43,6 +43,7 @@ __all__ = [
     "measure_latency",
     "prune",
     "read_info",
+    "read_plan",
     "recalibrate_batch_norm_",
     "register_criterion",
     "save",
@@ -51,7 +52,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "checkpoint": ("load", "read_info", "save", "save_state_dict"),
+    "checkpoint": ("load", "read_info", "read_plan", "save", "save_state_dict"),
     "export": ("export_onnx", "export_torch"),
     "latency": ("compare_latency", "measure_latency"),
     "models": ("DenseNet", "DenseNetConfig"),

@@ -6,6 +6,7 @@ ROUNDS = 100
 BATCH_SIZE = 65_536
 IMAGES = 1_000_000_000
 IMAGE_SIZE = 16_384  # pixels a side
+EXAMPLE = 50_000_000  # numbers of one example of a net's inputs
 CHANNELS = 1_000_000  # of a layer, and of all layers together
 LAYERS = 1_000  # of a net
 READINGS = 20_000_000  # of a channel by a layer, in a net

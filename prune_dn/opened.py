@@ -6,10 +6,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from prune_dn import limits
 from prune_dn.augment import AUGMENTATIONS
 from prune_dn.checkpoint import load, read_info
 from prune_dn.errors import CheckpointError
+from prune_dn.files import StrPath
 from prune_dn.models import Net
 from prune_dn.processes import process_state
 
@@ -20,9 +23,22 @@ def open_checkpoint(path: Path, ema: bool = False) -> tuple[Net, dict[str, Any]]
     With `ema` the averaged weights. Raises CheckpointError for a file that `load` refuses, or whose
     info commands cannot go by.
     """
-    net, info = load(path, ema=ema), read_info(path)
-    _check_info(path, info)
+    net, info = ours(load(path, ema=ema), path), read_known_info(path)
     return net.to(process_state().device), info
+
+
+def read_known_info(path: Path) -> dict[str, Any]:
+    """The info of a file. Raises CheckpointError where commands cannot go by it."""
+    info = read_info(path)
+    _check_info(path, info)
+    return info
+
+
+def ours(net: nn.Module, path: StrPath) -> Net:
+    """The net, where it is a DenseNet or Light CNN of ours. Raises CheckpointError for any other."""
+    if isinstance(net, Net):
+        return net
+    raise CheckpointError(f"{path} holds a {type(net).__name__}; this takes nets of prune_dn only")
 
 
 def _check_info(path: Path, info: dict[str, Any]) -> None:

@@ -28,6 +28,7 @@ from prune_dn.latency import machine
 from prune_dn.losses import USUAL
 from prune_dn.models import DenseNet, LightCNN, Net
 from prune_dn.models.state_dicts import fill
+from prune_dn.opened import ours
 from prune_dn.pixels import warn_of_other_pixels
 from prune_dn.processes import process_state
 from prune_dn.profiling import count
@@ -64,7 +65,7 @@ def build_model(section: ModelSection, data: Datasets, *, seed: int) -> Net:
     """
     spec = data.spec
     if section.checkpoint is not None:
-        model = load(section.checkpoint).to(process_state().device)
+        model = ours(load(section.checkpoint), section.checkpoint).to(process_state().device)
         check_fit(model, spec, section.checkpoint)
         return model
     with torch.device("meta"):
@@ -313,7 +314,7 @@ class Phases:
 
     def _load(self, name: str) -> Net:
         with self._readable(name):
-            return load(self._path(name)).to(process_state().device)
+            return ours(load(self._path(name)), self._path(name)).to(process_state().device)
 
     @contextmanager
     def _readable(self, name: str) -> Iterator[None]:

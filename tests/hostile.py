@@ -82,6 +82,13 @@ def net() -> nn.Module:
     return randomise_(densenet([2, 1], 4, stem="cifar", num_classes=3, bn_size=2), 0).eval()
 
 
+def other_net() -> nn.Module:
+    import timm
+    from oracle import randomise_
+
+    return randomise_(timm.create_model("test_resnet", num_classes=3), 0).eval()
+
+
 def make_files(folder: Path) -> None:
     """Good files of every kind that is read."""
     import dataclasses
@@ -89,7 +96,7 @@ def make_files(folder: Path) -> None:
     from prune_dn.checkpoint import save, save_state_dict
     from prune_dn.models import DenseNet, light_cnn_9
     from prune_dn.profiling import count
-    from prune_dn.pruning import make_plan
+    from prune_dn.pruning import make_plan, prune
     from prune_dn.pruning.ratios import FORMAT
     from prune_dn.pruning.sensitivity import sensitivity
 
@@ -102,6 +109,8 @@ def make_files(folder: Path) -> None:
     save(model, folder / "net.safetensors", info=info)
     light = light_cnn_9(3, image_size=16, widths=(4, 4, 6, 6, 6), embedding=8)
     save(light, folder / "light.safetensors")
+    other = prune(other_net(), 0.9, unit="params", criterion="l2", input_size=64)
+    save(other, folder / "other.safetensors")
     save_state_dict(model, folder / "net.pt")
     script = {"model": model.state_dict(), "epoch": 3, "args": argparse.Namespace(lr=0.1)}
     torch.save(script, folder / "script.pt")
@@ -123,16 +132,19 @@ def make_files(folder: Path) -> None:
 
 def digest(model: nn.Module) -> str:
     """Of everything that a net is."""
-    found = hashlib.sha256(model.config.to_json().encode())
+    config = getattr(model, "config", None)
+    found = hashlib.sha256((repr(model) if config is None else config.to_json()).encode())
     for name, tensor in sorted(model.state_dict().items()):
         found.update(name.encode() + str(tensor.dtype).encode() + tensor.numpy().tobytes())
     return found.hexdigest()
 
 
 def read_checkpoint(path: Path) -> str:
-    from prune_dn.opened import open_checkpoint
+    from prune_dn.checkpoint import load
+    from prune_dn.opened import read_known_info
 
-    return digest(open_checkpoint(path)[0])
+    read_known_info(path)
+    return digest(load(path))
 
 
 def read_plan(path: Path) -> str:
@@ -228,6 +240,7 @@ def main() -> None:
     sys.stdout = sys.stderr
     for reader, name in (
         ("checkpoint", "net.safetensors"),
+        ("checkpoint", "other.safetensors"),
         ("plan", "plan.json"),
         ("recipe", "recipe.yaml"),
         ("sensitivity", "sensitivity.json"),

@@ -114,7 +114,8 @@ def changed_header(draw: st.DrawFn, data: bytes) -> bytes:
     header = json.loads(data[8 : 8 + length])
     metadata = header["__metadata__"]
     del metadata["digest"]
-    inside = draw(st.sampled_from([None, None, "config", "config", "norm_momentum", "info"]))
+    keys = ["config", "config", "norm_momentum", "info", "constructor", "probe", "probe"]
+    inside = draw(st.sampled_from([None, None, *(key for key in keys if key in metadata)]))
     if inside is None:
         header = draw(changed_json(header))
     else:
@@ -166,7 +167,9 @@ def changed_recipe(draw: st.DrawFn) -> str:
 # -- what comes of it ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["net.safetensors", "light.safetensors", "net.pt", "script.pt"])
+@pytest.mark.parametrize(
+    "name", ["net.safetensors", "light.safetensors", "other.safetensors", "net.pt", "script.pt"]
+)
 @given(data=st.data())
 def test_changed_bytes_of_checkpoints(sandbox: Sandbox, name: str, data: st.DataObject) -> None:
     """Each holds a digest, or checksums."""
@@ -182,7 +185,7 @@ def test_changed_bytes_of_old_checkpoints(sandbox: Sandbox, data: st.DataObject)
     check(sandbox, "checkpoint", given, ".pt")
 
 
-@pytest.mark.parametrize("name", ["net.safetensors", "light.safetensors"])
+@pytest.mark.parametrize("name", ["net.safetensors", "light.safetensors", "other.safetensors"])
 @given(data=st.data())
 def test_changed_headers_of_checkpoints(sandbox: Sandbox, name: str, data: st.DataObject) -> None:
     given = data.draw(changed_header((sandbox.folder / name).read_bytes()))

@@ -38,6 +38,8 @@ FLOORS = [
     {"sources"},
     {"data"},
     {"training", "pruning"},
+    {"tensor_files", "probe"},
+    {"other_nets"},
     {"checkpoint"},
     {"opened"},
     {"recipe"},

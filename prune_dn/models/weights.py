@@ -35,11 +35,15 @@ _MOST_VALUES = 100_000
 
 @dataclass(frozen=True)
 class Weights:
-    """One net in a checkpoint: the mapping that holds it, how one gets there, the prefix of its keys."""
+    """One net in a checkpoint: the mapping that holds it, how one gets there, the prefix of its keys.
+
+    `firsts` are the names by which it was found.
+    """
 
     mapping: Mapping[Any, Any]
     where: str = ""
     prefix: str = ""
+    firsts: tuple[str, ...] = FIRST_WEIGHTS
 
     @property
     def averaged(self) -> bool:
@@ -48,7 +52,7 @@ class Weights:
 
     def tensors(self) -> dict[str, Tensor]:
         """Under the net's own keys. Nothing is copied."""
-        return clean_state_dict(self.mapping, self.prefix)
+        return clean_state_dict(self.mapping, self.prefix, self.firsts)
 
     def __str__(self) -> str:
         prefix = f"the keys in {cut(self.prefix)!r}" if self.prefix else ""
@@ -56,10 +60,12 @@ class Weights:
         return " of ".join(filter(None, (prefix, inside))) or "the keys at the top"
 
 
-def find_weights(state: Any, *, ema: bool = False) -> tuple[Weights, list[Weights]]:
-    """The weights of the one known net in `state`, and the others that it also holds.
+def find_weights(
+    state: Any, *, ema: bool = False, firsts: tuple[str, ...] = FIRST_WEIGHTS
+) -> tuple[Weights, list[Weights]]:
+    """The weights of the one net in `state`, and the others that it also holds.
 
-    They may lie in any mapping and behind any prefix. Of plain and averaged ones (`ema`, by their name)
+    `firsts` are names by one of which a net's keys are known, by default those of our nets. They may lie in any mapping and behind any prefix. Of plain and averaged ones (`ema`, by their name)
     the plain are meant unless `ema`. Raises ConversionError where there are none or several such, and
     where there is more in the mapping than the net, which might change its answers.
     """
@@ -69,12 +75,14 @@ def find_weights(state: Any, *, ema: bool = False) -> tuple[Weights, list[Weight
             "pass model.state_dict()"
         )
     mappings = list(_mappings(state))
-    found = [weights for where, mapping in mappings for weights in _nets(where, mapping)]
+    found = [weights for where, mapping in mappings for weights in _nets(where, mapping, firsts)]
     if not found:
         seen = max((_tensor_names(mapping) for _, mapping in mappings), key=len)
+        what = f"{firsts[0]} is missing"
+        if firsts == FIRST_WEIGHTS:
+            what = f"this is no DenseNet: {what}; expected {EXPECTED}"
         raise ConversionError(
-            f"this is no DenseNet: {FIRST_WEIGHTS[0]} is missing; expected {EXPECTED}; found "
-            f"{shorten(seen) or ('no tensors' if state else 'no keys')}"
+            f"{what}; found {shorten(seen) or ('no tensors' if state else 'no keys')}"
         )
     chosen = [weights for weights in found if weights.averaged == ema]
     if not chosen and not ema:
@@ -90,19 +98,22 @@ def find_weights(state: Any, *, ema: bool = False) -> tuple[Weights, list[Weight
     return chosen[0], [weights for weights in found if weights is not chosen[0]]
 
 
-def clean_state_dict(state_dict: Mapping[Any, Any], prefix: str = "") -> dict[str, Tensor]:
-    """The tensors behind `prefix`, under torchvision's present keys. Nothing is copied."""
+def clean_state_dict(
+    state_dict: Mapping[Any, Any], prefix: str = "", firsts: tuple[str, ...] = FIRST_WEIGHTS
+) -> dict[str, Tensor]:
+    """The tensors behind `prefix`, under plain keys (see `plain_key`). Nothing is copied."""
     tensors: dict[str, Tensor] = {}
     for key, value in state_dict.items():
-        name = _plain(key)
+        name = plain_key(key)
         if not name.startswith(prefix) or is_counter(name):
             continue
         name = name.removeprefix(prefix)
         if not isinstance(value, Tensor):
-            if "." not in name and not tensors.keys().isdisjoint(FIRST_WEIGHTS):
+            if "." not in name and not tensors.keys().isdisjoint(firsts):
                 continue  # an epoch, the arguments of a script: no net has such a key
             raise ConversionError(
-                f"the value of {key!r} is {_kind(value)}, not a tensor; expected {EXPECTED}"
+                f"the value of {key!r} is {_kind(value)}, not a tensor"
+                + (f"; expected {EXPECTED}" if firsts == FIRST_WEIGHTS else "")
             )
         if name in tensors:
             raise ConversionError(f"two keys of the state dict mean {name!r}; one is {key!r}")
@@ -111,34 +122,51 @@ def clean_state_dict(state_dict: Mapping[Any, Any], prefix: str = "") -> dict[st
 
 
 def unusable(tensors: Mapping[str, Tensor]) -> Iterator[str]:
-    """What no net can compute with: no data, other layouts and dtypes, NaN, negative variances."""
+    """What no net of ours can compute with: see `not_plain`; other dtypes, NaN, negative variances."""
     dtypes: dict[torch.dtype, str] = {}
-    stored: dict[int, int] = {}
-    plain: list[tuple[str, Tensor]] = []
-    needed = 0
+    sound: list[tuple[str, Tensor]] = []
+    odd = dict(_layouts(tensors))
+    yield from not_plain(tensors)
     for name, tensor in sorted(tensors.items()):
-        if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
-            kind = "meta" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
-            yield f"{name} is a {kind} tensor, not a plain one with data"
+        if name in odd or not tensor.is_floating_point():
             continue
-        bytes_there = tensor.untyped_storage().nbytes()
-        stored[tensor.untyped_storage().data_ptr()] = bytes_there
-        needed += tensor.numel() * tensor.element_size()
-        if bytes_there < tensor.numel() * tensor.element_size():
-            yield f"{name} is expanded: {tensor.numel():,} numbers from {bytes_there:,} bytes"
-        elif tensor.is_floating_point() and tensor.dtype not in FLOATS:
+        if tensor.dtype not in FLOATS:
             yield f"{name} has dtype {tensor.dtype}, in which nets do not run"
-        elif tensor.is_floating_point():
-            if not name.endswith(COUNTER):
-                dtypes.setdefault(tensor.dtype, name)
-            plain.append((name, tensor))
-    if problem := find_unsound(plain):
+            continue
+        if not name.endswith(COUNTER):
+            dtypes.setdefault(tensor.dtype, name)
+        sound.append((name, tensor))
+    if problem := find_unsound(sound):
         yield problem
     if len(dtypes) > 1:
         some = " and ".join(f"{dtype} ({name})" for dtype, name in list(dtypes.items())[:2])
         yield f"it mixes the dtypes {some}: make them one, as model.float() does"
+
+
+def not_plain(tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    """Tensors that are none of their own: without data, of other layouts, many numbers of few bytes."""
+    odd = dict(_layouts(tensors))
+    yield from odd.values()
+    own = {name: tensor for name, tensor in tensors.items() if name not in odd}
+    stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in own.values()}
+    needed = sum(t.numel() * t.element_size() for t in own.values())
     if needed > _MOST_SHARED * max(sum(stored.values()), 1 << 20):
         yield f"its tensors share their data: {needed:,} bytes from {sum(stored.values()):,}"
+
+
+def _layouts(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
+    """Each tensor without data, of another layout, or expanded, and what is wrong with it."""
+    for name, tensor in sorted(tensors.items()):
+        if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
+            kind = "meta" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
+            yield name, f"{name} is a {kind} tensor, not a plain one with data"
+            continue
+        bytes_there = tensor.untyped_storage().nbytes()
+        if bytes_there < tensor.numel() * tensor.element_size():
+            yield (
+                name,
+                f"{name} is expanded: {tensor.numel():,} numbers from {bytes_there:,} bytes",
+            )
 
 
 def _mappings(state: Mapping[Any, Any]) -> Iterator[tuple[str, Mapping[Any, Any]]]:
@@ -156,13 +184,13 @@ def _mappings(state: Mapping[Any, Any]) -> Iterator[tuple[str, Mapping[Any, Any]
                 waiting.append((f"{where}.{key}" if where else str(key), value, depth + 1))
 
 
-def _nets(where: str, mapping: Mapping[Any, Any]) -> Iterator[Weights]:
-    """The known nets in one mapping, by their prefixes."""
-    names = {str(key): _plain(key) for key in mapping}
+def _nets(where: str, mapping: Mapping[Any, Any], firsts: tuple[str, ...]) -> Iterator[Weights]:
+    """The nets in one mapping, by their prefixes."""
+    names = {str(key): plain_key(key) for key in mapping}
     ends = {
         name.removesuffix(first)
         for name in names.values()
-        for first in FIRST_WEIGHTS
+        for first in firsts
         if name == first or name.endswith(f".{first}")
     }
     # block1.0.conv1.filter is a layer of the Light CNN around it
@@ -178,7 +206,7 @@ def _nets(where: str, mapping: Mapping[Any, Any]) -> Iterator[Weights]:
             f"{shorten(extra)}: another head or a loss, which may change the answers. "
             "Pass the whole module to prune_dn.prune, or save the net's own state_dict()"
         )
-    yield from (Weights(mapping, where, prefix) for prefix in sorted(prefixes))
+    yield from (Weights(mapping, where, prefix, firsts) for prefix in sorted(prefixes))
 
 
 def _tensor_names(mapping: Mapping[Any, Any]) -> list[str]:
@@ -189,7 +217,8 @@ def is_counter(name: str) -> bool:
     return name.rpartition(".")[2] in _COUNTERS
 
 
-def _plain(key: Any) -> str:
+def plain_key(key: Any) -> str:
+    """A key without the names of wrappers, and torchvision's old `norm.1` as the present `norm1`."""
     return _OLD_KEY.sub(r"\1", _WRAPPERS.sub("", str(key)))
 
 
