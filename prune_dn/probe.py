@@ -147,8 +147,9 @@ def make(description: Any, depth: int = 0) -> Any:
 
 
 def _tensor(shape: Any, dtype: Any) -> Tensor:
-    whole = isinstance(shape, list) and all(type(s) is int and s >= 0 for s in shape)
-    if not whole or dtype not in _DTYPES or math.prod(shape) > limits.EXAMPLE or len(shape) > 16:
+    right = isinstance(shape, list) and len(shape) < 16 and isinstance(dtype, str)
+    right = right and dtype in _DTYPES and all(type(s) is int and s >= 0 for s in shape)
+    if not right or math.prod(shape) > limits.EXAMPLE:
         raise ValueError(f"it describes an input of shape {shape!r:.100} and dtype {dtype!r:.100}")
     if not _DTYPES[dtype].is_floating_point:
         return torch.zeros(shape, dtype=_DTYPES[dtype])

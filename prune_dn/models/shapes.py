@@ -141,24 +141,22 @@ def _unknown(name: str, module: nn.Module) -> str | None:
 
 
 def _misfits(mine: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Iterator[str]:
-    """How the tensors differ from the model's own beyond their widths."""
-    for name, tensor in mine.items():
+    """How the tensors differ from the model's own beyond their widths, in the model's order."""
+    for name, own in mine.items():
         if name not in given:
-            yield f"{name}, of shape {_shape(tensor)} in the model, is not in the file"
+            yield f"{name}, of shape {_shape(own)} in the model, is not in the file"
     for name, tensor in given.items():
         if name not in mine:
             yield f"{name}, of shape {_shape(tensor)} in the file, is not in the model"
-            continue
-        own = mine[name]
-        both = f"{name} has shape {_shape(tensor)} in the file and {_shape(own)} in the model"
+    for name, own in mine.items():
+        tensor = given[name]
         wider = any(a > b for a, b in zip(tensor.shape, own.shape, strict=False))
-        if tensor.ndim != own.ndim or wider or (0 in tensor.shape and 0 not in own.shape):
-            yield both
+        emptied = 0 in tensor.shape and 0 not in own.shape
+        kernel = tensor.shape[2:] != own.shape[2:] and sum(size > 1 for size in own.shape) > 1
+        if tensor.ndim != own.ndim or wider or emptied or kernel:
+            yield f"{name} has shape {_shape(tensor)} in the file and {_shape(own)} in the model"
         elif tensor.is_floating_point() != own.is_floating_point():
             yield f"{name} has dtype {tensor.dtype} in the file and {own.dtype} in the model"
-    for name, own in mine.items():
-        if own.ndim > 2 and given[name].shape[2:] != own.shape[2:]:
-            yield f"{name} has shape {_shape(given[name])} in the file and {_shape(own)} in the model"
 
 
 def _places(model: nn.Module) -> dict[str, list[_Place]]:
