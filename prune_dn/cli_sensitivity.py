@@ -133,7 +133,7 @@ def measure(
     from prune_dn.processes import process_state
     from prune_dn.profiling import count
     from prune_dn.pruning import recalibrate_batch_norm_
-    from prune_dn.pruning.importance import reads_images
+    from prune_dn.pruning.criteria import reads_images
     from prune_dn.pruning.ratios import FORMAT, ratios_within
     from prune_dn.pruning.sensitivity import sensitivity
     from prune_dn.training import evaluate as score

@@ -88,6 +88,6 @@ def _shape(model: Net) -> dict[str, Any]:
     blocks = [len(block) for block in model.config.blocks]
     rivals = {
         x.name: f"{len(x.owner)} maps compete, {x.winners} win"
-        for x in contests(Units(model.config))
+        for x in contests(Units(model.config.graph()))
     }
     return {"stem": model.config.stem, "layers_per_block": blocks, "mfm": rivals}

@@ -37,7 +37,7 @@ from prune_dn.pruning import (
     recalibrate_batch_norm_,
 )
 from prune_dn.pruning.compensate import check_compensation
-from prune_dn.pruning.importance import follows_loss, reads_images
+from prune_dn.pruning.criteria import follows_loss, reads_images
 from prune_dn.pruning.latency_model import requested_model
 from prune_dn.pruning.request import Request
 from prune_dn.recipe import Recipe

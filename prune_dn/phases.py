@@ -99,7 +99,7 @@ def check_measured(recipe: Recipe, model: Net) -> None:
     """Raise PruningError, before any work, where `prune.ratios` are not for this net."""
     if recipe.prune is not None and recipe.prune.ratios is not None:
         assert isinstance(model, DenseNet)
-        read_ratios(recipe.prune.ratios, Units(model.config), recipe.prune.units)
+        read_ratios(recipe.prune.ratios, Units(model.config.graph()), recipe.prune.units)
 
 
 @dataclass

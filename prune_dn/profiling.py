@@ -7,7 +7,6 @@ import inspect
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +17,11 @@ from prune_dn.errors import ConfigError
 from prune_dn.models import DenseNet, DenseNetConfig, LightCNN
 from prune_dn.models.answers import computed_weights
 from prune_dn.models.as_built import as_built
-from prune_dn.models.as_built import default_image_size as default_image_size
+from prune_dn.models.sizes import ImageSize as ImageSize
+from prune_dn.models.sizes import block_pixels, stem_pixels
+from prune_dn.models.sizes import default_image_size as default_image_size
+from prune_dn.models.sizes import sides as sides
 
-ImageSize = int | tuple[int, int]
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -229,45 +230,6 @@ def _densenet_rows(config: DenseNetConfig, image_size: ImageSize | None) -> Iter
 
 def _read(indices: Sequence[int] | None, stream: int) -> int:
     return stream if indices is None else len(indices)
-
-
-def stem_pixels(config: DenseNetConfig, image_size: ImageSize | None) -> int:
-    """Output pixels of the first conv."""
-    height, width = _sides(config, image_size)
-    if config.stem == "imagenet":
-        height, width = (height - 1) // 2 + 1, (width - 1) // 2 + 1
-    return height * width
-
-
-def block_pixels(config: DenseNetConfig, image_size: ImageSize | None) -> list[int]:
-    """Pixels of each block's stream. Raises ConfigError where the image is too small."""
-    height, width = given = _sides(config, image_size)
-    if config.stem == "imagenet":
-        height, width = (height + 3) // 4, (width + 3) // 4
-    pixels = []
-    for _ in config.blocks:
-        if height < 1 or width < 1:
-            raise ConfigError(
-                f"images of {given[0]}x{given[1]} pixels are too small for "
-                f"{len(config.blocks)} blocks with a {config.stem} stem"
-            )
-        pixels.append(height * width)
-        height, width = height // 2, width // 2
-    return pixels
-
-
-def _sides(config: DenseNetConfig, image_size: ImageSize | None) -> tuple[int, int]:
-    return sides(default_image_size(config) if image_size is None else image_size)
-
-
-def sides(image_size: ImageSize) -> tuple[int, int]:
-    """Height and width in pixels. Raises ConfigError for anything but one integer or two."""
-    given = tuple(image_size) if isinstance(image_size, tuple | list) else (image_size, image_size)
-    if len(given) != 2 or any(
-        isinstance(s, bool) or not isinstance(s, Integral) or s < 1 for s in given
-    ):
-        raise ConfigError(f"image_size is {image_size!r}; give pixels, or (height, width)")
-    return int(given[0]), int(given[1])
 
 
 def _conv(name: str, inputs: int, outputs: int, kernel: int, pixels: int) -> LayerCost:

@@ -9,7 +9,7 @@ from prune_dn.errors import PruningError
 from prune_dn.models import DenseNet, LightCNN
 from prune_dn.profiling import count
 from prune_dn.pruning import Plan, make_plan, prune, settling_plan
-from prune_dn.pruning.importance import follows_loss, reads_images
+from prune_dn.pruning.criteria import follows_loss, reads_images
 from prune_dn.pruning.latency_model import LATENCY, requested_model
 from prune_dn.pruning.request import usual_criterion
 from prune_dn.recipe import Recipe

@@ -39,7 +39,7 @@ def images(n: int = 8, seed: int = 0, side: int = 8) -> torch.Tensor:
 
 def scores(model: DenseNet, criterion: str, data: list[object], loss=None) -> np.ndarray:
     batches = read_batches(data, loss=loss)
-    return importance(model, Units(model.config), criterion, calibration=batches)
+    return importance(model, Units(model.config.graph()), criterion, calibration=batches)
 
 
 LABELS = {
@@ -71,7 +71,9 @@ def test_one_output_and_many_labels_against_one_image_at_a_time(loss, outputs, c
         slope = (seen[0] * gradient).sum((0, 2, 3)).detach()
         expected += (slope.abs() if criterion == "taylor" else slope.square() / 2) / 8
     group = next(
-        g for g in Units(model.config).groups if g.name == "features.denseblock2.denselayer1.norm1"
+        g
+        for g in Units(model.config.graph()).groups
+        if g.name == "features.denseblock2.denselayer1.norm1"
     )
     np.testing.assert_allclose(found[group.units], expected, rtol=1e-3, atol=1e-6)
 
@@ -85,10 +87,10 @@ def test_what_nobody_hears_goes_first(loss, outputs, criterion) -> None:
         model.classifier.weight[:, 6:9] = 0
     data: list[object] = [(images(), labels)]
     found = scores(model, criterion, data, loss)
-    last = next(g for g in Units(model.config).groups if g.name == "features.norm5")
+    last = next(g for g in Units(model.config.graph()).groups if g.name == "features.norm5")
     assert found[last.units][6:9].max() == found[last.units].min() == 0
     stream = np.concatenate(
-        [found[g.units] for g in Units(model.config).groups if g.kind == "stream"]
+        [found[g.units] for g in Units(model.config.graph()).groups if g.kind == "stream"]
     )
     assert len(np.unique(stream)) > 0.8 * len(stream)
     assert not np.array_equal(np.argsort(stream), np.arange(len(stream)))

@@ -22,7 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import prune_dn
 from prune_dn.models import DenseNet, DenseNetConfig
 from prune_dn.pruning import CRITERIA
-from prune_dn.pruning.importance import importance, reads_images
+from prune_dn.pruning.criteria import reads_images
+from prune_dn.pruning.importance import importance
+from prune_dn.pruning.kept import indices_of
 from prune_dn.pruning.latency_model import LatencyModel
 from prune_dn.pruning.parts import Mask
 from prune_dn.pruning.plan import plan_of
@@ -97,7 +99,7 @@ def slimming(net: DenseNet, ratio: float, batches: Batches, size: int, seed: int
     Its mask sets gamma and beta to zero; the channels behind them are then cut, which changes
     nothing (`masked == pruned` is a test).
     """
-    units = Units(net.config)
+    config, units = net.config, Units(net.config.graph())
     scores = importance(net, units, "bn_scale")
     may_go = np.ones(units.size, dtype=bool)
     for group in units.groups:
@@ -115,10 +117,10 @@ def slimming(net: DenseNet, ratio: float, batches: Batches, size: int, seed: int
     target = (1 - ratio) * macs_of(net, size)
 
     def enough(count: int) -> bool:
-        return prune_dn.count(units.after(keep(count)), size).macs <= target
+        return prune_dn.count(config.after(indices_of(units, keep(count))), size).macs <= target
 
     count = bisect_left(range(len(order)), True, key=enough)
-    return prune_dn.apply_plan(net, plan_of(units, keep(count)))
+    return prune_dn.apply_plan(net, plan_of(config, units, keep(count)))
 
 
 def theirs(criterion: str, global_pruning: bool, round_to: int) -> Method:

@@ -30,23 +30,56 @@ class Reader:
     """A convolution or linear layer and the id at each of its input positions, (inputs,).
 
     `select` is the norm in front of it whose output nobody else reads, where a selection of inputs can
-    be made before the norm; None = there is no such norm.
+    be made before the norm; None = there is no such norm. `stream` are the ids of the tensor in front of
+    that norm, (width,), where others read it too, so that single inputs (edges) may go; `positions` are
+    its pixels.
     """
 
     layer: str
     channels: Ids
     select: str | None
+    stream: Ids | None = None
+    positions: int = 0
 
 
 @dataclass(frozen=True)
 class Follower:
     """A layer or bare parameter with one entry per channel, and the ids in its order, (entries,).
 
-    A norm, PReLU, depthwise convolution, scale or shift.
+    A norm, PReLU, depthwise convolution, scale or shift. Each entry has `params` parameters and costs
+    `macs` for one image; `pixels` are the positions that it computes. `is_norm`: a batch norm.
     """
 
     layer: str
     channels: Ids
+    params: int = 0
+    macs: int = 0
+    pixels: int = 0
+    is_norm: bool = False
+
+
+@dataclass(frozen=True)
+class Competition:
+    """An MFM: in each column of `operands`, (competitors, units), ids compete; `results` come out,
+    (survivors, units).
+
+    Where a unit has one operand left, all rows name it. `reader` is the layer that reads the results
+    where what is read competes; None: new maps compete, and `maker` makes them.
+    """
+
+    module: str
+    operands: Ids
+    results: Ids
+    maker: str | None
+    reader: str | None
+
+
+@dataclass(frozen=True)
+class Block:
+    """What may go whole: a dense layer. `layers` are its convolutions, in the order in which they run."""
+
+    name: str
+    layers: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -60,6 +93,7 @@ class Op:
     kernel: tuple[int, ...]
     groups: int
     pixels: int
+    bias: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,8 +113,10 @@ class Graph:
     ties: Ids
     fixed: Mapping[int, str]
     balanced: tuple[Ids, ...]
-    unreached: tuple[str, ...]
-    why_unreached: str | None
+    unreached: tuple[str, ...] = ()
+    why_unreached: str | None = None
+    competitions: tuple[Competition, ...] = ()
+    blocks: tuple[Block, ...] = ()
 
     def classes(self, ids: Ids) -> Ids:
         """The class of each id; NONE stays NONE."""

@@ -17,6 +17,7 @@ from prune_dn.models.config import DenseNetConfig
 from prune_dn.models.dense_net import DenseLayer, DenseNet
 from prune_dn.models.light_cnn import LightCNN
 from prune_dn.models.light_cnn_config import LightCNNConfig
+from prune_dn.models.sizes import default_image_size
 from prune_dn.models.state_dicts import Net, empty_net, fill, misfits
 from prune_dn.models.weights import clean_state_dict, is_counter, shorten
 
@@ -109,13 +110,6 @@ def copy_modes_(model: Net, modules: Modules) -> None:
         for key, parameter in mine._parameters.items():
             if parameter is not None:
                 parameter.requires_grad_(theirs.get_parameter(key).requires_grad)
-
-
-def default_image_size(config: DenseNetConfig | LightCNNConfig) -> int:
-    """32 pixels for a cifar stem, 224 for an imagenet stem; a Light CNN takes one size."""
-    if isinstance(config, LightCNNConfig):
-        return config.image_size
-    return 32 if config.stem == "cifar" else 224
 
 
 def _config(model: Net) -> DenseNetConfig | LightCNNConfig:

@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from textwrap import indent
 from typing import Any, Literal
@@ -15,10 +16,12 @@ from typing import Any, Literal
 from prune_dn import limits
 from prune_dn.errors import ConfigError, listed
 from prune_dn.files import parse_json
+from prune_dn.graph.types import Graph
 from prune_dn.models.mfm import MFM_KINDS
 
 Stem = Literal["cifar", "imagenet"]
 Indices = tuple[int, ...] | None
+ImageSize = int | tuple[int, int]
 _TUPLES = (
     "input_indices",
     "rival_indices",
@@ -103,6 +106,18 @@ class DenseNetConfig:
         problems = listed(_problems(self))
         if problems:
             raise ConfigError(f"this DenseNetConfig cannot be built:\n{indent(problems, '  ')}")
+
+    def graph(self, image_size: ImageSize | None = None) -> Graph:
+        """The channels of the net, who makes and who reads them; `image_size` as in `prune_dn.count`."""
+        from prune_dn.models.dense_net_graph import dense_net_graph
+
+        return dense_net_graph(self, image_size)
+
+    def after(self, kept: Mapping[str, Sequence[int]]) -> DenseNetConfig:
+        """The config of what is left: `kept` as `Plan.keep_indices`, absent = all."""
+        from prune_dn.models.dense_net_graph import dense_net_after
+
+        return dense_net_after(self, kept)
 
     def to_json(self) -> str:
         """One line of JSON; `from_json` gives back an equal config."""

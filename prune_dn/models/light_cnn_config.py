@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from textwrap import indent
 from typing import Any, Literal, NamedTuple
@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 from prune_dn import limits
 from prune_dn.errors import ConfigError, listed
 from prune_dn.files import parse_json
+from prune_dn.graph.types import Graph
 
 Variant = Literal["9", "29", "29_v2"]
 STAGES = 4
@@ -88,6 +89,18 @@ class LightCNNConfig:
     def named(self) -> dict[str, MFMConfig]:
         """The layers by the names of their weights."""
         return {place.name: layer for place, layer in zip(self.places(), self.layers, strict=True)}
+
+    def graph(self) -> Graph:
+        """The channels of the net, who makes and who reads them."""
+        from prune_dn.models.light_cnn_graph import light_cnn_graph
+
+        return light_cnn_graph(self)
+
+    def after(self, kept: Mapping[str, Sequence[int]]) -> LightCNNConfig:
+        """The config of what is left: `kept` as `Plan.keep_indices`, absent = all."""
+        from prune_dn.models.light_cnn_graph import light_cnn_after
+
+        return light_cnn_after(self, kept)
 
     def to_json(self) -> str:
         """One line of JSON; `from_json` gives back an equal config."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -90,3 +92,52 @@ class MaxFeatureMap(nn.Module):
         return repr(self.kind) + (
             f", {len(self.alone)} of {self.units} alone" if self.alone else ""
         )
+
+
+Indices = npt.NDArray[np.int64]
+
+
+def operands_of(filters: Indices, kind: str, alone: tuple[int, ...]) -> Indices:
+    """What competes in each unit, (siblings, units), of the `filters` of a layer under MFM.
+
+    A unit that stands alone competes with itself.
+
+    >>> operands_of(np.arange(5), "2/1", (1,)).tolist()
+    [[0, 1, 2], [3, 1, 4]]
+    """
+    siblings = siblings_of(kind)
+    if not alone:
+        return filters.reshape(siblings, -1)
+    units = (len(filters) + len(alone)) // siblings
+    second = filters[:units].copy()
+    second[np.delete(np.arange(units), alone)] = filters[units:]
+    return np.stack([filters[:units], second])
+
+
+def owners(units: int, paired: Indices) -> Indices:
+    """The unit of each operand: the first of each unit, then the second of those that are `paired`."""
+    return np.concatenate([np.arange(units), paired])
+
+
+def maps_left(
+    maps: int, kind: str | None, alone: tuple[int, ...], kept: Indices
+) -> tuple[Indices, str | None, tuple[int, ...]]:
+    """What filters that stay make of `maps`: the maps, the MFM, and its units that stand alone.
+
+    `kept` are filters in their new order: of each unit the first that stays, then the seconds. There is
+    no MFM when all units stand alone.
+
+    >>> maps_left(3, "2/1", (1,), np.array([0, 4, 1]))
+    (array([0, 2, 1]), None, ())
+    """
+    if kind is None:
+        return kept, None, ()
+    siblings, survivors = MFM_KINDS[kind]
+    units = maps // survivors
+    if siblings == 3:
+        left = kept[: len(kept) // siblings]
+        return (np.arange(survivors)[:, None] * units + left).ravel(), kind, ()
+    owner = owners(units, np.delete(np.arange(units), alone))[kept]
+    left = owner[: len(np.unique(owner))]
+    single = np.flatnonzero(np.bincount(owner, minlength=units)[left] == 1)
+    return (left, None, ()) if len(single) == len(left) else (left, kind, tuple(single.tolist()))

@@ -1,7 +1,7 @@
 """Score, plan, cut."""
 
 from prune_dn.pruning.compensate import compensate_plan
-from prune_dn.pruning.importance import CRITERIA, register_criterion
+from prune_dn.pruning.criteria import CRITERIA, register_criterion
 from prune_dn.pruning.latency_model import LatencyModel, fit_latency_model
 from prune_dn.pruning.plan import Plan, make_plan
 from prune_dn.pruning.recalibrate import recalibrate_batch_norm_

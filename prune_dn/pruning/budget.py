@@ -9,11 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from prune_dn.errors import PruningError
-from prune_dn.profiling import ImageSize
-from prune_dn.pruning.importance import Scores
-from prune_dn.pruning.parts import Group, Mask
-from prune_dn.pruning.prices import Costs, Indices, Market
-from prune_dn.pruning.rates import Rates, total_cost, unit_costs
+from prune_dn.pruning.parts import STAYS, Group, Mask
+from prune_dn.pruning.prices import Costs, Indices, Market, Scores
+from prune_dn.pruning.rates import Costing, Rates
 from prune_dn.pruning.units import Units
 
 ROUNDS, AVALANCHES = 6, 20
@@ -33,7 +31,6 @@ class Budget:
     ranks: Scores | None
     min_channels: int
     round_to: int
-    image_size: ImageSize | None
     whole_layers: bool = False
     block: int = 1
 
@@ -91,14 +88,14 @@ class _Ranking:
     ) -> None:
         self.units, self.scores, self.may_go, self.budget = units, scores, may_go, budget
         self.spare = spare
-        self.market = Market(units, scores, may_go)
+        self.market, self.costing = Market(units, scores, may_go), Costing(units)
         wide = np.array([group.size > budget.block for group in units.groups])
         self.multiples = np.where(wide, math.lcm(budget.round_to, budget.block), budget.round_to)
         self.starts = np.array([group.start for group in units.groups])
 
     def remains(self, keep: Mask) -> float:
         """What is left of the budget's unit."""
-        return total_cost(self.units, keep, self.budget.rates, self.budget.image_size)
+        return self.costing.total(keep, self.budget.rates)
 
     def meets(self, keep: Mask) -> bool:
         """Whether that is little enough."""
@@ -117,8 +114,8 @@ class _Ranking:
 
         The layer goes; of the others no more than are needed beside it, the first to go first.
         """
-        part = self.market.part[gone]
-        layer, others = gone[part == part[-1]], gone[part != part[-1]]
+        block = self.units.block_of[gone]
+        layer, others = gone[block == block[-1]], gone[block != block[-1]]
 
         def meets(count: int) -> bool:
             return self.meets(self.cut(keep, np.concatenate([others[:count], layer])))
@@ -151,7 +148,7 @@ class _Ranking:
 
     def costs(self, keep: Mask) -> Costs:
         """What each unit costs in the net that `keep` leaves."""
-        return unit_costs(self.units, keep, self.budget.rates, self.budget.image_size)
+        return self.costing.each(keep, self.budget.rates)
 
     def order(self, keep: Mask, costs: Costs) -> Indices:
         """The units that may go, the first to go first."""
@@ -161,8 +158,8 @@ class _Ranking:
         else:
             value = own = self.market.prices(keep, costs)
         if self.budget.whole_layers:
-            layers = self.market.layer_prices(keep, costs)
-            layer = np.where(self.market.is_filter, layers[self.market.part], np.inf)
+            layers = np.append(self.market.block_prices(keep, costs), np.inf)
+            layer = layers[self.units.output_of]
             value = np.where(self.spare, layer, np.minimum(own, layer))
         candidates = candidates[np.isfinite(value[candidates])]
         return candidates[np.lexsort((own[candidates], value[candidates]))]
@@ -191,60 +188,57 @@ def losers(units: Units, scores: Scores, may_go: Mask) -> Mask:
     Who wins, or stands alone, goes only with the unit that it is left of.
     """
     lose = may_go.copy()
-    for part in units.parts():
-        for pairs in (part.sides, part.siblings):
-            if pairs is not None:
-                group, own = pairs.group, np.arange(len(pairs.second))
-                value = np.where(may_go[group.units], scores[group.units], np.inf)
-                least = np.where(value[own] < value[pairs.second], own, pairs.second)
-                lose[group.units] = False
-                lose[group.start + least[(own != pairs.second) & np.isfinite(value[least])]] = True
+    for pairs in units.pairs:
+        group, own = pairs.group, np.arange(len(pairs.second))
+        value = np.where(may_go[group.units], scores[group.units], np.inf)
+        least = np.where(value[own] < value[pairs.second], own, pairs.second)
+        lose[group.units] = False
+        lose[group.start + least[(own != pairs.second) & np.isfinite(value[least])]] = True
     return lose
 
 
 def floor(units: Units, scores: Scores, may_go: Mask, min_channels: int) -> tuple[Mask, Mask]:
-    """Units that must stay so that no width falls below `min_channels`: always, or with their layer.
+    """Units that must stay so that no width falls below `min_channels`: always, or with their block.
 
-    The best of each producer and bottleneck; then, for each reader, its best edges to channels that
-    stay anyway, or else its best edges with their channels. The filters of a dense layer that stay
-    only for its own width are in the second mask: they may go when the whole layer goes.
+    The best of each group of channels; then, for each reader that selects, its best edges to channels
+    that stay anyway, or else its best edges with their channels. The outputs of a block that stay only
+    for its own width are in the second mask: they may go when the whole block goes.
     """
     fixed, spare = (np.zeros(units.size, dtype=bool) for _ in range(2))
     bound = ~may_go
-    for stream in units.streams:
-        makers = stream.makers()
-        for part in stream.producers:
-            assert part.stream is not None
-            mine = spare if part.is_dense_layer else fixed
-            mine[_best(part.stream, scores, bound, min_channels)] = True
-            if part.bottleneck is not None:
-                fixed[_best(part.bottleneck, scores, bound, min_channels)] = True
-        for part in stream.readers:
-            assert part.edges is not None
-            # An edge outranks another whose channel may go sooner, or that may itself go.
-            channels = part.positions
-            if part.sides is not None:
-                # Of a pair the side counts that may not go, and whose channel stays longer.
-                sides, own = part.sides, np.arange(part.edges.size)
-                stays = np.where(fixed | bound, 2, spare)
-                rank = np.empty(sides.group.size)
-                by = (scores[sides.group.units], stays[makers[sides.positions]])
-                rank[np.lexsort((*by, stays[sides.group.units]))] = np.arange(len(rank))
-                best_side = np.where(rank[own] > rank[sides.second], own, sides.second)
-                channels = sides.positions[best_side]
-            read = makers[channels]
-            stays = np.where(fixed[read] | bound[read], 2, spare[read])
-            order = np.lexsort((scores[part.edges.units], stays))
-            best = order[::-1][:min_channels]
-            fixed[part.edges.start + best] = True
-            fixed[read[best]] = True
+    for group in units.groups:
+        if group.kind in ("stream", "bottleneck"):
+            mine = spare if units.output_of[group.start] >= 0 else fixed
+            mine[_best(group, scores, bound, min_channels)] = True
+    for selection in units.selections:
+        edges, sources = selection.edges, selection.sources
+
+        def stays(source: Indices) -> Indices:
+            held = (source == STAYS) | fixed[source] | bound[source]
+            return np.where(held, 2, spare[source])
+
+        # An edge outranks another whose channel may go sooner, or that may itself go.
+        if selection.sides is not None:
+            # Of a pair the side counts that may not go, and whose channel stays longer.
+            sides, own = selection.sides, np.arange(edges.size)
+            rank = np.empty(sides.group.size)
+            by = (scores[sides.group.units], stays(sources))
+            held = np.where(fixed | bound, 2, spare)[sides.group.units]
+            rank[np.lexsort((*by, held))] = np.arange(len(rank))
+            sources = sources[np.where(rank[own] > rank[sides.second], own, sides.second)]
+        order = np.lexsort((scores[edges.units], stays(sources)))
+        best = order[::-1][:min_channels]
+        fixed[edges.start + best] = True
+        needed = sources[best]
+        fixed[needed[needed != STAYS]] = True
     return fixed, spare & ~fixed
 
 
-def _best(group: Group, scores: Scores, stays: Mask, count: int) -> np.ndarray:
+def _best(group: Group, scores: Scores, stays: Mask, count: int) -> Indices:
     """The `count` units of a group to keep: those that stay anyway, then the most important."""
     order = np.lexsort((scores[group.units], stays[group.units]))[::-1]
-    return group.start + order[:count]
+    best: Indices = group.start + order[:count]
+    return best
 
 
 def quantiles(units: Units, scores: Scores) -> Scores:

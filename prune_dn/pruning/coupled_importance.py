@@ -13,8 +13,9 @@ from prune_dn.errors import PruningError
 from prune_dn.graph.groups import IN, Group, Member
 from prune_dn.pruning.calibration import Statistics
 from prune_dn.pruning.coupled import reading_weight, widths
-from prune_dn.pruning.importance import CRITERIA, Reading, check_losses, judge, observe
+from prune_dn.pruning.criteria import CRITERIA, Reading, check_losses, judge
 from prune_dn.pruning.patches import kernel_matrix, taps_of
+from prune_dn.pruning.readings import observe
 
 
 def importance(

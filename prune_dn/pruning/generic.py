@@ -35,7 +35,8 @@ from prune_dn.pruning.coupled import (
     shifts,
 )
 from prune_dn.pruning.coupled_importance import importance, scaled
-from prune_dn.pruning.importance import CRITERIA, calibration_for, follows_loss, reads_images
+from prune_dn.pruning.criteria import CRITERIA, follows_loss, reads_images
+from prune_dn.pruning.importance import calibration_for
 from prune_dn.pruning.light_cnn import light_cnn_groups, light_cnn_scores, losers, sibling_groups
 from prune_dn.pruning.protect import matching
 from prune_dn.pruning.refit import refit_

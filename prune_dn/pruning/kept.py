@@ -10,7 +10,7 @@ import numpy as np
 
 from prune_dn.errors import ConfigError, PruningError
 from prune_dn.models import DenseNetConfig
-from prune_dn.pruning.parts import Group, Mask, Part, Positions
+from prune_dn.pruning.parts import Group, Mask, Positions
 from prune_dn.pruning.units import Units
 
 Kept = dict[str, tuple[int, ...]]
@@ -20,29 +20,31 @@ def indices_of(table: Units, keep: Mask) -> Kept:
     """What stays in each module that loses channels or changes their order."""
     return {
         group.name: tuple(kept.tolist())
-        for part in table.parts()
-        for group, kept in kept_channels(part, keep)
+        for group, kept in kept_channels(table, keep)
         if not np.array_equal(kept, np.arange(group.channels))
     }
 
 
-def kept_channels(part: Part, keep: Mask) -> Iterator[tuple[Group, Positions]]:
-    """For each group of a part those channels of its module that stay, in their new order.
+def kept_channels(table: Units, keep: Mask) -> Iterator[tuple[Group, Positions]]:
+    """For each group those channels of its module that stay, in their new order.
 
     The order changes where a sibling goes: the one that is left becomes the first of its pair, and
     where what is read competes the pairs lie in the order of their first position.
     """
-    for group in part.groups:
+    pairs = {found.group.name: found for found in table.pairs}
+    makers = {found.maker: found for found in table.pairs if found.maker is not None}
+    selections = {s.edges.name: s for s in table.selections}
+    sides = {s.sides.group.name: s for s in table.selections if s.sides is not None}
+    for group in table.groups:
         kept = np.flatnonzero(keep[group.units])
-        if part.sides is not None and group in (part.edges, part.sides.group):
-            firsts, seconds = part.sides.left(keep)
-            order = np.argsort(part.sides.positions[firsts])
-            firsts, seconds = firsts[order], seconds[order]
-            kept = kept[order]
-            if group is part.sides.group:
-                kept = np.concatenate([firsts, seconds[seconds != firsts]])
-        elif part.siblings is not None and group in (part.stream, part.siblings.group):
-            firsts, seconds = part.siblings.left(keep)
+        if group.kind == "edge":
+            kept = selections[group.name].order(keep)
+        elif group.kind == "sibling" or (group.name in makers and table.is_channel[group.start]):
+            found = pairs[group.name] if group.kind == "sibling" else makers[group.name]
+            firsts, seconds = found.left(keep)
+            if group.name in sides:
+                order = np.argsort(sides[group.name].positions[firsts])
+                firsts, seconds = firsts[order], seconds[order]
             kept = np.concatenate([firsts, seconds[seconds != firsts]])
         elif group.siblings > 1:
             kept = (np.arange(group.siblings)[:, None] * group.size + kept).ravel()
@@ -58,23 +60,17 @@ def units_of(table: Units, keep_indices: Mapping[str, Sequence[int]]) -> Mask:
     unknown = sorted({str(name) for name in keep_indices} - {group.name for group in table.groups})
     if unknown:
         raise PruningError(f"keep_indices name {unknown[0]!r}, which config_before does not have")
-    for part in table.parts():
-        pairs = {
-            whole.name: sides
-            for whole, sides in ((part.edges, part.sides), (part.stream, part.siblings))
-            if whole is not None and sides is not None
-        }
-        for group in part.groups:
-            if group.name in keep_indices:
-                kept = _channels(group, keep_indices[group.name])
-                if group is part.stream and group.name in pairs:
-                    kept = pairs[group.name].owner[kept]
-                keep[group.units] = False
-                keep[group.start + kept % max(group.size, 1)] = True
-        for name, sides in pairs.items():
-            if sides.group.name not in keep_indices:  # in plans of whole units that are older
-                whole = next(group for group in part.groups if group.name == name)
-                keep[sides.group.units] = keep[whole.units][sides.owner]
+    makers = {found.maker: found for found in table.pairs if found.maker is not None}
+    for group in table.groups:
+        if group.name in keep_indices:
+            kept = _channels(group, keep_indices[group.name])
+            if group.kind == "stream" and group.name in makers:
+                kept = makers[group.name].owner[kept]
+            keep[group.units] = False
+            keep[group.start + kept % max(group.size, 1)] = True
+    for pairs in table.pairs:
+        if pairs.group.name not in keep_indices:  # in plans of whole units that are older
+            keep[pairs.group.units] = keep[pairs.whole.units][pairs.owner]
     _check_modules_agree(table, keep, keep_indices)
     return keep
 
@@ -93,10 +89,11 @@ def consistent(
             )
     if not isinstance(keep_indices, Mapping):
         raise PruningError(f"keep_indices is {keep_indices!r}; it must be a mapping")
-    table = Units(before)
+    table = Units(before.graph())
     keep = units_of(table, keep_indices)
+    kept = indices_of(table, keep)
     try:
-        left = table.after(keep)
+        left = before.after(kept)
     except ConfigError as error:
         raise PruningError(f"keep_indices leave no net that can be built: {error}") from error
     if left != after:
@@ -105,7 +102,7 @@ def consistent(
             f"config_after is not what keep_indices leave of config_before: {where} is {found!r}, "
             f"it must be {right!r}"
         )
-    return indices_of(table, keep)
+    return kept
 
 
 def _channels(group: Group, kept: Any) -> Positions:

@@ -19,9 +19,10 @@ from prune_dn.models import DenseNet, DenseNetConfig
 from prune_dn.models.convert import convert
 from prune_dn.profiling import ImageSize, default_image_size
 from prune_dn.pruning.budget import Budget, choose
-from prune_dn.pruning.importance import Scores
+from prune_dn.pruning.kept import indices_of
 from prune_dn.pruning.parts import Mask
-from prune_dn.pruning.rates import Rates, total_cost
+from prune_dn.pruning.prices import Scores
+from prune_dn.pruning.rates import Costing, Rates
 from prune_dn.pruning.units import Units
 
 LATENCY = "latency"
@@ -65,9 +66,9 @@ class LatencyModel:
 
     def predict(self, config: DenseNetConfig) -> float:
         """Milliseconds of one batch of a net of this shape."""
-        units = Units(config)
+        units = Units(config.graph(self.image_size))
         everything = np.ones(units.size, dtype=bool)
-        return self.constant + total_cost(units, everything, self.rates, self.image_size)
+        return self.constant + Costing(units).total(everything, self.rates)
 
     def measure(self, *configs: DenseNetConfig, repeats: int = 30) -> list[float]:
         """Milliseconds of one batch, median, of nets of these shapes, timed in turns."""
@@ -102,14 +103,14 @@ def fit_latency_model(
     """
     config = convert(model, share=True).config
     size = default_image_size(config) if image_size is None else image_size
-    units = Units(config)
+    units = Units(config.graph(size))
     generator = np.random.default_rng(seed)
     keeps = [np.ones(units.size, dtype=bool)]
     keeps += [_random_cut(units, generator) for _ in range(nets - 1)]
-    configs = [units.after(keep) for keep in keeps]
+    configs = [config.after(indices_of(units, keep)) for keep in keeps]
     times, where, spread = _measure(configs, runtime, batch_size, size, repeats)
     taken = np.array(times)
-    tables = {step: _table(units, keeps, step, size) for step in STEPS}
+    tables = {step: _table(units, keeps, step) for step in STEPS}
     errors = {step: _error(table, taken) for step, table in tables.items()}
     step = min(STEPS, key=lambda step: errors[step])
     found = _least_squares(tables[step], taken)
@@ -171,6 +172,7 @@ def requested_model(
 
 def meet_latency(
     units: Units,
+    config: DenseNetConfig,
     scores: Scores,
     may_go: Mask,
     budget: Budget,
@@ -195,7 +197,8 @@ def meet_latency(
             if not found:
                 raise
             break
-        dense, before, after = model.measure(baseline, units.config, units.after(keep))
+        small = config.after(indices_of(units, keep))
+        dense, before, after = model.measure(baseline, config, small)
         over = after / (share * dense)
         found.append((over, keep, {"baseline": dense, "before": before, "after": after}))
         if 1 - TOLERANCE <= over <= 1:
@@ -238,30 +241,30 @@ def _measure(
 def _random_cut(units: Units, generator: np.random.Generator) -> Mask:
     """A closed `keep` that leaves a random share of each kind of unit and of layers in each block."""
     keep = np.ones(units.size, dtype=bool)
-    shares = generator.uniform(0.15, 1.0, size=(4, len(units.streams) + 1))
+    areas = {s.edges.name: s.reader.positions for s in units.selections}
+    stages = {area: n for n, area in enumerate(dict.fromkeys(areas.values()))}
+    shares = generator.uniform(0.15, 1.0, size=(4, len(stages)))
     shares[generator.random(4) < 0.4] = 1.0  # some cuts leave a kind as it is
     kinds = {"stream": 0, "bottleneck": 1, "edge": 2}
-    for part in units.parts():
-        if part.is_dense_layer and generator.random() > shares[3, part.block]:
-            for gone in part.groups:
+    stage, whole = 0, dict(enumerate(units.blocks))
+    for group in units.groups:
+        stage = stages[areas[group.name]] if group.name in areas else stage
+        number = units.block_of[group.start]
+        block = whole.pop(number, None)
+        if block is not None and generator.random() > shares[3, stage]:
+            for gone in block.groups:
                 keep[gone.units] = False
-            continue
-        for group in (part.edges, part.bottleneck, part.stream):
-            if group is not None:
-                share = shares[kinds[group.kind], part.block]
-                keep[group.units] = generator.random(group.size) < share
-                keep[group.start] = True
+        if group.kind in kinds and keep[group.units].all():
+            keep[group.units] = generator.random(group.size) < shares[kinds[group.kind], stage]
+            keep[group.start] = True
     return units.close(keep)
 
 
-def _table(
-    units: Units, keeps: list[Mask], step: int, image_size: ImageSize
-) -> npt.NDArray[np.float64]:
+def _table(units: Units, keeps: list[Mask], step: int) -> npt.NDArray[np.float64]:
     """A column per rate: what the nets cost where that rate is 1 and all others are 0."""
     rates = [Rates(**{name: 1}, step=step) for name in FEATURES]
-    return np.array(
-        [[1.0, *(total_cost(units, keep, rate, image_size) for rate in rates)] for keep in keeps]
-    )
+    costing = Costing(units)
+    return np.array([[1.0, *(costing.total(keep, rate) for rate in rates)] for keep in keeps])
 
 
 def _error(table: np.ndarray, times: np.ndarray) -> float:

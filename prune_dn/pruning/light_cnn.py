@@ -14,7 +14,8 @@ from prune_dn.graph.groups import IN, OUT, Group, Member
 from prune_dn.models import LightCNN, LightCNNConfig, MFMConfig
 from prune_dn.pruning.coupled import reading_weight
 from prune_dn.pruning.coupled_importance import importance
-from prune_dn.pruning.importance import CRITERIA, Reading, judge, observe
+from prune_dn.pruning.criteria import CRITERIA, Reading, judge
+from prune_dn.pruning.readings import observe
 from prune_dn.pruning.siblings import shared
 
 

@@ -1,4 +1,4 @@
-"""The pieces of a net, as pruning sees it: groups of units, and who reads and makes them.
+"""The pieces of a net, as pruning sees it: groups of units, who reads what, and what competes.
 
 All units lie in one flat array (see `units`); a group is a slice of it.
 """
@@ -12,19 +12,24 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from prune_dn.graph.types import Reader
+
 Kind = Literal["stream", "bottleneck", "edge", "sibling"]
 KINDS: tuple[Kind, ...] = ("stream", "bottleneck", "edge", "sibling")
 Mask = npt.NDArray[np.bool_]
-Positions = npt.NDArray[np.intp]
+Positions = npt.NDArray[np.int64]
+STAYS = -1  # in an array of units: a channel that belongs to none
 
 
 @dataclass(frozen=True)
 class Group:
     """Units of one kind in one module; `name` is the module whose channels they are.
 
-    stream: a conv's filters (an MFM unit has `siblings` filters, but for the `alone` units that have
-    one left, and makes `survivors` channels); bottleneck: conv1's filters; edge: the channels of a
-    reader's norm; sibling: what enters an MFM 2/1, on new maps (`mfm`) or on what is read (`read`).
+    stream: channels that several layers read, or that a reader selects from; bottleneck: channels that
+    one layer reads. A unit under MFM has `siblings` filters, but for the `alone` units that have one left,
+    and makes `survivors` channels. edge: the channels of a reader's norm; sibling: what enters an MFM 2/1,
+    on new maps (`mfm`) or on what is read (`read`). `blocks` are the groups of a grouped convolution, each
+    of which must lose equally many of the units: they lie block after block.
     """
 
     kind: Kind
@@ -34,6 +39,7 @@ class Group:
     siblings: int = 1
     survivors: int = 1
     alone: int = 0
+    blocks: int = 1
 
     @property
     def channels(self) -> int:
@@ -50,15 +56,17 @@ class Group:
 class Pairs:
     """The siblings of an MFM 2/1: the first of each pair, then the second of those that have one.
 
-    `owner` is the pair of each sibling, `second` the sibling that is second in each pair, or its
-    first where that stands alone; `positions` are the stream positions that the siblings make or
-    read. All count from the start of `group`.
+    `whole` are the units that the pairs make up. `owner` is the pair of each sibling, `second` the
+    sibling that is second in each pair, or its first where that stands alone; both count from the start
+    of their group. `maker` makes the siblings, or `reader` reads their maximum.
     """
 
     group: Group
+    whole: Group
     owner: Positions
     second: Positions
-    positions: Positions
+    maker: str | None
+    reader: str | None
 
     def halves(self, keep: Mask) -> tuple[Mask, Mask]:
         """Whether the first of each pair stays, and the second where there is one: (pairs,) twice."""
@@ -72,88 +80,50 @@ class Pairs:
         seconds = np.where(second, self.second, firsts)
         return firsts[first | second], seconds[first | second]
 
-    def agree(self, keep: Mask, whole: Group) -> None:
-        """A pair goes where both siblings went, and siblings go with their pair (of `whole`)."""
+    def agree(self, keep: Mask) -> None:
+        """A pair goes where both siblings went, and siblings go with their pair."""
         first, second = self.halves(keep)
-        keep[whole.units] &= first | second
-        keep[self.group.units] &= keep[whole.units][self.owner]
+        keep[self.whole.units] &= first | second
+        keep[self.group.units] &= keep[self.whole.units][self.owner]
 
 
 @dataclass(frozen=True)
-class Part:
-    """A stem, dense layer, transition or classifier: what it reads and what it makes.
+class Selection:
+    """A layer that may read some of a stream: edge i reads what lies at `positions[i]` of it.
 
-    `positions` are the stream positions that it reads (edge i reads positions[i]); `offset` is
-    where its own channels begin in the stream that it writes. `block` counts dense blocks from 1:
-    the one that it is in, or that a transition or classifier reads; 0 = the stem. `siblings` are
-    those of the stream units of an MFM 2/1, `sides` those of the edges where what is read competes
-    (edge i then reads positions[i] and its rival).
+    Where what is read competes (`sides`), that is the first of each pair, then the seconds of those that
+    have one. `sources` are the units that make what is read, STAYS for what cannot go; `stream` those
+    that make each channel of the stream. `edge_at` is the edge of each of the layer's inputs.
     """
 
-    name: str
-    edges: Group | None
-    bottleneck: Group | None
-    stream: Group | None
+    reader: Reader
+    edges: Group
+    sides: Pairs | None
     positions: Positions
-    offset: int
-    block: int
-    siblings: Pairs | None = None
-    sides: Pairs | None = None
+    sources: Positions
+    stream: Positions
+    edge_at: Positions
 
     @cached_property
-    def groups(self) -> tuple[Group, ...]:
-        """In the order in which they lie in the flat array."""
-        pairs = [None if p is None else p.group for p in (self.sides, self.siblings)]
-        found = (self.edges, pairs[0], self.bottleneck, self.stream, pairs[1])
-        return tuple(group for group in found if group is not None)
+    def readings(self) -> Group:
+        """What reads one channel each: edges, or their sides where they compete."""
+        return self.edges if self.sides is None else self.sides.group
 
-    @property
-    def first_conv(self) -> str:
-        """The conv (or classifier) that reads behind the norm."""
-        if self.is_dense_layer:
-            return f"{self.name}.conv1"
-        return self.name if self.stream is None else f"{self.name}.conv"
-
-    @cached_property
-    def readings(self) -> tuple[Group, Positions]:
-        """What reads one stream channel each: edges, or their sides where they compete."""
-        assert self.edges is not None
+    def order(self, keep: Mask) -> Positions:
+        """The edges that stay, counted from their start, in their new order: by what they read first."""
+        kept = np.flatnonzero(keep[self.edges.units])
         if self.sides is None:
-            return self.edges, self.positions
-        return self.sides.group, self.sides.positions
-
-    @property
-    def is_dense_layer(self) -> bool:
-        return ".denseblock" in self.name
-
-    def made(self) -> Positions:
-        """Stream positions by unit: (survivors, units)."""
-        assert self.stream is not None
-        count = self.stream.size * self.stream.survivors
-        return self.offset + np.arange(count).reshape(self.stream.survivors, -1)
+            return kept
+        firsts, _ = self.sides.left(keep)
+        order: Positions = kept[np.argsort(self.positions[firsts])]
+        return order
 
 
 @dataclass(frozen=True)
-class Stream:
-    """The channels inside one dense block; `writer` is the stem or transition before it."""
+class Block:
+    """What may go whole: its groups, and of these the one whose channels others read."""
 
-    width: int
-    writer: Part
-    layers: tuple[Part, ...]
-    reader: Part
-
-    @property
-    def readers(self) -> tuple[Part, ...]:
-        return (*self.layers, self.reader)
-
-    @property
-    def producers(self) -> tuple[Part, ...]:
-        return (self.writer, *self.layers)
-
-    def makers(self) -> Positions:
-        """The stream unit that makes each channel, (width,)."""
-        makers = np.empty(self.width, dtype=np.intp)
-        for part in self.producers:
-            assert part.stream is not None
-            makers[part.made()] = np.arange(part.stream.start, part.stream.units.stop)
-        return makers
+    name: str
+    layers: tuple[str, ...]
+    groups: tuple[Group, ...]
+    output: Group

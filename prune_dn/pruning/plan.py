@@ -22,7 +22,8 @@ from prune_dn.models import DenseNet, DenseNetConfig
 from prune_dn.models.convert import convert
 from prune_dn.profiling import ImageSize, count, default_image_size, sides
 from prune_dn.pruning import budget as budgets
-from prune_dn.pruning.importance import CRITERIA, calibration_for, importance
+from prune_dn.pruning.criteria import CRITERIA
+from prune_dn.pruning.importance import calibration_for, importance
 from prune_dn.pruning.kept import Kept, consistent, indices_of
 from prune_dn.pruning.latency_model import (
     LATENCY,
@@ -82,7 +83,7 @@ class Plan:
     def layers(self) -> list[dict[str, Any]]:
         """One row per group of units: name, kind, and how many channels before and after."""
         rows = []
-        for group in Units(self.config_before).groups:
+        for group in Units(self.config_before.graph()).groups:
             size, kept = group.channels, self.keep_indices.get(group.name)
             rows.append(
                 {
@@ -227,7 +228,7 @@ def make_plan(
     assert criterion is not None and size is not None
     check_ratios(ratios, scope, asked.units)
     batches = calibration_for(calibration, criterion, loss)
-    table = Units(net.config)
+    table = Units(net.config.graph(size))
     rows = None if ratios is None else read_ratios(ratios, table, asked.units)
     check_rounding(table, asked.units, asked.round_to)
     kept_back, protected = protected_units(table, asked.protect)
@@ -255,12 +256,12 @@ def make_plan(
         ranks = measured_drops(table, scores, may_go, rows)
     rates = COUNTED[unit] if latency is None else latency.rates
     least, multiple, layers = asked.min_channels, asked.round_to, "layer" in asked.units
-    budget = budgets.Budget(target, unit, rates, ranks, least, multiple, size, layers)
+    budget = budgets.Budget(target, unit, rates, ranks, least, multiple, layers)
     times: dict[str, float] = {}
     if latency is None:
         keep = budgets.choose(table, scores, may_go, budget)
     else:
-        keep, times = meet_latency(table, scores, may_go, budget, latency, whole)
+        keep, times = meet_latency(table, net.config, scores, may_go, budget, latency, whole)
     told = {
         "calibration_images": None if batches is None else len(batches),
         "loss": loss_name(loss),
@@ -271,7 +272,11 @@ def make_plan(
         requested["ratios"] = str(ratios) if is_path else "rows of sensitivity"
     if latency is not None:
         requested["latency_model"] = dataclasses.asdict(latency)
-    costs = {"baseline": whole, "before": net.config, "after": table.after(keep)}
+    costs = {
+        "baseline": whole,
+        "before": net.config,
+        "after": net.config.after(indices_of(table, keep)),
+    }
     achieved: dict[str, Any] = {"unit": unit}
     for when, config in costs.items():
         achieved[when] = dataclasses.asdict(count(config, size))
@@ -283,7 +288,7 @@ def make_plan(
         achieved["warnings"] = doubts(latency, asked.pruning_ratio, times)
         for doubt in achieved["warnings"]:
             warnings.warn(doubt, PruningWarning, stacklevel=3)
-    return plan_of(table, keep, requested, achieved, protected)
+    return plan_of(net.config, table, keep, requested, achieved, protected)
 
 
 def _latency_model(
@@ -319,6 +324,7 @@ def _measure(
 
 
 def plan_of(
+    config: DenseNetConfig,
     table: Units,
     keep: Mask,
     requested: dict[str, Any] | None = None,
@@ -326,10 +332,11 @@ def plan_of(
     protected: dict[str, str] | None = None,
 ) -> Plan:
     """The plan of a closed `keep`; one that was chosen by hand has nothing else to say."""
+    kept = indices_of(table, keep)
     return Plan(
-        table.config,
-        table.after(keep),
-        indices_of(table, keep),
+        config,
+        config.after(kept),
+        kept,
         requested or {},
         achieved or {},
         protected or {},

@@ -24,10 +24,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from prune_dn.pruning.importance import Scores
-from prune_dn.pruning.parts import Mask
+from prune_dn.pruning.parts import STAYS, Mask
 from prune_dn.pruning.units import Units
 
+Scores = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.intp]
 Active = Callable[[Scores], tuple[Scores, Scores]]
 
@@ -36,8 +36,9 @@ Active = Callable[[Scores], tuple[Scores, Scores]]
 class Costs:
     """What going saves: each edge, bottleneck channel or filter by itself; each part's fixed costs.
 
-    `reading` is what an edge adds to the upkeep of its layer, `upkeep` what a layer costs apart from
-    its edges and filters, `gather` what the first edge that goes adds. (units,) twice, (parts,) twice.
+    `reading` is what an edge adds to the upkeep of its block, `upkeep` what a block costs apart from
+    its edges and filters, `gather` what the first edge that goes adds. (units,) twice, (blocks,),
+    (selections,).
     """
 
     unit: Scores
@@ -49,59 +50,62 @@ class Costs:
 class Market:
     """The units of a net, who reads and who belongs to whom, and their prices."""
 
-    def __init__(self, units: Units, harm: Scores, may_go: Mask) -> None:
-        """`harm` of edges, sides and bottleneck channels (that of filters is what readers lose)."""
-        self.harm, self.may_go = harm, may_go
-        self.part = np.zeros(units.size, dtype=np.intp)  # of each unit
-        self.is_edge, self.is_filter = (np.zeros(units.size, dtype=bool) for _ in range(2))
-        self.parts = list(units.parts())
-        for number, part in enumerate(self.parts):
-            for group in part.groups:
-                self.part[group.units] = number
-                self.is_edge[group.units] = group.kind == "edge"
-                self.is_filter[group.units] = group.kind == "stream"
-        self.filters = np.flatnonzero(self.is_filter)
+    def __init__(self, units: Units, scores: Scores, may_go: Mask) -> None:
+        """`scores` of channels are the sums of what all their readers lose."""
+        self.harm, self.may_go = scores, may_go
+        self.units = units
+        self.channels = np.flatnonzero(units.is_channel)
         # What reads one channel each (an edge, or its sides where they compete), and which of the
-        # filters makes that.
+        # channels that is; an edge of what cannot go has its own price only.
+        number = np.cumsum(units.is_channel) - 1
         self.reads = np.zeros(units.size, dtype=bool)
         self.source = np.zeros(units.size, dtype=np.intp)
-        for stream in units.streams:
-            makers = np.searchsorted(self.filters, stream.makers())
-            for part in stream.readers:
-                readings, positions = part.readings
-                self.reads[readings.units] = True
-                self.source[readings.units] = makers[positions]
-        self.is_layer = np.array([part.is_dense_layer for part in self.parts])
+        goes = units.source != STAYS
+        self.reads[units.reads[goes]] = True
+        self.source[units.reads[goes]] = number[units.source[goes]]
+        everyone = np.flatnonzero(self.reads)
+        by_edges = self._sum(self.source[everyone], scores[everyone], len(self.channels))
+        # What readers lose that select nothing.
+        rest = scores[self.channels] - by_edges
+        rest = np.where(by_edges == 0, rest, np.maximum(rest, 0))
+        self.lost = np.where(units.is_read[self.channels], rest, 0.0)
+        self.selection = np.full(units.size, -1)  # of each edge
+        for n, selection in enumerate(units.selections):
+            self.selection[selection.edges.units] = n
 
     def prices(self, keep: Mask, costs: Costs) -> Scores:
         """The price of each unit by itself, (units,)."""
         price = np.full(len(keep), np.inf)
-        alone = keep & self.may_go & ~self.is_filter & (costs.unit > 0)
+        alone = keep & self.may_go & ~self.units.is_channel & (costs.unit > 0)
         price[alone] = self.harm[alone] / costs.unit[alone]
-        edges = np.flatnonzero(keep & self.is_edge)
+        edges = np.flatnonzero(keep & (self.selection >= 0))
         if costs.gather.any():
-            price[edges] = np.maximum(price[edges], self._gathers(edges, costs)[self.part[edges]])
+            gathers = self._gathers(edges, costs)
+            price[edges] = np.maximum(price[edges], gathers[self.selection[edges]])
         reads = np.flatnonzero(keep & self.reads)
-        found = _newton(np.zeros(len(self.filters)), self._worth(reads, costs))
-        price[self.filters] = np.where(keep[self.filters], found, np.inf)
+        found = _newton(np.zeros(len(self.channels)), self._worth(reads, costs))
+        worth_something = self.saved(keep, costs)[self.channels] > 0
+        stays = keep[self.channels] & worth_something
+        price[self.channels] = np.where(stays, found, np.inf)
         return price
 
     def saved(self, keep: Mask, costs: Costs) -> Scores:
         """What cutting each unit alone saves now; a filter takes its edges with it."""
         reads = np.flatnonzero(keep & self.reads)
         saved = costs.unit.copy()
-        saved[self.filters] += self._sum(self.source[reads], costs.unit[reads], len(self.filters))
+        saved[self.channels] += self._sum(self.source[reads], costs.unit[reads], len(self.channels))
         return saved
 
-    def layer_prices(self, keep: Mask, costs: Costs) -> Scores:
-        """The price of each part as a whole, (parts,); infinite for what cannot go whole."""
-        edges = np.flatnonzero(keep & self.is_edge)
-        alive, maker = keep[self.filters], self.part[self.filters]
-        count = len(self.parts)
+    def block_prices(self, keep: Mask, costs: Costs) -> Scores:
+        """The price of each block as a whole, (blocks,); infinite for what cannot go whole."""
+        units, count = self.units, len(self.units.blocks) + 1  # the last: of no block
+        edges = np.flatnonzero(keep & (self.selection >= 0))
+        alive, maker = keep[self.channels], units.output_of[self.channels] % count
         reads = np.flatnonzero(keep & self.reads)
         lone = self.may_go[edges]
-        harm, cost, reader = self.harm[edges], costs.reading[edges], self.part[edges]
+        harm, cost, reader = self.harm[edges], costs.reading[edges], units.block_of[edges] % count
         worth_at = self._worth(reads, costs)
+        fixed = np.append(costs.upkeep, 0.0)
 
         def active(price: Scores) -> tuple[Scores, Scores]:
             worth, filters = worth_at(price[maker])
@@ -109,19 +113,19 @@ class Market:
             gone = lone & (harm < price[reader] * cost)
             total = self._sum(maker[pays], worth[pays], count)
             total -= self._sum(reader[gone], harm[gone], count)
-            upkeep = costs.upkeep + self._sum(reader[~gone], cost[~gone], count)
+            upkeep = fixed + self._sum(reader[~gone], cost[~gone], count)
             return total, upkeep + self._sum(maker[pays], filters[pays], count)
 
         price = _newton(np.zeros(count), active)
-        bound = np.bincount(maker, alive & ~self.may_go[self.filters], count) > 0
-        price[bound | ~self.is_layer] = np.inf
-        return price
+        bound = np.bincount(maker, alive & ~self.may_go[self.channels], count) > 0
+        price[bound] = np.inf
+        return price[:-1]
 
     def _gathers(self, edges: Indices, costs: Costs) -> Scores:
         """The price below which giving up edges does not pay for the reader's gather."""
-        count = len(self.parts)
+        count = len(costs.gather)
         edges = edges[self.may_go[edges] & (costs.unit[edges] > 0)]
-        harm, cost, reader = self.harm[edges], costs.unit[edges], self.part[edges]
+        harm, cost, reader = self.harm[edges], costs.unit[edges], self.selection[edges]
         highest = np.zeros(count)
         np.maximum.at(highest, reader, harm / cost)
 
@@ -135,19 +139,19 @@ class Market:
         return np.where(costs.gather > 0, np.where(never, np.inf, price), 0.0)
 
     def _worth(self, reads: Indices, costs: Costs) -> Active:
-        """Per filter at its price: harm and cost of what still reads it, its own included."""
-        size, filters = len(self.filters), costs.unit[self.filters]
+        """Per channel at its price: harm and cost of what still reads it, its own included."""
+        size, own = len(self.channels), costs.unit[self.channels]
         harm, cost, source = self.harm[reads], costs.unit[reads], self.source[reads]
         lone = self.may_go[reads]
-        whole = self._sum(source, harm, size), filters + self._sum(source, cost, size)
+        whole = self.lost + self._sum(source, harm, size), own + self._sum(source, cost, size)
 
         def worth(price: Scores) -> tuple[Scores, Scores]:
             gone = lone & (harm <= price[source] * cost)
             if not gone.any():
                 return whole
             read = ~gone
-            found = self._sum(source[read], harm[read], size)
-            return found, filters + self._sum(source[read], cost[read], size)
+            found = self.lost + self._sum(source[read], harm[read], size)
+            return found, own + self._sum(source[read], cost[read], size)
 
         return worth if lone.any() else lambda price: whole
 

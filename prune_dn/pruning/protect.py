@@ -3,53 +3,57 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator
 
 import numpy as np
 
 from prune_dn.errors import PruningError
-from prune_dn.pruning.parts import Group, Mask, Part, Stream
+from prune_dn.pruning.parts import STAYS, Mask, Positions
 from prune_dn.pruning.units import Units
 
 
 def protected_units(table: Units, patterns: tuple[str, ...]) -> tuple[Mask, dict[str, str]]:
-    """Units that stay, and per group how many and why."""
+    """Units that stay, and per group how many and why: those that a protected layer makes, reads or
+    follows."""
     kept_back = np.zeros(table.size, dtype=bool)
     reasons: dict[str, list[str]] = {}
-    matched = matching([name for part in table.parts() for name in _modules(part)], patterns)
+    matched = matching(_names(table), patterns)
+    selections = {s.reader.layer: s for s in table.selections}
+    siblings = {p.maker: p.group for p in table.pairs if p.maker is not None}
 
-    def keep_back(group: Group, which: Mask, name: str) -> None:
-        if not kept_back[group.units][which].all():
-            reasons.setdefault(group.name, []).append(f"{name} is protected by {matched[name]!r}")
-        kept_back[group.start + np.flatnonzero(which)] = True
+    def keep_back(units: Positions, name: str) -> None:
+        units = np.unique(units[units != STAYS])
+        fresh = units[~kept_back[units]]
+        kept_back[fresh] = True
+        for number in np.unique(table.group_of[fresh]):
+            why = f"{name} is protected by {matched[name]!r}"
+            reasons.setdefault(table.groups[number].name, []).append(why)
 
-    for stream in table.streams:
-        for part in stream.readers:
-            for name in _reading_modules(part):
-                if name in matched and part.edges is not None:
-                    keep_back(part.edges, np.ones(part.edges.size, dtype=bool), name)
-                    for producer, which in _sources(stream, part):
-                        keep_back(producer, which, name)
-            for name in (f"{part.name}.conv1", f"{part.name}.norm2", f"{part.name}.conv2"):
-                if name in matched and part.bottleneck is not None:
-                    keep_back(part.bottleneck, np.ones(part.bottleneck.size, dtype=bool), name)
-        for part in stream.producers:
-            assert part.stream is not None
-            for name in (part.stream.name, "features.norm0" if part.edges is None else ""):
-                if name in matched:
-                    keep_back(part.stream, np.ones(part.stream.size, dtype=bool), name)
-                    if part.siblings is not None:
-                        group = part.siblings.group
-                        keep_back(group, np.ones(group.size, dtype=bool), name)
-    for stream in table.streams:
-        for part in stream.readers:
-            if part.sides is not None:
-                # A side of what competes stays with the channel that it reads; the other may go.
-                group, makers = part.sides.group, stream.makers()[part.sides.positions]
-                stays = kept_back[makers] & ~kept_back[group.units]
-                if stays.any():
-                    reasons.setdefault(group.name, []).append("it reads what is protected")
-                    kept_back[group.start + np.flatnonzero(stays)] = True
+    for reader in table.graph.readers:
+        selection = selections.get(reader.layer)
+        for name in {reader.select: 0, reader.layer: 0}:
+            if name in matched and selection is not None:
+                keep_back(np.arange(table.size)[selection.edges.units], str(name))
+                keep_back(selection.sources, str(name))
+            elif name in matched:
+                keep_back(table.unit(reader.channels), str(name))
+    for follower in table.graph.followers:
+        if follower.layer in matched:
+            keep_back(table.unit(follower.channels), follower.layer)
+    for producer in table.graph.producers:
+        if producer.layer in matched:
+            made = table.made_by(producer.channels)
+            keep_back(made, producer.layer)
+            keep_back(table.unit_of[producer.channels], producer.layer)
+            if producer.layer in siblings:
+                keep_back(np.arange(table.size)[siblings[producer.layer].units], producer.layer)
+    for selection in table.selections:
+        if selection.sides is not None:
+            # A side of what competes stays with the channel that it reads; the other may go.
+            group, makers = selection.sides.group, selection.sources
+            stays = (makers != STAYS) & kept_back[makers] & ~kept_back[group.units]
+            if stays.any():
+                reasons.setdefault(group.name, []).append("it reads what is protected")
+                kept_back[group.start + np.flatnonzero(stays)] = True
     sizes = {g.name: (int(kept_back[g.units].sum()), g) for g in table.groups}
     described = {
         name: f"{sizes[name][0]} of {sizes[name][1].size} {sizes[name][1].kind} units stay: "
@@ -76,30 +80,12 @@ def matching(names: list[str], patterns: tuple[str, ...]) -> dict[str, str]:
     return matched
 
 
-def _sources(stream: Stream, reader: Part) -> Iterator[tuple[Group, Mask]]:
-    """The units that make what a reader reads."""
-    read = np.zeros(stream.width, dtype=bool)
-    read[reader.readings[1]] = True
-    for producer in stream.producers:
-        assert producer.stream is not None
-        which: Mask = np.any(read[producer.made()], axis=0)
-        if which.any():
-            yield producer.stream, which
-
-
-def _reading_modules(part: Part) -> tuple[str, ...]:
-    if part.name == "classifier":
-        return ("features.norm5", "classifier")
-    if part.is_dense_layer:
-        return (f"{part.name}.norm1", f"{part.name}.conv1")
-    return (f"{part.name}.norm", f"{part.name}.conv")
-
-
-def _modules(part: Part) -> tuple[str, ...]:
-    if part.edges is None:
-        return ("features.conv0", "features.norm0")
-    inner = () if part.bottleneck is None else (f"{part.name}.norm2", f"{part.name}.conv2")
-    return (*_reading_modules(part), *inner)
+def _names(table: Units) -> list[str]:
+    """The layers with weights, in the order in which they run, each behind its norm."""
+    found: dict[str, None] = {}
+    for reader in table.graph.readers:
+        found |= dict.fromkeys(name for name in (reader.select, reader.layer) if name)
+    return list(found | dict.fromkeys(f.layer for f in table.graph.followers))
 
 
 def _ancestry(name: str) -> list[str]:

@@ -1,27 +1,29 @@
-"""What each part of a DenseNet costs: in channels, params or MACs by formula, in time by measurement.
+"""What each part of a net costs: in channels, params or MACs by formula, in time by measurement.
 
 All four are one sum with different rates, so that one plan can be priced in any of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from prune_dn.models import DenseNetConfig
-from prune_dn.profiling import ImageSize, block_pixels, stem_pixels
-from prune_dn.pruning.parts import Group, Mask, Pairs, Part
+from prune_dn.pruning.parts import Mask, Positions, Selection
 from prune_dn.pruning.prices import Costs
-from prune_dn.pruning.units import Units
+from prune_dn.pruning.units import Units, layers
+
+Numbers = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Cost per weight and per norm channel, and, for one image, per multiply-add and per element.
+    """Cost per weight and per counted channel, and, for one image, per multiply-add and per element.
 
+    `norm_channel`: a channel of a batch norm, or of a convolution in a net without batch norms.
     `concatenated`: an element of the stream, for every reader (which concatenates it);
     `gathered`: an element that a reader selects; `gather`, `layer`: each one of them. The multiply-adds
     of a conv are those of widths filled up to multiples of `step`, as a runtime does that computes
@@ -39,174 +41,197 @@ class Rates:
     layer: float = 0
     step: int = 1
 
-    def conv(self, inputs: int, outputs: int, kernel: int, pixels: int) -> float:
-        """A convolution without bias."""
-        filled = self._filled(inputs) if inputs >= self.step else inputs
-        mac = self.mac_1x1 if kernel == 1 else self.mac_kxk
+    def conv(self, inputs: Numbers, outputs: Numbers, taps: Numbers, pixels: Numbers) -> Numbers:
+        """Convolutions and linear layers without bias; `inputs` are those of one group."""
+        filled = np.where(inputs >= self.step, self._filled(inputs), inputs)
+        mac = np.where(taps == 1, self.mac_1x1, self.mac_kxk)
         time = filled * self._filled(outputs) * pixels * mac
-        return kernel * kernel * (inputs * outputs * self.weight + time)
+        cost: Numbers = taps * (inputs * outputs * self.weight + time)
+        return cost
 
-    def filter(self, inputs: int, outputs: int, kernel: int, pixels: int) -> float:
-        """What each of a convolution's filters saves that goes: no time where they fill one step."""
-        whole = self.conv(inputs, outputs, kernel, pixels)
-        if 1 < outputs <= self.step:
-            whole = inputs * outputs * kernel * kernel * self.weight
-        return whole / max(outputs, 1)
+    def filter(self, inputs: Numbers, outputs: Numbers, taps: Numbers, pixels: Numbers) -> Numbers:
+        """What each filter saves that goes: no time where the filters fill one step."""
+        whole = self.conv(inputs, outputs, taps, pixels)
+        in_one_step = (outputs > 1) & (outputs <= self.step)
+        whole = np.where(in_one_step, inputs * outputs * taps * self.weight, whole)
+        cost: Numbers = whole / np.maximum(outputs, 1)
+        return cost
 
-    def _filled(self, width: int) -> int:
-        return -(-width // self.step) * self.step
-
-    def norm(self, channels: int, pixels: int) -> float:
-        """A batch norm (and the ReLU behind it)."""
-        return channels * (self.norm_channel + pixels * self.normalised)
+    def _filled(self, width: Numbers) -> Numbers:
+        filled: Numbers = -(-width // self.step) * self.step
+        return filled
 
 
 COUNTED = {
     "channels": Rates(norm_channel=1),
-    "params": Rates(weight=1, norm_channel=2),
+    "params": Rates(weight=1),
     "macs": Rates(mac_1x1=1, mac_kxk=1),
 }
 
 
-class Piece(NamedTuple):
-    """A part of the net that a `keep` leaves: its widths, and that of the stream that it reads.
+class Costing:
+    """What a net and each of its units cost, with the units that a `keep` leaves."""
 
-    `gathered` counts the channels that it selects: none where it reads the stream as it is, two for
-    each norm channel where what it reads competes.
-    """
+    def __init__(self, units: Units) -> None:
+        self.units = units
+        followers = units.graph.followers
+        selections = {s.reader.select: s for s in units.selections}
+        found = list(layers(units))
+        uses = units.graph.uses()
+        ops = {op.layer: op for op in units.graph.ops}
+        self.outputs = _Counts(units.size, (outputs for _, outputs, _ in found))
+        self.inputs = _Counts(units.size, (inputs for _, _, inputs in found))
+        self.taps = np.array([math.prod(ops[name].kernel) for name, _, _ in found], dtype=float)
+        self.pixels = np.array([uses[name] for name, _, _ in found], dtype=float)
+        self.conv_groups = np.array([ops[name].groups for name, _, _ in found])
+        self.bias = np.array([ops[name].bias for name, _, _ in found], dtype=float)
+        of_norms = any(f.is_norm for f in followers)
+        self.counted = np.array([bool(ops[n].kernel) and not of_norms for n, _, _ in found])
+        at: list[Positions] = []
+        for follower in followers:
+            selection = selections.get(follower.layer)
+            ids = units.unit(follower.channels)
+            at.append(ids if selection is None else selection.edges.start + selection.edge_at)
+        self.follows = _Counts(units.size, at)
+        self.params, self.macs = (
+            np.array([getattr(f, key) for f in followers], dtype=float)
+            for key in ("params", "macs")
+        )
+        self.normed = np.array([f.pixels if f.is_norm else 0 for f in followers], dtype=float)
+        self.follower_counted = np.array(
+            [f.is_norm if of_norms else f.macs > 0 for f in followers], dtype=float
+        )
+        self.streams = _Counts(units.size, (s.stream for s in units.selections))
+        self.areas = np.array([s.reader.positions for s in units.selections], dtype=float)
+        number = {name: n for n, (name, _, _) in enumerate(found)}
+        self.reader = np.array([number[s.reader.layer] for s in units.selections], dtype=np.intp)
+        self.first = np.array([number[b.layers[0]] for b in units.blocks], dtype=np.intp)
+        self.last = np.array([number[b.layers[-1]] for b in units.blocks], dtype=np.intp)
+        self.block_of_selection = np.array(
+            [units.block_of[s.edges.start] for s in units.selections], dtype=np.intp
+        )
+        self.block_of_follower = np.array([self._inner_block(ids) for ids in at], dtype=np.intp)
+        middle = [
+            (number[n], b) for b, block in enumerate(units.blocks) for n in block.layers[1:-1]
+        ]
+        self.middle = np.array(middle, dtype=np.intp).reshape(-1, 2)
 
-    part: Part
-    read: int
-    bottleneck: int | None
-    filters: int
-    stream: int
-    kernel: int
-    pixels: int
-    conv_pixels: int
-    gathered: int
+    def _inner_block(self, ids: Positions) -> int:
+        """The block within which alone a follower's channels are read; -1 = none."""
+        block = int(self.units.block_of[ids[0]]) if len(ids) and ids[0] >= 0 else -1
+        inner = block >= 0 and self.units.output_of[ids[0]] < 0
+        return block if inner and self.units.is_channel[ids[0]] else -1
+
+    def total(self, keep: Mask, rates: Rates) -> float:
+        """What the net costs that a closed `keep` leaves."""
+        outputs, inputs, follows = (
+            counts.left(keep) for counts in (self.outputs, self.inputs, self.follows)
+        )
+        inputs = inputs / self.conv_groups
+        each = rates.conv(inputs, outputs, self.taps, self.pixels)
+        each += outputs * (self.bias * rates.weight + self.counted * rates.norm_channel)
+        found = float(each.sum()) + float((follows * self._follower(rates)).sum())
+        if self.units.selections and (rates.concatenated or rates.gathered or rates.gather):
+            seen = self.streams.left(keep) * (outputs[self.reader] > 0)
+            found += float((rates.concatenated * seen * self.areas).sum())
+            taken = self._gathered(keep, seen)
+            found += float((rates.gathered * taken * self.areas + rates.gather * (taken > 0)).sum())
+        return found + rates.layer * int((outputs[self.last] > 0).sum())
+
+    def each(self, keep: Mask, rates: Rates) -> Costs:
+        """What each unit, and each block however narrow, costs by itself in the net `keep` leaves."""
+        units = self.units
+        outputs, inputs, follows = (
+            counts.left(keep) for counts in (self.outputs, self.inputs, self.follows)
+        )
+        inputs = inputs / self.conv_groups
+        made = rates.filter(inputs, outputs, self.taps, self.pixels)
+        made += self.bias * rates.weight + self.counted * rates.norm_channel
+        one = np.ones_like(inputs)
+        reads = rates.conv(one, outputs / self.conv_groups, self.taps, self.pixels)
+        followed = self._follower(rates)
+        seen = self.streams.left(keep) * (outputs[self.reader] > 0)
+        each = self.outputs.spread(made) + self.inputs.spread(reads) + self.follows.spread(followed)
+        each += self.streams.spread(rates.concatenated * self.areas * (outputs[self.reader] > 0))
+        taken = self._gathered(keep, seen)
+        reading, gather = np.zeros(units.size), np.zeros(len(units.selections))
+        for number, selection in enumerate(units.selections):
+            edges, read = selection.edges, float(np.count_nonzero(keep[selection.edges.units]))
+            twice = 2 if taken[number] > read else 1
+            each[edges.units] += rates.gathered * self.areas[number] * twice
+            reading[edges.units] = each[edges.units]
+            if self.block_of_selection[number] >= 0:
+                block = units.blocks[self.block_of_selection[number]]
+                if len(block.layers) == 1:  # what such a layer reads is counted in its filters
+                    reading[edges.units] -= reads[self.reader[number]]
+            if not taken[number]:
+                gather[number] = rates.gather + rates.gathered * read * self.areas[number]
+            if selection.sides is not None:  # where the other side stays, the norm channel stays
+                pairs = selection.sides
+                both = np.logical_and(*pairs.halves(keep))[pairs.owner]
+                each[pairs.group.units] = each[edges.units][pairs.owner] * ~both
+        for pairs in units.pairs:
+            if pairs.maker is not None:
+                own = each[pairs.group.units] * keep[pairs.group.units]
+                each[pairs.whole.units] += np.bincount(pairs.owner, own, pairs.whole.size)
+        whole = rates.conv(inputs, outputs, self.taps, self.pixels)
+        filters = rates.filter(inputs, outputs, self.taps, self.pixels) * outputs
+        upkeep = rates.layer + whole[self.last] - filters[self.last]
+        inner = self.block_of_follower >= 0
+        for blocks, cost in (
+            (self.block_of_follower[inner], (follows * followed)[inner]),
+            (self.middle[:, 1], whole[self.middle[:, 0]]),
+            (
+                self.block_of_selection[self.block_of_selection >= 0],
+                (rates.concatenated * seen * self.areas)[self.block_of_selection >= 0],
+            ),
+        ):
+            upkeep = upkeep + np.bincount(blocks, cost, len(units.blocks))
+        return Costs(each, reading, upkeep, gather)
+
+    def _follower(self, rates: Rates) -> Numbers:
+        """The cost of one entry of each follower."""
+        return (
+            self.follower_counted * rates.norm_channel
+            + self.params * rates.weight
+            + self.macs * rates.mac_kxk
+            + self.normed * rates.normalised
+        )
+
+    def _gathered(self, keep: Mask, seen: Numbers) -> Numbers:
+        """How many channels each selection gathers: none where all of the stream is read as it is, two
+        for each norm channel where what is read competes."""
+        found = np.zeros(len(seen))
+        for number, selection in enumerate(self.units.selections):
+            read = np.count_nonzero(keep[selection.edges.units])
+            found[number] = read if read < seen[number] else 0
+            if _competes(selection, keep):
+                found[number] = 2 * read
+        return found
 
 
-def pieces(units: Units, keep: Mask, image_size: ImageSize | None) -> Iterator[Piece]:
-    """All parts, in the order in which they run; one that went whole has widths of 0."""
-    config = units.config
-    areas = [stem_pixels(config, image_size), *block_pixels(config, image_size)]
-    stream = config.in_channels
-    for part in units.parts():
-        read, narrow, filters = _widths(config, part, keep)
-        area = areas[part.block]
-        kernel = 3 if part.is_dense_layer or config.stem == "cifar" else 7
-        if part.edges is not None and not part.is_dense_layer:
-            kernel = 1
-        conv_area = 1 if part.stream is None else area
-        seen = stream if filters else 0
-        gathered = read if read < seen else 0
-        if part.sides is not None and np.logical_and(*part.sides.halves(keep)).any():
-            gathered = 2 * read
-        yield Piece(part, read, narrow, filters, seen, kernel, area, conv_area, gathered)
-        if part.stream is not None:
-            made = int(keep[part.stream.units].sum()) * part.stream.survivors
-            stream = stream + made if part.is_dense_layer else made
+def _competes(selection: Selection, keep: Mask) -> bool:
+    sides = selection.sides
+    return sides is not None and bool(np.logical_and(*sides.halves(keep)).any())
 
 
-def _widths(config: DenseNetConfig, part: Part, keep: Mask) -> tuple[int, int | None, int]:
-    """Channels read, bottleneck (None = none) and filters of the last conv of one part."""
+class _Counts:
+    """Lists of units, of which is counted how many stay; what belongs to no unit always does."""
 
-    def left(group: Group) -> int:
-        return int(np.count_nonzero(keep[group.units]))
+    def __init__(self, size: int, lists: Iterable[Positions]) -> None:
+        found = list(lists)
+        self.size = size
+        self.sizes = np.array([len(units) for units in found], dtype=np.intp)
+        self.units = np.concatenate([*found, np.zeros(0, dtype=np.int64)]) + 1  # 0: STAYS
+        self.ends = np.cumsum(self.sizes)
 
-    filters = config.num_classes
-    if part.siblings is not None:
-        filters = left(part.siblings.group)
-    elif part.stream is not None:
-        filters = left(part.stream) * part.stream.siblings
-    if not filters:
-        return 0, 0, 0
-    read = config.in_channels if part.edges is None else left(part.edges)
-    return read, None if part.bottleneck is None else left(part.bottleneck), filters
+    def left(self, keep: Mask) -> Numbers:
+        """How many of each list stay."""
+        sums = np.concatenate([[0], np.cumsum(np.concatenate([[True], keep])[self.units])])
+        left: Numbers = (sums[self.ends] - sums[self.ends - self.sizes]).astype(np.float64)
+        return left
 
-
-def total_cost(units: Units, keep: Mask, rates: Rates, image_size: ImageSize | None) -> float:
-    """What the net costs that a closed `keep` leaves."""
-    found = 0.0
-    for piece in pieces(units, keep, image_size):
-        if not piece.filters:
-            continue
-        area, narrow = piece.pixels, piece.bottleneck
-        if piece.part.edges is not None:
-            found += rates.norm(piece.read, area) + rates.concatenated * piece.stream * area
-            if piece.gathered:
-                found += rates.gather + rates.gathered * piece.gathered * area
-        elif units.config.stem == "imagenet":
-            found += rates.norm(piece.filters, area)
-        if piece.part.is_dense_layer:
-            found += rates.layer
-        if narrow is None:
-            found += rates.conv(piece.read, piece.filters, piece.kernel, piece.conv_pixels)
-            if piece.part.stream is None:
-                found += rates.weight * piece.filters  # the classifier's bias
-        else:
-            found += rates.conv(piece.read, narrow, 1, area) + rates.norm(narrow, area)
-            found += rates.conv(narrow, piece.filters, 3, area)
-    return found
-
-
-def unit_costs(units: Units, keep: Mask, rates: Rates, image_size: ImageSize | None) -> Costs:
-    """What each unit, and each part however narrow, costs by itself in the net that `keep` leaves."""
-    each, reading = np.zeros(units.size), np.zeros(units.size)
-    found = list(pieces(units, keep, image_size))
-    upkeep, gather = np.zeros(len(found)), np.zeros(len(found))
-    # How often a pixel of a block's channel is concatenated by the parts after the one at hand.
-    copies = dict.fromkeys(range(len(units.streams) + 1), 0)
-    for number in reversed(range(len(found))):
-        piece = found[number]
-        part, read, narrow, filters = piece.part, piece.read, piece.bottleneck, piece.filters
-        area = piece.pixels
-        if part.edges is None:
-            norm = rates.norm(1, area) if units.config.stem == "imagenet" else 0.0
-        else:
-            norm = 0.0
-            twice = 2 if piece.gathered > read else 1
-            edge = rates.norm(1, area) + rates.gathered * area * twice
-            if not piece.gathered:
-                gather[number] = rates.gather + rates.gathered * read * area
-            if narrow is None:
-                # What such a layer reads is counted in its filters.
-                reading[part.edges.units] = edge
-                edge += rates.conv(1, filters, piece.kernel, piece.conv_pixels)
-            else:
-                edge += rates.conv(1, narrow, 1, area)
-                reading[part.edges.units] = edge
-            each[part.edges.units] = edge
-            if part.sides is not None:
-                # Where the other side stays, the norm channel stays.
-                each[part.sides.group.units] = edge * ~_rival_stays(part.sides, keep)
-        if part.bottleneck is not None:
-            assert narrow is not None
-            each[part.bottleneck.units] = (
-                rates.filter(read, narrow, 1, area)
-                + rates.norm(1, area)
-                + rates.conv(1, filters, 3, area)
-            )
-            upkeep[number] = rates.norm(narrow, area)
-        made = narrow or read, filters, piece.kernel, area  # the conv that makes channels
-        own = rates.filter(*made)
-        if part.is_dense_layer:
-            upkeep[number] += rates.layer + rates.concatenated * piece.stream * area
-            upkeep[number] += rates.conv(*made) - filters * own
-        if part.stream is not None:
-            later = copies[part.block if part.is_dense_layer else part.block + 1]
-            siblings: int | np.ndarray = part.stream.siblings
-            if part.siblings is not None:
-                siblings = np.sum(part.siblings.halves(keep), axis=0)
-                each[part.siblings.group.units] = own
-            concatenated = rates.concatenated * part.stream.survivors * later
-            each[part.stream.units] = siblings * own + norm + concatenated
-        if filters:
-            copies[part.block] += area
-    return Costs(each, reading, upkeep, gather)
-
-
-def _rival_stays(pairs: Pairs, keep: Mask) -> Mask:
-    """Whether the other sibling of the pair stays, of each sibling."""
-    both: Mask = np.logical_and(*pairs.halves(keep))
-    return both[pairs.owner]
+    def spread(self, costs: Numbers) -> Numbers:
+        """The cost of an entry of each list, summed over the entries of each unit, (units,)."""
+        weights = np.repeat(np.asarray(costs, dtype=np.float64), self.sizes)
+        return np.bincount(self.units, weights, self.size + 1)[1:].astype(np.float64, copy=False)

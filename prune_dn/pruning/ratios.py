@@ -14,9 +14,9 @@ import numpy as np
 
 from prune_dn.errors import PruningError
 from prune_dn.files import parse_json, read_text
-from prune_dn.profiling import count
-from prune_dn.pruning.importance import Scores
+from prune_dn.pruning.criteria import Scores
 from prune_dn.pruning.parts import Mask
+from prune_dn.pruning.rates import COUNTED, Costing
 from prune_dn.pruning.units import Units
 
 FORMAT = "prune_dn.sensitivity/1"
@@ -89,7 +89,7 @@ def read_ratios(ratios: Ratios, units: Units, kinds: tuple[str, ...]) -> list[Se
         if group is None or (group.kind, group.size) != (row.kind, row.size):
             has = "none" if group is None else f"{group.size} {group.kind} units"
             raise _other_net(where, f"{row.size} {row.kind} units in {row.name}, here are {has}")
-    if params is not None and params != (here := count(units.config).params):
+    if params is not None and params != (here := _params(units)):
         raise _other_net(where, f"{params:,} params, this net has {here:,}")
     measured = {row.kind for row in rows}
     for kind in kinds:
@@ -100,6 +100,10 @@ def read_ratios(ratios: Ratios, units: Units, kinds: tuple[str, ...]) -> list[Se
                 f"{','.join(kinds)}"
             )
     return rows
+
+
+def _params(units: Units) -> int:
+    return int(Costing(units).total(np.ones(units.size, dtype=bool), COUNTED["params"]))
 
 
 def measured_drops(

@@ -14,7 +14,7 @@ from prune_dn import limits
 from prune_dn.errors import PruningError
 from prune_dn.profiling import ImageSize, sides
 from prune_dn.pruning.coupled import Norm
-from prune_dn.pruning.importance import CRITERIA
+from prune_dn.pruning.criteria import CRITERIA
 from prune_dn.pruning.latency_model import LATENCY
 from prune_dn.pruning.parts import KINDS, Group, Kind
 from prune_dn.pruning.rates import COUNTED

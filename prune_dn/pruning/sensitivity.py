@@ -18,7 +18,8 @@ from prune_dn.models import DenseNet
 from prune_dn.models.convert import convert
 from prune_dn.profiling import Cost, ImageSize, count
 from prune_dn.pruning import budget as budgets
-from prune_dn.pruning.importance import CRITERIA, Scores, calibration_for, importance
+from prune_dn.pruning.criteria import CRITERIA, Scores
+from prune_dn.pruning.importance import calibration_for, importance
 from prune_dn.pruning.parts import KINDS, Group, Mask, Positions
 from prune_dn.pruning.plan import plan_of
 from prune_dn.pruning.protect import protected_units
@@ -91,7 +92,7 @@ def sensitivity(
     check_criterion(criterion)
     seed = check_seed(seed)
     batches = calibration_for(calibration, criterion, loss)
-    table = Units(net.config)
+    table = Units(net.config.graph())
     kept_back, _ = protected_units(table, names_in(protect, "protect"))
     groups = groups_of(table, kinds)
     may_go = ~kept_back
@@ -114,7 +115,7 @@ def sensitivity(
             progress(done, total)
         keep = np.ones(table.size, dtype=bool)
         keep[cut.gone] = False
-        plan = plan_of(table, table.close(keep))
+        plan = plan_of(net.config, table, table.close(keep))
         small = apply_plan(net, plan)
         value = _number(evaluate(small.eval()), cut.group.name)
         drop = dense - value if higher_is_better else value - dense

@@ -52,7 +52,7 @@ def settling_plan(
     net = convert(model)
     check_criterion(criterion)
     seed = check_seed(seed)
-    table = Units(net.config)
+    table = Units(net.config.graph())
     found = list(contests(table))
     endless = [contest.name for contest in found if contest.group is None]
     if not found or endless:
@@ -70,4 +70,4 @@ def settling_plan(
         lose[contest.group.units] = True
     keep = table.close(~losers(table, scores, lose))
     requested = {"settle": True, "criterion": criterion, "seed": seed}
-    return plan_of(table, keep, requested)
+    return plan_of(net.config, table, keep, requested)

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from prune_dn.errors import PruningError
-from prune_dn.models import DenseNet
 from prune_dn.pruning.parts import Group, Mask, Positions
 from prune_dn.pruning.units import Units
 
@@ -47,22 +46,21 @@ class Contest(NamedTuple):
 
 def contests(units: Units) -> Iterator[Contest]:
     """Every MFM of the net, in the order in which they run."""
-    for part in units.parts():
-        if part.sides is not None and part.edges is not None:
-            group, owner = part.sides.group, part.sides.owner
-            yield Contest(group.name, group, part.edges, owner, part.first_conv, False)
-        if part.stream is not None and part.stream.siblings > 1:
-            whole, name = part.stream, f"{part.name}.mfm"
-            if part.siblings is None:
-                owner = np.tile(np.arange(whole.size), whole.siblings)
-                yield Contest(name, None, whole, owner, whole.name, True)
-            else:
-                group, owner = part.siblings.group, part.siblings.owner
-                yield Contest(name, group, whole, owner, whole.name, True)
+    pairs = {found.group.name: found for found in units.pairs}
+    for competition in units.graph.competitions:
+        name, reader, maker = competition.module, competition.reader, competition.maker
+        if name in pairs:
+            group, whole, owner = pairs[name].group, pairs[name].whole, pairs[name].owner
+            yield Contest(name, group, whole, owner, reader or maker or "", reader is None)
+        else:
+            first = int(units.unit(competition.results[0])[0])
+            whole = units.groups[units.group_of[first]]
+            owner = np.tile(np.arange(whole.size), len(competition.operands))
+            yield Contest(name, None, whole, owner, maker or "", True)
 
 
 def share_out(
-    model: DenseNet,
+    model: nn.Module,
     units: Units,
     scores: Scores,
     criterion: str,

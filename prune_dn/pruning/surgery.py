@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from prune_dn.defaults import usual_defaults
 from prune_dn.errors import ConversionError, PruningError
@@ -17,12 +17,15 @@ from prune_dn.models.convert import check_not_wrapped, convert, is_densenet
 from prune_dn.models.dense_net import build_empty
 from prune_dn.profiling import ImageSize
 from prune_dn.pruning.compensate import check_compensation, compensate_plan
+from prune_dn.pruning.criteria import follows_loss, reads_images
+from prune_dn.pruning.cuts import Cut, cuts, fill_
 from prune_dn.pruning.generic import prune_cnn
-from prune_dn.pruning.importance import follows_loss, reads_images
+from prune_dn.pruning.kept import units_of
 from prune_dn.pruning.latency_model import LATENCY, LatencyModel
 from prune_dn.pruning.plan import Plan, make_plan
 from prune_dn.pruning.ratios import Ratios
 from prune_dn.pruning.request import USUAL_UNITS, units_in
+from prune_dn.pruning.units import Units
 from prune_dn.sound import check_filled, check_sound
 
 _SIBLINGS = ("sibling",)
@@ -199,62 +202,21 @@ def apply_plan(model: nn.Module, plan: Plan) -> DenseNet:
             "this plan was made for a DenseNet of another shape; make a new plan for this model "
             "(a plan fits only the net that it was made for, before the cut)"
         )
+    table = Units(net.config.graph())
+    kept = cuts(table, units_of(table, plan.keep_indices))
     small = build_empty(plan.config_after, memory_efficient=net.memory_efficient)
     old_modules = dict(net.named_modules())
     device = net.classifier.weight.device
-    keep = {
-        name: torch.tensor(kept, dtype=torch.long, device=device)
-        for name, kept in plan.keep_indices.items()
-    }
     for name, new in small.named_modules():
         old = old_modules[name]
         new.training = old.training
         if isinstance(new, nn.Conv2d | nn.BatchNorm2d | nn.Linear):
-            _fill_(new, old, *_kept(keep, name))
+            fill_(new, old, kept.get(name, Cut(None, None)))
         else:  # the indices of a reader or an MFM
             for key, index in new._buffers.items():
                 if index is not None:
                     new._buffers[key] = index.to(device)
+        if isinstance(new, nn.BatchNorm2d) and isinstance(old, nn.BatchNorm2d):
+            new.momentum = old.momentum
     check_filled(small)
     return small
-
-
-def _fill_(new: nn.Module, old: nn.Module, rows: Tensor | None, columns: Tensor | None) -> None:
-    """Give `new` the rows and columns of `old` that stay; None = all."""
-    for key, parameter in old._parameters.items():
-        if parameter is not None:
-            cut = _select(parameter.detach(), rows, columns if key == "weight" else None)
-            new._parameters[key] = nn.Parameter(cut, requires_grad=parameter.requires_grad)
-    for key, buffer in old._buffers.items():
-        if buffer is not None:
-            new._buffers[key] = _select(buffer, rows if buffer.ndim else None, None)
-    if isinstance(new, nn.BatchNorm2d) and isinstance(old, nn.BatchNorm2d):
-        new.momentum = old.momentum
-
-
-def _kept(keep: dict[str, Tensor], name: str) -> tuple[Tensor | None, Tensor | None]:
-    """Kept outputs (rows) and inputs (columns) of a module; None = all."""
-    parent = name.rpartition(".")[0]
-    if name == "features.norm0":
-        return keep.get("features.conv0"), None
-    if name.endswith(".norm2"):
-        return keep.get(f"{parent}.conv1"), None
-    inputs = {
-        "features.conv0": None,
-        "classifier": keep.get("features.norm5"),
-        f"{parent}.conv1": keep.get(f"{parent}.norm1"),
-        f"{parent}.conv2": keep.get(f"{parent}.conv1"),
-        f"{parent}.conv": keep.get(f"{parent}.norm"),
-    }
-    return keep.get(name), inputs.get(name)
-
-
-def _select(tensor: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
-    """A copy of the named rows and columns, in the memory format of `tensor`."""
-    out = tensor
-    for dim, index in ((0, rows), (1, columns)):
-        if index is not None:
-            out = out.index_select(dim, index.to(tensor.device))
-    if tensor.ndim == 4 and not tensor.is_contiguous():
-        return out.clone(memory_format=torch.channels_last)
-    return out.clone() if out is tensor else out

@@ -1,7 +1,7 @@
-"""What can be cut: stream channels, edges, bottleneck channels and siblings, per stream.
+"""What can be cut: channels, edges and siblings, of any net that has a graph.
 
-All units of a net lie in one flat array, group by group. A boolean array over it, `keep`, says
-what stays; `close` draws the exact consequences; `after` turns it into a `DenseNetConfig`.
+All units of a net lie in one flat array, group by group, in the order in which the net runs. A boolean
+array over it, `keep`, says what stays; `close` draws the exact consequences.
 """
 
 from __future__ import annotations
@@ -11,238 +11,229 @@ from dataclasses import replace
 
 import numpy as np
 
-from prune_dn.models import DenseNetConfig
-from prune_dn.models.config import Indices, LayerConfig, TransitionConfig
-from prune_dn.models.mfm import MFM_KINDS
-from prune_dn.pruning.parts import Group, Kind, Mask, Pairs, Part, Positions, Stream
+from prune_dn.graph.classes import Classes, channel_classes
+from prune_dn.graph.types import NONE, Competition, Graph, Ids, Reader
+from prune_dn.pruning.parts import STAYS, Block, Group, Kind, Mask, Pairs, Positions, Selection
 
 
 class Units:
-    """All units of the net that `config` describes."""
+    """All units of the net whose channels `graph` describes.
 
-    def __init__(self, config: DenseNetConfig) -> None:
-        self.config = config
+    `unit_of` is the channel unit of each id, `sibling_of` the sibling that it is, STAYS where there is
+    none. `is_read` marks channel units of which some layer reads all that is left.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
         self.groups: list[Group] = []
-        self.streams: list[Stream] = []
+        self.selections: list[Selection] = []
+        self.pairs: list[Pairs] = []
         self.size = 0
-        width = config.num_init_features
-        stem = self._group("stream", "features.conv0", width)
-        writer = Part("features.conv0", None, None, stem, np.arange(0), 0, 0)
-        for b, block in enumerate(config.blocks, start=1):
-            layers = []
-            for layer in block:
-                layers.append(self._layer(b, layer, width))
-                width += layer.out_channels
-            if b <= len(config.transitions):
-                reader = self._transition(b, config.transitions[b - 1], width)
-            else:
-                positions = _positions(config.classifier_indices, width)
-                edges = self._group("edge", "features.norm5", len(positions))
-                sides = self._sides("read", positions, config.classifier_rivals)
-                reader = Part("classifier", edges, None, None, positions, 0, b, None, sides)
-            self.streams.append(Stream(width, writer, tuple(layers), reader))
-            if reader.stream is not None:
-                width, writer = config.transitions[b - 1].out_channels, reader
+        self._whole, groups = channel_classes(graph)
+        self.unit_of, self.sibling_of = (np.full(len(graph.ties), STAYS) for _ in range(2))
+        readers = {reader.layer: reader for reader in graph.readers}
+        made = {c.maker: c for c in graph.competitions if c.maker is not None}
+        read = {c.reader: c for c in graph.competitions if c.reader is not None}
+        starting: dict[str, list[Classes]] = {}
+        for classes in groups:
+            starting.setdefault(classes.maker, []).append(classes)
+        several = self._read_often()
+        by_layer: dict[str, list[Group]] = {}
+        for producer in graph.producers:
+            name, start = producer.layer, len(self.groups)
+            reader = readers.get(name)
+            if reader is not None and reader.stream is not None:
+                self._select(reader, read.get(name))
+            for classes in starting.get(name, ()):
+                self._channels(classes, made.get(name), several)
+            if name in made and len(made[name].operands) == 2:
+                self._siblings(made[name])
+            by_layer[name] = self.groups[start:]
+        self.blocks = [
+            Block(
+                block.name,
+                block.layers,
+                tuple(group for layer in block.layers for group in by_layer[layer]),
+                next(g for g in by_layer[block.layers[-1]] if g.kind == "stream"),
+            )
+            for block in graph.blocks
+        ]
+        self._index(graph)
 
-    def parts(self) -> Iterator[Part]:
-        """Stem, layers, transitions, classifier, in the order in which they run."""
-        yield self.streams[0].writer
-        for stream in self.streams:
-            yield from stream.readers
+    def unit(self, ids: Ids) -> Positions:
+        """The channel unit of each id; STAYS where it belongs to none."""
+        return np.where(ids == NONE, STAYS, self.unit_of[ids])
+
+    def made_by(self, ids: Ids) -> Positions:
+        """What goes alone of each id that a layer makes: the sibling, or else the channel unit."""
+        sibling = self.sibling_of[ids]
+        return np.where(sibling == STAYS, self.unit_of[ids], sibling)
 
     def close(self, keep: Mask) -> Mask:
         """Draw the exact consequences of a cut, until nothing more follows.
 
         An edge of a cut channel goes; where what is read competes, the channel's side of its pair.
-        What both siblings left goes, and siblings go with what they make up. A layer with nothing to read, no bottleneck or no output
-        goes whole. A stream channel that nobody reads goes. Stem, transitions and classifier stay.
+        What both siblings left goes, and siblings go with what they make up. A block with nothing to
+        read, no bottleneck or no output goes whole. A channel that nobody reads goes.
         """
         keep = keep.copy()
         while True:
-            for stream in self.streams:
-                self._lose_sources(stream, keep)
             before = np.count_nonzero(keep)
-            for stream in reversed(self.streams):
-                self._lose_readers(stream, keep)
+            for pairs in self.pairs:
+                if pairs.maker is not None:
+                    pairs.agree(keep)
+            keep[self.reads] &= (self.source == STAYS) | keep[self.source]
+            for pairs in self.pairs:
+                if pairs.reader is not None:
+                    pairs.agree(keep)
+            if self.blocks:
+                sums = np.concatenate([[0], np.cumsum(keep)])
+                left = sums[self._stops] - sums[self._starts]
+                empty = np.bincount(self._owners, left == 0, len(self.blocks)) > 0
+                keep &= ~(empty[self.block_of] & (self.block_of >= 0))
+            read = self.is_read.copy()
+            source = self.source[keep[self.reads]]
+            read[source[source != STAYS]] = True
+            keep &= read | ~self.is_channel
             if np.count_nonzero(keep) == before:
                 return keep
 
-    def after(self, keep: Mask) -> DenseNetConfig:
-        """The description of what a closed `keep` leaves; stream positions are renumbered."""
-        blocks, transitions = [], []
-        for b, stream in enumerate(self.streams):
-            alive = self._alive(stream, keep)
-            new_position = np.cumsum(alive) - 1
-            written = np.cumsum([0, *(_made_count(part, keep) for part in stream.producers)])
-            layers = []
-            for i, (part, old) in enumerate(zip(stream.layers, self.config.blocks[b], strict=True)):
-                if _made_count(part, keep):
-                    indices, rivals = _reads(part, keep, new_position, written[i + 1])
-                    mfm, alone = _competition(part, keep, old.mfm)
-                    layer = replace(
-                        old,
-                        out_channels=_made_count(part, keep),
-                        bottleneck=None
-                        if part.bottleneck is None
-                        else _count(keep, part.bottleneck),
-                        input_indices=indices,
-                        mfm=mfm,
-                        rival_indices=rivals,
-                        mfm_alone=alone,
-                    )
-                    layers.append(layer)
-            blocks.append(tuple(layers))
-            indices, rivals = _reads(stream.reader, keep, new_position, written[-1])
-            if b < len(self.config.transitions):
-                count = _made_count(stream.reader, keep)
-                mfm, alone = _competition(stream.reader, keep, self.config.transitions[b].mfm)
-                transitions.append(TransitionConfig(count, indices, mfm, rivals, alone))
-        return replace(
-            self.config,
-            num_init_features=_made_count(self.streams[0].writer, keep),
-            blocks=tuple(blocks),
-            transitions=tuple(transitions),
-            classifier_indices=indices,
-            classifier_rivals=rivals,
-        )
+    def outputs(self, layer: str, ids: Ids, keep: Mask) -> Positions:
+        """Which outputs of a layer stay, in their new order: of pairs the first ones, then the second."""
+        pairs = next((p for p in self.pairs if p.maker == layer), None)
+        if pairs is None:
+            return np.flatnonzero(self._stays(self.made_by(ids), keep))
+        firsts, seconds = pairs.left(keep)
+        return np.concatenate([firsts, seconds[seconds != firsts]])
 
-    def _group(
-        self,
-        kind: Kind,
-        name: str,
-        size: int,
-        siblings: int = 1,
-        survivors: int = 1,
-        alone: int = 0,
-    ) -> Group:
-        group = Group(kind, name, self.size, size, siblings, survivors, alone)
+    def inputs(self, reader: Reader, keep: Mask) -> Positions:
+        """Which inputs of a layer stay, in their new order."""
+        selection = next((s for s in self.selections if s.reader is reader), None)
+        if selection is None:
+            return np.flatnonzero(self._stays(self.unit(reader.channels), keep))
+        place = np.full(selection.edges.size, len(selection.edge_at))
+        order = selection.order(keep)
+        place[order] = np.arange(len(order))
+        kept = np.flatnonzero(keep[selection.edges.start + selection.edge_at])
+        return kept[np.argsort(place[selection.edge_at[kept]], kind="stable")]
+
+    @staticmethod
+    def _stays(units: Positions, keep: Mask) -> Mask:
+        stays: Mask = (units == STAYS) | keep[units]
+        return stays
+
+    def _group(self, kind: Kind, name: str, size: int, **more: int) -> Group:
+        group = Group(kind, name, self.size, size, **more)
         self.groups.append(group)
         self.size += size
         return group
 
-    def _layer(self, block: int, layer: LayerConfig, width: int) -> Part:
-        name = f"features.denseblock{block}.{layer.name}"
-        positions = _positions(layer.input_indices, width)
-        edges = self._group("edge", f"{name}.norm1", len(positions))
-        sides = self._sides(f"{name}.read", positions, layer.rival_indices)
-        narrow = None
-        if layer.bottleneck is not None:
-            narrow = self._group("bottleneck", f"{name}.conv1", layer.bottleneck)
-        made = self._made(f"{name}.conv1" if narrow is None else f"{name}.conv2", layer)
-        siblings = self._siblings(f"{name}.mfm", layer, width)
-        return Part(name, edges, narrow, made, positions, width, block, siblings, sides)
+    def _read_often(self) -> Mask:
+        """Whether several layers read a class, or a reader selects from it: it is of a stream."""
+        often, once = (np.zeros(len(self._whole), dtype=bool) for _ in range(2))
+        for reader in self.graph.readers:
+            ids = reader.channels if reader.stream is None else reader.stream
+            classes = np.unique(self._whole[ids[ids != NONE]])
+            often[classes] |= once[classes] | (reader.stream is not None)
+            once[classes] = True
+        return often
 
-    def _transition(self, block: int, transition: TransitionConfig, width: int) -> Part:
-        name = f"features.transition{block}"
-        positions = _positions(transition.input_indices, width)
-        edges = self._group("edge", f"{name}.norm", len(positions))
-        sides = self._sides(f"{name}.read", positions, transition.rival_indices)
-        made = self._made(f"{name}.conv", transition)
-        siblings = self._siblings(f"{name}.mfm", transition, 0)
-        return Part(name, edges, None, made, positions, 0, block, siblings, sides)
-
-    def _made(self, name: str, part: LayerConfig | TransitionConfig) -> Group:
-        siblings, survivors = (1, 1) if part.mfm is None else MFM_KINDS[part.mfm]
-        size, alone = part.out_channels // survivors, len(part.mfm_alone)
-        return self._group("stream", name, size, siblings, survivors, alone)
-
-    def _siblings(
-        self, name: str, part: LayerConfig | TransitionConfig, offset: int
-    ) -> Pairs | None:
-        """Those of an MFM 2/1. (Of three siblings none can go alone.)"""
-        if part.mfm != "2/1":
-            return None
-        paired = np.delete(np.arange(part.out_channels), list(part.mfm_alone))
-        return self._pairs(name, offset + np.arange(part.out_channels), offset + paired, paired)
-
-    def _sides(self, name: str, leads: Positions, rivals: Indices) -> Pairs | None:
-        if rivals is None:
-            return None
-        paired = np.flatnonzero(leads != np.asarray(rivals))
-        return self._pairs(name, leads, np.asarray(rivals)[paired], paired)
-
-    def _pairs(self, name: str, firsts: Positions, seconds: Positions, paired: Positions) -> Pairs:
-        """`paired`: the pairs that have a second sibling, in the order of the seconds."""
-        group = self._group("sibling", name, len(firsts) + len(seconds))
-        own = np.arange(len(firsts))
-        second = own.copy()
-        second[paired] = len(firsts) + np.arange(len(paired))
-        return Pairs(
-            group, np.concatenate([own, paired]), second, np.concatenate([firsts, seconds])
+    def _select(self, reader: Reader, competition: Competition | None) -> None:
+        """The edges of a reader, one for each id that it reads."""
+        assert reader.select is not None and reader.stream is not None
+        ids = reader.channels
+        ids = np.where(ids == NONE, -1 - np.arange(len(ids)), ids)
+        _, first, edge_at = np.unique(ids, return_index=True, return_inverse=True)
+        place = np.argsort(np.argsort(first))  # in the order in which they are read
+        first, edge_at = np.sort(first), place[edge_at.ravel()]
+        edges = self._group("edge", reader.select, len(first))
+        where = {int(c): i for i, c in reversed(list(enumerate(reader.stream.tolist())))}
+        sides = None
+        if competition is None:
+            read = reader.channels[first]
+        else:
+            leads, rivals = competition.operands
+            paired = np.flatnonzero(leads != rivals)
+            read = np.concatenate([leads, rivals[paired]])
+            sides = self._pairs(competition, edges, paired)
+        positions = np.array([where[int(c)] for c in read], dtype=np.int64)
+        self.selections.append(
+            Selection(reader, edges, sides, positions, self.unit(read), reader.stream, edge_at)
         )
 
-    def _alive(self, stream: Stream, keep: Mask) -> Mask:
-        """Which stream channels are made."""
-        alive = np.zeros(stream.width, dtype=bool)
-        for part in stream.producers:
-            assert part.stream is not None
-            alive[part.made()] = keep[part.stream.units]
-        return alive
+    def _channels(self, classes: Classes, competition: Competition | None, often: Mask) -> None:
+        rows, more = classes.rows, {"blocks": len(classes.rows)}
+        if competition is not None:
+            leads, *others = competition.operands
+            more["siblings"], more["survivors"] = len(others) + 1, len(competition.results)
+            more["alone"] = int(np.sum(leads == others[0]))
+        kind: Kind = "stream" if often[rows].any() or classes.is_tied else "bottleneck"
+        group = self._group(kind, classes.name, rows.size, **more)
+        unit = np.full(len(self._whole), STAYS)
+        unit[rows.ravel()] = np.arange(group.start, self.size)
+        found = unit[self._whole]
+        self.unit_of = np.where(found == STAYS, self.unit_of, found)
 
-    def _lose_sources(self, stream: Stream, keep: Mask) -> None:
-        for part in stream.producers:
-            if part.siblings is not None and part.stream is not None:
-                part.siblings.agree(keep, part.stream)
-        alive = self._alive(stream, keep)
-        for part in stream.readers:
-            assert part.edges is not None
-            readings, positions = part.readings
-            keep[readings.units] &= alive[positions]
-            if part.sides is not None:
-                part.sides.agree(keep, part.edges)
-            if part.is_dense_layer and not all(_count(keep, g) for g in part.groups):
-                for group in part.groups:
-                    keep[group.units] = False
-                alive[part.made()] = False
+    def _siblings(self, competition: Competition) -> None:
+        units = self.unit(competition.results[0])
+        whole = next(g for g in self.groups if g.start <= units[0] < g.start + g.size)
+        leads, rivals = competition.operands
+        paired = np.flatnonzero(leads != rivals)
+        pairs = self._pairs(competition, whole, paired)
+        operands = np.concatenate([leads, rivals[paired]])
+        self.sibling_of[operands] = np.arange(pairs.group.start, self.size)
 
-    def _lose_readers(self, stream: Stream, keep: Mask) -> None:
-        read = np.zeros(stream.width, dtype=bool)
-        for part in (*reversed(stream.readers), stream.writer):
-            if part.stream is not None and part is not stream.reader:
-                keep[part.stream.units] &= read[part.made()].any(axis=0)
-                if part.is_dense_layer and not _count(keep, part.stream):
-                    for group in part.groups:
-                        keep[group.units] = False
-            if part.edges is not None and part is not stream.writer:
-                readings, positions = part.readings
-                read[positions] |= keep[readings.units]
+    def _pairs(self, competition: Competition, whole: Group, paired: Positions) -> Pairs:
+        """`paired`: the pairs that have a second sibling, in the order of the seconds."""
+        count = whole.size
+        group = self._group("sibling", competition.module, count + len(paired))
+        second = np.arange(count)
+        second[paired] = count + np.arange(len(paired))
+        owner = np.concatenate([np.arange(count), paired])
+        pairs = Pairs(group, whole, owner, second, competition.maker, competition.reader)
+        self.pairs.append(pairs)
+        return pairs
 
-
-def _positions(indices: Indices, width: int) -> Positions:
-    return np.arange(width) if indices is None else np.asarray(indices, dtype=np.intp)
-
-
-def _count(keep: Mask, group: Group) -> int:
-    return int(np.count_nonzero(keep[group.units]))
-
-
-def _made_count(part: Part, keep: Mask) -> int:
-    assert part.stream is not None
-    return _count(keep, part.stream) * part.stream.survivors
-
-
-def _reads(part: Part, keep: Mask, new_position: Positions, width: int) -> tuple[Indices, Indices]:
-    """New stream positions that a reader reads, and their rivals.
-
-    The positions are None when all `width` of them are read as they are, the rivals when nobody
-    competes (any more).
-    """
-    assert part.edges is not None
-    if part.sides is None:
-        kept = new_position[part.positions[keep[part.edges.units]]]
-        return (None if len(kept) == width else tuple(kept.tolist())), None
-    leads, rivals = (new_position[part.sides.positions[side]] for side in part.sides.left(keep))
-    order = np.argsort(leads)
-    indices, against = tuple(leads[order].tolist()), tuple(rivals[order].tolist())
-    if indices != against:
-        return indices, against
-    return (None if len(indices) == width else indices), None
+    def _index(self, graph: Graph) -> None:
+        """Flat arrays over all units."""
+        self.selections = [
+            replace(s, stream=self.unit(s.stream), sources=s.sources) for s in self.selections
+        ]
+        reads = [np.arange(s.readings.start, s.readings.units.stop) for s in self.selections]
+        empty = [np.zeros(0, dtype=np.int64)]
+        self.reads = np.concatenate([*reads, *empty])  # what reads one channel each
+        self.source = np.concatenate([*(s.sources for s in self.selections), *empty])  # and which
+        self.is_channel, self.is_read = (np.zeros(self.size, dtype=bool) for _ in range(2))
+        self.group_of = np.repeat(np.arange(len(self.groups)), [g.size for g in self.groups])
+        for group in self.groups:
+            self.is_channel[group.units] = group.kind in ("stream", "bottleneck")
+        for reader in graph.readers:
+            if reader.stream is None:
+                units = self.unit(reader.channels)
+                self.is_read[units[units != STAYS]] = True
+        # The block that each unit belongs to, and whose output it is; -1 = none.
+        self.block_of, self.output_of = (np.full(self.size, -1) for _ in range(2))
+        self._starts, self._stops, self._owners = (np.zeros(0, dtype=np.int64) for _ in range(3))
+        spans = [(g, n) for n, block in enumerate(self.blocks) for g in block.groups]
+        if spans:
+            self._starts = np.array([g.start for g, _ in spans])
+            self._stops = np.array([g.units.stop for g, _ in spans])
+            self._owners = np.array([n for _, n in spans])
+        for group, number in spans:
+            self.block_of[group.units] = number
+        for number, block in enumerate(self.blocks):
+            self.output_of[block.output.units] = number
 
 
-def _competition(part: Part, keep: Mask, mfm: str | None) -> tuple[str | None, tuple[int, ...]]:
-    """The MFM on what a part makes, and its units that stand alone; none when all of them do."""
-    if part.siblings is None:
-        return mfm, ()
-    firsts, seconds = part.siblings.left(keep)
-    alone = np.flatnonzero(firsts == seconds)
-    return (None, ()) if len(alone) == len(firsts) else (mfm, tuple(alone.tolist()))
+def layers(units: Units) -> Iterator[tuple[str, Positions, Positions]]:
+    """Each layer with weights, and which unit each of its outputs and inputs is."""
+    readers = {reader.layer: reader for reader in units.graph.readers}
+    selections = {s.reader.layer: s for s in units.selections}
+    for producer in units.graph.producers:
+        name, reader = producer.layer, readers[producer.layer]
+        selection = selections.get(name)
+        if selection is None:
+            inputs = units.unit(reader.channels)
+        else:
+            inputs = selection.edges.start + selection.edge_at
+        yield name, units.made_by(producer.channels), inputs

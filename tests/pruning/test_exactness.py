@@ -157,8 +157,11 @@ def test_the_plan_describes_what_surgery_makes(config, request) -> int:
 def cut_of(units: Units, only: str | None, share: float, seed: int) -> np.ndarray | None:
     """What stays of any cut whatever that leaves a net; None where 30 draws give none."""
     generator = np.random.default_rng(seed)
-    stays = [part for part in units.parts() if not part.is_dense_layer]
-    needed = [group.units for part in stays for group in (part.edges, part.stream) if group]
+    needed = [
+        group.units
+        for group in units.groups
+        if group.kind in ("edge", "stream") and units.block_of[group.start] < 0
+    ]
     for share_ in np.linspace(share, 0.95, 30):
         drawn = generator.random(units.size) < share_
         for group in units.groups:
@@ -179,12 +182,12 @@ def test_masked_equals_pruned_whatever_goes(config, seed, shares, data) -> int:
     net = randomise_(DenseNet(config).double().eval(), seed)
     x = images(net)
     for done, share in enumerate(shares):
-        units = Units(net.config)
+        units = Units(net.config.graph())
         kinds = sorted({group.kind for group in units.groups if group.size > 1})
         keep = cut_of(units, data.draw(st.sampled_from([*kinds, None])), share, seed)
         if keep is None:
             return done
-        plan = plan_of(units, keep)
+        plan = plan_of(net.config, units, keep)
         small = apply_plan(net, plan)
         torch.testing.assert_close(small(x), masked(net, plan)(x), rtol=1e-9, atol=1e-9)
         assert Plan.from_json(plan.to_json()) == plan
@@ -194,7 +197,7 @@ def test_masked_equals_pruned_whatever_goes(config, seed, shares, data) -> int:
 
 @given(configs(), st.data())
 def test_closing_is_idempotent_and_only_cuts(config, data) -> None:
-    units = Units(config)
+    units = Units(config.graph())
     drawn = data.draw(st.lists(st.booleans(), min_size=units.size, max_size=units.size))
     keep = np.array(drawn, dtype=bool)
     closed = units.close(keep)

@@ -11,8 +11,10 @@ from prune_dn.batches import read_batches
 from prune_dn.errors import PruningError
 from prune_dn.models import DenseNet, densenet
 from prune_dn.pruning import make_plan
-from prune_dn.pruning.importance import CRITERIA, Criterion, importance, readers, register_criterion
-from prune_dn.pruning.units import Units
+from prune_dn.pruning.criteria import CRITERIA, Criterion, register_criterion
+from prune_dn.pruning.importance import importance
+from prune_dn.pruning.parts import STAYS
+from prune_dn.pruning.units import Units, layers
 
 FORMULAS = {
     "bn_scale": lambda norm, conv, c: abs(norm.weight[c].item()),
@@ -34,7 +36,7 @@ def _lamp(rows, c):
 @pytest.mark.parametrize("criterion", sorted(FORMULAS))
 def test_a_stream_channel_counts_for_every_reader(criterion) -> None:
     net = randomise_(densenet([2, 1], 4, bn_size=2, stem="cifar", num_classes=3), 5)
-    units = Units(net.config)
+    units = Units(net.config.graph())
     scores = importance(net, units, criterion)
     block, f = net.features.denseblock1, FORMULAS[criterion]
     by_name = {(g.kind, g.name): scores[g.units] for g in units.groups}
@@ -62,7 +64,7 @@ def test_an_mfm_unit_counts_for_all_that_it_makes() -> None:
     net = densenet([1], 6, bn_size=None, stem="cifar", num_classes=3, mfm={"*": "3/2"})
     with torch.no_grad():
         net.features.norm5.weight.copy_(torch.arange(16.0))
-    units = Units(net.config)
+    units = Units(net.config.graph())
     scores = importance(net, units, "bn_scale")
     group = next(g for g in units.groups if g.name.endswith("denselayer1.conv1"))
     # 6 filters, 2 units; unit u makes channels 12 + u (maximum) and 14 + u (median)
@@ -78,10 +80,10 @@ def test_registering() -> None:
         with pytest.raises(PruningError, match="'constant' is registered already"):
             register_criterion("constant")(constant)
         net = densenet([1], 4, stem="cifar", num_classes=3)
-        assert set(importance(net, Units(net.config), "constant")) == {1.0, 2.0}
+        assert set(importance(net, Units(net.config.graph()), "constant")) == {1.0, 2.0}
         CRITERIA["constant"] = Criterion(lambda reading: torch.ones(3), None)
         with pytest.raises(PruningError, match="gave shape"):
-            importance(net, Units(net.config), "constant")
+            importance(net, Units(net.config.graph()), "constant")
     finally:
         del CRITERIA["constant"]
 
@@ -103,14 +105,16 @@ def batches(seed: int = 0, sizes: tuple[int, ...] = (3, 2)):
 def test_data_criteria_against_one_image_at_a_time(criterion) -> None:
     net = small_net()
     data = batches()
-    units = Units(net.config)
+    units = Units(net.config.graph())
     scores = importance(net, units, criterion, calibration=read_batches(data))
-    for reader in readers(units):
+    for name, _, inputs in layers(units):
+        if (inputs == STAYS).all():  # it reads images
+            continue
         found = []
         pairs = [pair for xs, ys in data for pair in zip(xs.split(1), ys.split(1), strict=True)]
         for x, y in pairs:
             seen = []
-            hook = net.get_submodule(reader.conv).register_forward_pre_hook(
+            hook = net.get_submodule(name).register_forward_pre_hook(
                 lambda _, args, seen=seen: seen.append(args[0])
             )
             loss = torch.nn.functional.cross_entropy(net(x), y)
@@ -124,14 +128,16 @@ def test_data_criteria_against_one_image_at_a_time(criterion) -> None:
                 ]
             )
         expected = torch.stack(found).mean(0).detach()
-        np.testing.assert_allclose(scores[reader.group.units], expected, rtol=2e-4, atol=1e-7)
+        np.testing.assert_allclose(scores[inputs], expected, rtol=2e-4, atol=1e-7)
 
 
 def test_scoring_leaves_the_model_alone() -> None:
     net = small_net().train()
     net.memory_efficient = True
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    importance(net, Units(net.config), "reconstruction", calibration=read_batches(batches()))
+    importance(
+        net, Units(net.config.graph()), "reconstruction", calibration=read_batches(batches())
+    )
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     assert all(p.grad is None and p.requires_grad for p in net.parameters())
     assert all(m.training and not m._forward_hooks for m in net.modules())
@@ -140,7 +146,7 @@ def test_scoring_leaves_the_model_alone() -> None:
 
 def test_batches_make_no_difference_and_the_seed_makes_it_repeatable() -> None:
     net = small_net()
-    units, x = Units(net.config), batches(sizes=(6,))[0][0]
+    units, x = Units(net.config.graph()), batches(sizes=(6,))[0][0]
     one = importance(net, units, "activation", calibration=read_batches([x]))
     many = importance(net, units, "activation", calibration=read_batches(x.split(2)))
     np.testing.assert_allclose(one, many, rtol=1e-4, atol=1e-7)

@@ -60,7 +60,7 @@ def cases() -> list[tuple[DenseNet, Plan, DenseNet]]:
 
 @given(pruned_configs(), st.integers(0, 99), st.floats(0.2, 1), st.sampled_from([*KINDS, None]))
 def test_indices_and_units_say_the_same(config, seed, share, only) -> None:
-    units = Units(config)
+    units = Units(config.graph())
     drawn = np.random.default_rng(seed).random(units.size) < share
     for group in units.groups:
         if only not in (None, group.kind):
@@ -179,7 +179,7 @@ def test_what_disagrees_is_named() -> None:
     edit.keep_indices[first] = (0, 1)
     with pytest.raises(PruningError, match="keep_indices disagree"):
         apply_plan(net, edit)
-    nothing = {group.name: () for group in Units(net.config).groups}
+    nothing = {group.name: () for group in Units(net.config.graph()).groups}
     fails("keep_indices leave no net that can be built", keep_indices=nothing)
 
 

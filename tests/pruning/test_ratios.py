@@ -18,6 +18,7 @@ from prune_dn.models import DenseNet, DenseNetConfig, densenet
 from prune_dn.profiling import count
 from prune_dn.pruning import Plan, make_plan, prune
 from prune_dn.pruning.importance import importance
+from prune_dn.pruning.kept import indices_of
 from prune_dn.pruning.parts import KINDS
 from prune_dn.pruning.ratios import FORMAT, SensitivityRow
 from prune_dn.pruning.units import Units
@@ -36,7 +37,7 @@ def measured(net: DenseNet, drops, kinds=KINDS, ratios=RATIOS) -> list[Sensitivi
         SensitivityRow(
             g.name, g.kind, r, g.size, round(r * g.size), 0.0, 0.0, float(drops(n, r)), 1, 1
         )
-        for n, g in enumerate(Units(net.config).groups)
+        for n, g in enumerate(Units(net.config.graph()).groups)
         if g.kind in kinds
         for r in ratios
     ]
@@ -55,7 +56,7 @@ def rising(group: int, ratio: float) -> float:
 
 def by_hand(net: DenseNet, rows: list[SensitivityRow], kinds, target: float) -> DenseNetConfig:
     """Every tolerance is tried, from the smallest: no ranking, no bisection."""
-    table = Units(net.config)
+    table = Units(net.config.graph())
     scores = importance(net, table, "l2")
     counts = []  # per group of these kinds: how much each number of cut units costs
     for group in table.groups:
@@ -72,7 +73,7 @@ def by_hand(net: DenseNet, rows: list[SensitivityRow], kinds, target: float) -> 
         for group, costs in zip(table.groups, counts, strict=True):
             least = np.argsort(scores[group.units])[: sum(c <= tolerance for c in costs)]
             keep[group.start + least] = False
-        after = table.after(table.close(keep))
+        after = net.config.after(indices_of(table, table.close(keep)))
         if count(after, 32).macs <= target:
             return after
     raise AssertionError("out of reach")

@@ -73,7 +73,7 @@ def l2_by_hand(net: DenseNet, row: SensitivityRow) -> torch.Tensor:
 
 def test_every_value_is_that_of_a_net_masked_by_hand(net) -> None:
     rows = sensitivity(net, answer, ratios=(0.25, 0.6), units=KINDS)
-    table = Units(net.config)
+    table = Units(net.config.graph())
     assert {r.kind for r in rows} == set(KINDS)
     assert len(rows) == 2 * len(table.groups)
     for row in rows:
@@ -81,7 +81,7 @@ def test_every_value_is_that_of_a_net_masked_by_hand(net) -> None:
         keep = np.ones(table.size, dtype=bool)
         group = next(g for g in table.groups if g.name == row.name)
         keep[[group.start + i for i in least]] = False
-        plan = plan_of(table, table.close(keep))
+        plan = plan_of(net.config, table, table.close(keep))
         assert row.units_cut == len(least) > 0
         assert row.value == pytest.approx(answer(masked(net, plan)), rel=1e-9)
         assert row.value == pytest.approx(answer(apply_plan(net, plan)), rel=1e-12)
@@ -149,11 +149,11 @@ def test_a_ratio_too_small_for_a_group_has_no_row() -> None:
 def test_a_reader_of_one_producer_keeps_a_channel() -> None:
     """norm5 reads the last layer only: all its 8 channels would leave the classifier nothing."""
     net = made()
-    table = Units(net.config)
+    table = Units(net.config.graph())
     keep = np.ones(table.size, dtype=bool)
     edges = next(g for g in table.groups if g.name == "features.norm5")
     keep[edges.start : edges.start + 24] = False
-    net = apply_plan(net, plan_of(table, table.close(keep)))
+    net = apply_plan(net, plan_of(net.config, table, table.close(keep)))
     assert set(net.config.classifier_indices) == set(range(24, 32))
     rows = sensitivity(net, answer, ratios=[0.99], units=KINDS)
     last = [r for r in rows if r.name == "features.denseblock2.denselayer2.conv2"]

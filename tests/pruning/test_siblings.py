@@ -40,7 +40,7 @@ def group(units: Units, name: str) -> Group:
 
 
 def scores_of(net: DenseNet, criterion: str) -> tuple[Units, np.ndarray]:
-    units, data = Units(net.config), None
+    units, data = Units(net.config.graph()), None
     if CRITERIA[criterion].need:
         data = read_batches([(x, torch.arange(3)) for x in batches()])
     return units, importance(net, units, criterion, calibration=data)
@@ -216,7 +216,7 @@ def test_no_reader_falls_below_the_floor_whatever_goes(seed, least, guarded) -> 
     """All that may go does, with random scores: of transitions and the classifier enough stays."""
     config = densenet([2, 1], 4, bn_size=2, stem="cifar", num_classes=3, mfm={"*1": "2/1"},
                       mfm_skipped={"*": "2/1"}).config  # fmt: skip
-    units, generator = Units(config), np.random.default_rng(seed)
+    units, generator = Units(config.graph()), np.random.default_rng(seed)
     scores, may_go = generator.random(units.size), np.ones(units.size, dtype=bool)
     for group_ in units.groups:
         may_go[group_.units] = group_.kind in ("stream", "sibling")
@@ -225,9 +225,10 @@ def test_no_reader_falls_below_the_floor_whatever_goes(seed, least, guarded) -> 
     may_go = losers(units, scores, may_go)
     fixed, spare = floor(units, scores, may_go, least)
     keep = units.close(~(may_go & ~fixed & ~spare))
-    for part in units.parts():
-        if part.edges is not None and not part.is_dense_layer:
-            assert keep[part.edges.units].sum() >= min(least, part.edges.size), part.name
+    for selection in units.selections:
+        edges = selection.edges
+        if units.block_of[edges.start] < 0:
+            assert keep[edges.units].sum() >= min(least, edges.size), edges.name
 
 
 def test_what_does_not_compete_stays() -> None:
