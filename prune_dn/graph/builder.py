@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from prune_dn.graph.flow import Flow
+from prune_dn.graph.sizes import Sizes
 from prune_dn.graph.types import NONE, Follower, Graph, Ids, Op, Producer, Reader
 
 
@@ -23,6 +24,7 @@ class Builder:
         self._ops: list[Op] = []
         self._balanced: list[Ids] = []
         self.used: set[str] = set()  # names of parameters and buffers
+        self.sizes = Sizes()  # of the run that is followed
         self.counts_ops = True  # off while the same calls are seen again
 
     def new(self, count: int) -> Ids:

@@ -85,18 +85,29 @@ def stack(call: Call) -> Flow:
 def view(call: Call) -> Flow:
     """The same elements in the same order.
 
-    The net's own code splits an axis of channels: taken to be into a number of equal parts, such as the
-    groups of a channel shuffle. So what lies at one place of all parts is tied.
+    The net's own code splits an axis of channels: into a number of equal parts, such as the groups of a
+    channel shuffle, so that what lies at one place of all parts is tied; or into parts of a size that it
+    holds as a number, each of which is tied. Where all sizes are such numbers, nothing may go.
     """
     x = call.flow(0)
+    held = call.build.sizes.reshape.get((x.shape, call.shape), frozenset())
     for old, new in blocks(x.shape, call.shape):
         old = [d for d in old if x.shape[d] > 1]
         new = [d for d in new if call.shape[d] > 1]
-        if len(new) < 2 or not any(x.ids.shape[d] > 1 for d in old) or len(old) == len(new) == 0:
+        if not any(x.ids.shape[d] > 1 for d in old):
             continue
-        if len(old) > 1:
+        if held.issuperset(new):
+            sizes = " x ".join(str(call.shape[d]) for d in new)
+            reason = (
+                f"the net's own code reshapes it to {sizes}, plain numbers; -1 or what is computed "
+                "from x.shape by whole-number arithmetic would follow"
+            )
+            call.build.fix(x.ids, reason)
+        elif len(new) > 1 and len(old) > 1:
             call.build.fix(x.ids, "a reshape mixes its axis with others")
-        else:
+        elif len(new) > 1 and new[0] not in held and held.issuperset(new[1:]):
+            tie_parts(call, x, old[0], call.shape[new[0]], inside=True)
+        elif len(new) > 1:
             tie_parts(call, x, old[0], call.shape[new[0]])
     return reshape(x, call.shape)
 
@@ -162,7 +173,8 @@ def pick(call: Call) -> Flow:
 def split(call: Call) -> list[Flow]:
     """Consecutive parts of one axis.
 
-    Equal parts stay equal: what lies at one place of all of them is tied. Others stay as they are.
+    Equal parts stay equal: what lies at one place of all of them is tied. Others stay as they are, and
+    so do parts of a size that the net's own code holds as a number.
     """
     x = call.flow(0)
     unbind = call.name.startswith("aten.unbind")
@@ -171,6 +183,12 @@ def split(call: Call) -> list[Flow]:
     if x.ids.shape[axis] > 1 and len(sizes) > 1:
         if len(set(sizes)) > 1 or unbind:
             call.build.fix(x.ids, "the net's own code splits channels by position")
+        elif (x.shape, call.shapes) in call.build.sizes.split:
+            reason = (
+                f"the net's own code splits it into parts of {sizes[0]}, a plain number; "
+                f"x.shape[{axis}] // {len(sizes)} would follow"
+            )
+            call.build.fix(x.ids, reason)
         else:
             tie_parts(call, x, axis, len(sizes))
     parts, start = [], 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from prune_dn.graph.flow import Flow, along, constant, full, take
-from prune_dn.graph.rules import Call, Weight, aten, combine, mix, rule, sized
+from prune_dn.graph.rules import Call, Weight, aten, combine, mix, rule, sized, tie_stacked
 from prune_dn.graph.types import Op
 
 
@@ -27,7 +27,19 @@ from prune_dn.graph.types import Op
         "addcdiv",
     ),
     *("lerp", "where", "masked_fill", "eq", "ne", "lt", "le", "gt", "ge", "logical_not", "isnan"),
-    *("logical_and", "logical_or", "fmax", "fmin", "sin", "cos", "hardshrink", "softshrink"),
+    *(
+        "logical_and",
+        "logical_or",
+        "bitwise_and",
+        "bitwise_or",
+        "bitwise_not",
+        "fmax",
+        "fmin",
+        "sin",
+        "cos",
+        "hardshrink",
+        "softshrink",
+    ),
     *(
         "clone",
         "contiguous",
@@ -85,10 +97,22 @@ def linear(call: Call) -> Flow:
 
 def _layer(call: Call, axis: int, groups: int, transposed: bool) -> Flow:
     x, weight, shape = call.flow(0), call.args[1], call.shape
-    if not isinstance(weight, Weight) or weight.name.rpartition(".")[2] != "weight":
-        mix(call, f"{call.name.removeprefix('aten.')} reads it with a weight that is computed")
+    if 1 < groups == x.shape[axis] == shape[axis] and (flow := _fixed_kernel(call)) is not None:
+        return flow
+    computed = not isinstance(weight, Weight)
+    weight = call.computed_from if computed else weight
+    if weight is None or not weight.is_parameter or weight.name.rpartition(".")[2] != "weight":
+        mix(
+            call, f"{call.name.removeprefix('aten.')} reads it with a weight that is no layer's own"
+        )
         return constant(shape)
     layer, outputs = weight.layer, shape[axis]
+    if computed:  # nothing of it may go, but it has its cost
+        reason = (
+            f"{layer} computes its weight anew in each forward; replace it by a plain layer first"
+        )
+        call.build.fix(call.build.produce(layer, outputs), reason)
+        mix(call, reason)
     call.build.used.add(weight.name)
     bias = call.args[2]
     if isinstance(bias, Weight) and bias.layer == layer:
@@ -111,6 +135,20 @@ def _layer(call: Call, axis: int, groups: int, transposed: bool) -> Flow:
         call.build.balance(ids.reshape(groups, -1))
         call.build.balance(made.reshape(groups, -1))
     return along(shape, axis, made)
+
+
+def _fixed_kernel(call: Call) -> Flow | None:
+    """A depthwise convolution with a kernel that is a buffer (it follows), or one for all channels."""
+    kernel, bias, origin = call.args[1], call.args[2], call.computed_from
+    is_buffer = isinstance(kernel, Weight) and not kernel.is_parameter
+    is_one = not isinstance(kernel, Weight) and (origin is None or origin.shape[0] == 1)
+    if bias is not None or not (is_buffer or is_one):
+        return None
+    ids = call.build.channels(call.flow(0), 1, "a convolution reads it along another axis")
+    if is_buffer:
+        call.build.used.add(kernel.name)
+        call.build.follow(kernel.name, ids)
+    return along(call.shape, 1, ids)
 
 
 @aten("batch_norm", "instance_norm", "_native_batch_norm_legit_no_training", "native_batch_norm")
@@ -144,17 +182,33 @@ def prelu(call: Call) -> Flow:
     return x
 
 
-@aten("layer_norm", "group_norm", "native_group_norm", "native_layer_norm")
-def wide_norm(call: Call) -> Flow | list[Flow]:
+@aten("layer_norm", "native_layer_norm")
+def layer_norm(call: Call) -> Flow | list[Flow]:
     """A norm whose statistics run over several channels: the others would change if one went."""
     x = call.flow(0)
     for operand in call.args:
         if isinstance(operand, Weight):
             call.build.used.add(operand.name)
-    kind = "a layer norm" if "layer" in call.name else "a group norm"
-    call.build.fix(x.ids, f"{kind} takes its statistics over several channels")
+    call.build.fix(x.ids, "a layer norm takes its statistics over several channels")
     flow = Flow(call.shapes[0], x.ids)
     return [flow, *map(constant, call.shapes[1:])] if len(call.shapes) > 1 else flow
+
+
+@aten("group_norm")
+def group_norm(call: Call) -> Flow:
+    """A norm whose statistics run over the channels of a group, which go together or stay."""
+    x, groups = call.flow(0), int(call.args[1])
+    ids = call.build.channels(x, 1, "a norm reads it along another axis")
+    owners = {w.layer for w in call.args[2:4] if isinstance(w, Weight)}
+    call.build.used |= {w.name for w in call.args[2:4] if isinstance(w, Weight)}
+    if groups == 1 or not owners:  # a norm without weights is no layer that could be cut
+        call.build.fix(ids, "a group norm takes its statistics over several channels")
+    else:
+        rows = ids.reshape(groups, -1)
+        call.build.tie(rows[:, :1], rows, "a group norm makes it one with what is no channel")
+    for layer in sorted(owners):
+        call.build.follow(layer, ids)
+    return along(call.shape, 1, ids)
 
 
 @aten(
@@ -192,21 +246,20 @@ def spatial(call: Call) -> Flow | list[Flow]:
     "prod",
 )
 def reduction(call: Call) -> Flow:
-    """Some axes are summed up; where ids differ along them, all must stay."""
+    """Some axes are summed up; where ids differ along no others, all must stay."""
     x = call.flow(0)
     listed = [a for a in call.args[1:] if isinstance(a, list | tuple)]
     axes = [int(d) % len(x.shape) for d in (listed[0] if listed else ())]
     if not axes:
         single = [a for a in call.args[1:2] if isinstance(a, int) and not isinstance(a, bool)]
         axes = [single[0] % len(x.shape)] if single else list(range(len(x.shape)))
-    if any(x.ids.shape[d] > 1 for d in axes):
-        what = call.name.split(".")[1]
-        call.build.fix(x.ids, f"{what} over an axis of channels reads it")
+    what = call.name.split(".")[1]
+    if not tie_stacked(call, x, axes, f"{what} over an axis of channels reads it"):
         return constant(call.shape)
-    kept = [size for d, size in enumerate(x.ids.shape) if d not in axes]
-    if len(call.shape) == len(x.shape):
-        kept = list(x.ids.shape)
-    return Flow(call.shape, x.ids.reshape(kept))
+    ids = x.ids[tuple(slice(0, 1) if d in axes else slice(None) for d in range(x.ids.ndim))]
+    if len(call.shape) < len(x.shape):
+        ids = ids.reshape([size for d, size in enumerate(ids.shape) if d not in axes])
+    return Flow(call.shape, ids)
 
 
 @aten("softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "glu")
@@ -219,8 +272,7 @@ def over_one_axis(call: Call) -> Flow:
         sizes = sized(x.shape, axis, half)
         parts = [take(x, axis, slice(i * half, (i + 1) * half), sizes) for i in range(2)]
         return combine(call, parts, call.shape)
-    if x.ids.shape[axis] > 1:
-        call.build.fix(x.ids, f"{what} over its axis reads it")
+    tie_stacked(call, x, [axis % len(x.shape)], f"{what} over its axis reads it")
     return Flow(call.shape, x.ids)
 
 

@@ -38,6 +38,7 @@ class Weight:
     name: str
     shape: tuple[int, ...]
     value: Any  # the tensor itself
+    is_parameter: bool
 
     @property
     def layer(self) -> str:
@@ -50,14 +51,16 @@ class Call:
     """One call of an operation: flows or weights where it takes tensors, else plain values.
 
     `args` are in the order of the operation's schema, defaults filled in. `shapes` are those of the
-    tensors that it returns.
+    tensors that it returns. `computed_from` is what the second was computed from: the largest parameter, or
+    else buffer.
     """
 
     name: str
     args: tuple[Any, ...]
     shapes: tuple[tuple[int, ...], ...]
     build: Builder
-    select: str | None  # the norm in front, if only this call reads its output
+    select: str | None = None  # the norm in front, if only this call reads its output
+    computed_from: Weight | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -159,8 +162,29 @@ def sized(shape: Sequence[int], axis: int, size: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def tie_parts(call: Call, x: Flow, axis: int, parts: int) -> None:
-    """Tie what lies at one place of equal parts of an axis, so that they stay equally wide."""
+def tie_parts(call: Call, x: Flow, axis: int, parts: int, *, inside: bool = False) -> None:
+    """Tie what lies at one place of equal parts of an axis, so that they stay equally wide.
+
+    With `inside` tie what lies in one part, so that parts go whole.
+    """
     ids = np.moveaxis(full(x, axis), axis, 0)
     rows = ids.reshape(parts, -1)
-    call.build.tie(rows[:1], rows, "it lies beside what is no channel in a tensor that is split")
+    first = rows[:, :1] if inside else rows[:1]
+    call.build.tie(first, rows, "it lies beside what is no channel in a tensor that is split")
+
+
+def tie_stacked(call: Call, x: Flow, axes: Sequence[int], reason: str) -> bool:
+    """Whether `axes` may be mixed: ids do not differ along them, or along others too and are tied.
+
+    Along an axis of stacked tensors, such as the groups of a view, each mix is as a sum of tensors. Where
+    channels lie along no other axis they are mixed themselves: all stay, for `reason`.
+    """
+    varying = [d for d, size in enumerate(x.ids.shape) if size > 1]
+    if not set(varying) & set(axes):
+        return True
+    if set(varying) <= set(axes):
+        call.build.fix(x.ids, reason)
+        return False
+    first = x.ids[tuple(slice(0, 1) if d in axes else slice(None) for d in range(x.ids.ndim))]
+    call.build.tie(first, x.ids, reason)
+    return True

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from prune_dn.graph.inference import arguments, call, to_inference_
 from prune_dn.graph.movements import view
 from prune_dn.graph.operations import elementwise
 from prune_dn.graph.rules import RULES, Call, Weight, unknown
+from prune_dn.graph.sizes import Sizes
 from prune_dn.graph.types import Graph
 
 _UNKNOWN = -1  # a size that depends on the data
@@ -56,9 +59,10 @@ def trace(model: nn.Module, example_inputs: Any) -> Graph:
         lambda x: x.cpu().float() if isinstance(x, Tensor) and x.is_floating_point() else x,
         example_inputs,
     )
-    _check_runs(net, example_inputs)
     build = Builder()
-    _interpret(_export(net, example_inputs), build)
+    build.sizes = _check_runs(net, example_inputs)
+    names = _first_names(net)
+    _interpret(_export(net, example_inputs), build, names)
     build.counts_ops = False
     why: str | None = None
     if len(build.unread()) or _unreached(net, build):
@@ -67,7 +71,8 @@ def trace(model: nn.Module, example_inputs: Any) -> Graph:
         except PruningError as error:
             why = str(error)  # what only training reaches stays unreached
         else:
-            _interpret(program, build)
+            build.sizes = _sizes(net, example_inputs)
+            _interpret(program, build, names)
     build.fix(build.unread(), "no layer reads it")
     held = Counter(id(p) for m in net.modules() for p in m._parameters.values() if p is not None)
     for name, module in net.named_modules():
@@ -89,7 +94,26 @@ def _export(net: nn.Module, example_inputs: Any) -> ExportedProgram:
         ) from error
 
 
-def _check_runs(net: nn.Module, example_inputs: Any) -> None:
+def _sizes(net: nn.Module, example_inputs: Any) -> Sizes:
+    """The sizes that its code holds; none where it cannot run so."""
+    with torch.no_grad(), suppress(Exception), Sizes() as sizes:
+        call(net, example_inputs)
+        return sizes
+    return Sizes()
+
+
+def _first_names(net: nn.Module) -> dict[str, str]:
+    """The name under which `named_modules` lists the owner of each parameter and buffer."""
+    first = {id(module): name for name, module in net.named_modules()}
+    return {
+        f"{name}.{key}".lstrip("."): f"{first[id(module)]}.{key}".lstrip(".")
+        for name, module in net.named_modules(remove_duplicate=False)
+        for key in (*module._parameters, *module._buffers)
+    }
+
+
+def _check_runs(net: nn.Module, example_inputs: Any) -> Sizes:
+    """Raise PruningError where it does not run; see `_sizes`."""
     try:
         with torch.no_grad():
             call(net, example_inputs)
@@ -99,6 +123,7 @@ def _check_runs(net: nn.Module, example_inputs: Any) -> None:
             f"({_reason(error)}); give example_inputs that it takes: a tensor, a tuple of its "
             "arguments, or a dict of them by name"
         ) from error
+    return _sizes(net, example_inputs)
 
 
 def _reason(error: Exception) -> str:
@@ -131,18 +156,21 @@ def _unreached(net: nn.Module, build: Builder) -> list[str]:
     return found
 
 
-def _interpret(program: ExportedProgram, build: Builder) -> None:
+def _interpret(program: ExportedProgram, build: Builder, names: Mapping[str, str]) -> None:
     """Carry ids through all operations; what the net returns is fixed."""
     values: dict[str, Any] = {}
     tensors = {**program.state_dict, **program.constants}
     for spec in program.graph_signature.input_specs:
         tensor = tensors.get(str(spec.target))
         if isinstance(tensor, Tensor) and spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
-            values[spec.arg.name] = Weight(str(spec.target), tuple(tensor.shape), tensor)
+            name = names.get(str(spec.target), str(spec.target))
+            values[spec.arg.name] = Weight(
+                name, tuple(tensor.shape), tensor, spec.kind == InputKind.PARAMETER
+            )
     returned = _run(program.graph_module, values, build)
-    names = {spec.arg.name for spec in program.graph_signature.output_specs if spec.target is None}
+    given = {spec.arg.name for spec in program.graph_signature.output_specs if spec.target is None}
     for name, value in returned.items():
-        if isinstance(value, Flow) and (name in names or not names):
+        if isinstance(value, Flow) and (name in given or not given):
             build.fix(value.ids, "an output of the net")
 
 
@@ -197,7 +225,9 @@ def _call(node: Node, values: Mapping[str, Any], build: Builder) -> Any:
         given = torch.fx.node.map_arg(node.kwargs, lambda n: values[n.name])
         rest = target._schema.arguments[len(filled) :]
         filled += [given.get(argument.name, argument.default_value) for argument in rest]
-    call = Call(name, tuple(filled), shapes, build, _norm_in_front(node, values))
+    call = Call(
+        name, tuple(filled), shapes, build, _norm_in_front(node, values), _origin(node, values)
+    )
     rule = RULES.get(name)
     read = [x.shape for x in tree_leaves(filled) if isinstance(x, Flow)]
     if any(_UNKNOWN in shape for shape in (*shapes, *read)):
@@ -221,3 +251,21 @@ def _norm_in_front(node: Node, values: Mapping[str, Any]) -> str | None:
             return None
         before = before.args[0]
     return None
+
+
+def _origin(node: Node, values: Mapping[str, Any]) -> Weight | None:
+    """The largest parameter, or else buffer, from which the second operand, a weight, is computed."""
+    second = node.args[1] if len(node.args) > 1 else None
+    if not isinstance(second, Node) or isinstance(values[second.name], Weight):
+        return None
+    found: list[Weight] = []
+    waiting, seen = [second], {second}
+    while waiting:
+        for before in waiting.pop().all_input_nodes:
+            value = values.get(before.name)
+            if isinstance(value, Weight):
+                found.append(value)
+            elif before not in seen:
+                seen.add(before)
+                waiting.append(before)
+    return max(found, key=lambda w: (w.is_parameter, math.prod(w.shape)), default=None)

@@ -22,7 +22,7 @@ from prune_dn.models.weights import shorten
 from prune_dn.pruning.patches import Convolution, Transposed
 
 Conv = Convolution | Transposed
-Norm = _BatchNorm | nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d
+Norm = _BatchNorm | nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d | nn.GroupNorm
 Layer = Conv | nn.Linear | Norm | nn.PReLU
 Keep = dict[str, Tensor]  # the root of a group to the mask of its channels that stay
 
@@ -36,6 +36,7 @@ _WIDTHS = {
     "out_features": OUT,
     "in_features": IN,
     "num_features": OUT,
+    "num_channels": OUT,
     "num_parameters": OUT,
 }
 
@@ -71,13 +72,15 @@ def cut(model: nn.Module, groups: list[Group], keep: Keep) -> nn.Module:
     masks = _masks(model, groups, keep)
     for name, (outs, ins) in masks.items():
         layer: Any = held(net, name)
-        if isinstance(layer, Tensor):  # a bare parameter or buffer, cut along its only axis
+        if isinstance(layer, Tensor):  # a bare parameter or buffer, cut along its axis of channels
             parent, _, key = name.rpartition(".")
-            (axis,) = [d for d, size in enumerate(layer.shape) if size > 1]
-            new = _select(layer.detach(), axis, outs)
+            new = _select(layer.detach(), _axis(layer), outs)
             if isinstance(layer, nn.Parameter):
                 new = nn.Parameter(new, requires_grad=layer.requires_grad)
-            setattr(net.get_submodule(parent), key, new)
+            owner: Any = net.get_submodule(parent)
+            setattr(owner, key, new)
+            if layer.ndim > 2 and getattr(owner, "channels", None) == len(outs):  # as in BlurPool
+                owner.channels = int(outs.sum())
             continue
         depthwise = isinstance(layer, Conv) and channelwise(layer)
         for key, old in layer._parameters.items():
@@ -92,6 +95,8 @@ def cut(model: nn.Module, groups: list[Group], keep: Keep) -> nn.Module:
                 setattr(layer, key, int((outs, ins)[side].sum()))
         if depthwise:
             layer.groups = layer.in_channels
+        if isinstance(layer, nn.GroupNorm):
+            layer.num_groups = layer.num_groups * layer.num_channels // len(outs)
     if isinstance(net, LightCNN):
         net.refit_({name: outs for name, (outs, _) in masks.items()})
     return net
@@ -187,7 +192,7 @@ def widths(model: nn.Module, name: str) -> tuple[int, int]:
     """Outputs and inputs of a layer, or the entries of a bare parameter twice."""
     layer = held(model, name)
     if isinstance(layer, Tensor):
-        return layer.numel(), layer.numel()
+        return layer.shape[_axis(layer)], layer.shape[_axis(layer)]
     found = {side: int(getattr(layer, key)) for key, side in _WIDTHS.items() if hasattr(layer, key)}
     return found[OUT], found.get(IN, found[OUT])
 
@@ -199,6 +204,11 @@ def held(model: nn.Module, name: str) -> nn.Module | Tensor:
     parent, _, key = name.rpartition(".")
     found: nn.Module | Tensor = getattr(model.get_submodule(parent), key)
     return found
+
+
+def _axis(bare: Tensor) -> int:
+    """The axis of channels of a bare parameter or buffer; the first of a depthwise kernel."""
+    return next((d for d, size in enumerate(bare.shape) if size > 1), 0)
 
 
 def kept_outputs(model: nn.Module, groups: list[Group], keep: Keep) -> dict[str, Tensor]:

@@ -93,6 +93,21 @@ FOLLOWED: dict[str, tuple[Callable[..., Tensor], list[str]]] = {
         lambda x, y: F.adaptive_avg_pool2d(x, 2).flatten(1)[..., None, None],
         [f"a{i}" for i in ALL for _ in range(4)],
     ),
+    "shuffle of parts of a fixed size": (
+        lambda x, y: x.view(2, -1, 3, 8, 8).transpose(1, 2).flatten(1, 2),
+        a(0, 3, 0, 3, 0, 3),
+    ),
+    "halves by their width": (
+        lambda x, y: torch.cat(x.split(x.shape[1] // 2, 1)[::-1], 1), a(0, 1, 2) * 2
+    ),
+    "a view by its width": (lambda x, y: x.view(2, x.size(1), 64)[..., None], a(*ALL)),
+    "a sum of stacked tensors": (lambda x, y: torch.stack([x, y], 1).sum(1), a(*ALL)),
+    "a choice among stacked tensors": (
+        lambda x, y: torch.stack([x, y], 1).softmax(1).flatten(1, 2), a(*ALL) * 2
+    ),
+    "a blur by a constant kernel": (
+        lambda x, y: F.conv2d(x, torch.ones(x.shape[1], 1, 3, 3), groups=x.shape[1]), a(*ALL)
+    ),
     "pixel shuffle": (lambda x, y: F.pixel_shuffle(torch.cat([x, y], 1), 2), ["a0", "a4", "b2"]),
 }  # fmt: skip
 
@@ -120,9 +135,20 @@ FIXED: dict[str, tuple[nn.Module, str, str]] = {
         "a layer norm takes its statistics over several channels",
     ),
     "a group norm": (
-        Between(lambda x, y, norm: norm(x), 6, norm=nn.GroupNorm(3, 6)),
+        Between(lambda x, y, norm: norm(x), 6, norm=nn.GroupNorm(1, 6)),
         "a",
         "a group norm takes its statistics over several channels",
+    ),
+    "a group norm without weights": (
+        Between(lambda x, y: F.group_norm(x, 3), 6),
+        "a",
+        "a group norm takes its statistics over several channels",
+    ),
+    "a depthwise kernel that is computed": (
+        Between(lambda x, y, deep: F.conv2d(x, deep.weight * 2, groups=6), 6,
+            deep=nn.Conv2d(6, 6, 3, groups=6)),
+        "a",
+        "parts.deep computes its weight anew in each forward; replace it by a plain layer first",
     ),
     "softmax": (Between(lambda x, y: x.softmax(1), 6), "a", "softmax over its axis reads it"),
     "a sum over channels": (
@@ -137,6 +163,23 @@ FIXED: dict[str, tuple[nn.Module, str, str]] = {
     ),
     "a slice": (
         Between(lambda x, y: x[:, :4], 4), "a", "the net's own code picks channels by position"
+    ),
+    "a split at a number": (
+        Between(lambda x, y: x.split(3, 1)[1], 3),
+        "a",
+        "the net's own code splits it into parts of 3, a plain number; x.shape[1] // 2 would follow",
+    ),
+    "a view at numbers": (
+        Between(lambda x, y: x.view(-1, 2, 3, 8, 8).flatten(1, 2), 6),
+        "a",
+        "the net's own code reshapes it to 2 x 3, plain numbers; -1 or what is computed from x.shape "
+        "by whole-number arithmetic would follow",
+    ),
+    "a width that the code holds": (
+        Between(lambda x, y: x.reshape(-1, 6, 64)[..., None], 6),
+        "a",
+        "the net's own code reshapes it to 6, plain numbers; -1 or what is computed from x.shape "
+        "by whole-number arithmetic would follow",
     ),
     "an unequal split": (
         Between(lambda x, y: x.split([2, 4], 1)[1], 4),
@@ -233,7 +276,50 @@ class Computed(nn.Conv2d):
 
 def test_a_weight_that_is_computed_fixes_what_it_reads() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 1), Computed(4, 5, 1), nn.ReLU(), nn.Conv2d(5, 2, 1))
-    assert trace(net, X).why_fixed("0") == "conv2d reads it with a weight that is computed"
+    assert trace(net, X).why_fixed("0") == (
+        "1 computes its weight anew in each forward; replace it by a plain layer first"
+    )
+
+
+def test_a_weight_that_is_computed_has_its_cost() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), Computed(4, 5, 3), nn.ReLU(), nn.Conv2d(5, 2, 1))
+    assert trace(net, X).uses() == {"0": 64, "1": 36, "3": 36}
+
+
+def test_channels_of_a_norms_group_go_together() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 6, 1), nn.GroupNorm(3, 6), nn.ReLU(), nn.Conv2d(6, 2, 1))
+    graph = trace(net, X)
+    assert graph.ties[graph.producers[0].channels].tolist() == [0, 0, 2, 2, 4, 4]
+    assert [f.layer for f in graph.followers] == ["1"]
+
+
+def test_a_kernel_that_is_a_buffer_follows() -> None:
+    class Blur(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("filt", torch.ones(4, 1, 3, 3) / 9)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv2d(x, self.filt, groups=4)
+
+    graph = trace(nn.Sequential(nn.Conv2d(3, 4, 1), Blur(), nn.Conv2d(4, 2, 1)), X)
+    assert {f.layer: f.channels.tolist() for f in graph.followers} == {"1.filt": [0, 1, 2, 3]}
+    assert graph.why_fixed("0") is None
+
+
+def test_a_layer_with_two_names_has_the_one_of_named_modules() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+            self.layers = nn.Sequential(self.first, nn.ReLU(), self.last)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers(x)
+
+    graph = trace(Net(), X)
+    assert [p.layer for p in graph.producers] == ["first", "last"]
+    assert graph.unreached == ()
 
 
 def test_auxiliary_heads_are_reached_by_the_branches_for_training() -> None:
