@@ -17,14 +17,19 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from prune_dn.defaults import usual_defaults
 from prune_dn.errors import PruneDNError
-from prune_dn.export import INPUT_NAME, export_onnx
+from prune_dn.examples import for_net, in_batch
+from prune_dn.export import export_onnx
+from prune_dn.graph.inference import arguments
 from prune_dn.profiling import ImageSize
+from prune_dn.profiling import in_channels as channels_of
 
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 Runtime = Literal["eager", "onnxruntime"]
-Timed = nn.Module | Callable[[Tensor], Any]
+Timed = nn.Module | Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,8 @@ def measure_latency(
     fn_or_model: Timed,
     *,
     batch_size: int,
-    image_size: ImageSize,
+    image_size: ImageSize | None = None,
+    example_inputs: Any = None,
     in_channels: int | None = None,
     repeats: int = 30,
     warmup: int = 5,
@@ -59,6 +65,7 @@ def measure_latency(
         {"model": fn_or_model},
         batch_size=batch_size,
         image_size=image_size,
+        example_inputs=example_inputs,
         in_channels=in_channels,
         repeats=repeats,
         warmup=warmup,
@@ -75,7 +82,8 @@ def compare_latency(
     models: Mapping[str, Timed],
     *,
     batch_size: int,
-    image_size: ImageSize,
+    image_size: ImageSize | None = None,
+    example_inputs: Any = None,
     in_channels: int | None = None,
     repeats: int = 30,
     warmup: int = 5,
@@ -88,11 +96,13 @@ def compare_latency(
     """Time several models in turns, so that a slow moment of the machine meets all of them.
 
     A model is a module (a copy in eval mode runs where its weights are; it is not touched) or any
-    function of a batch of images. `runtime="onnxruntime"` times `onnx_paths[name]` on the CPU, or
+    function of a batch. It gets random images of `image_size`, or `example_inputs` as it is called (see
+    `export_onnx`), their rows in turn. `runtime="onnxruntime"` times `onnx_paths[name]` on the CPU, or
     the model exported for the purpose. `threads=None` is PyTorch's present number, for both
     runtimes. After `max_seconds` no new round begins: `n` says how many there were.
 
-    Raises PruneDNError for a size below 1, or models that need `in_channels`.
+    Raises PruneDNError for a size below 1, models that need `in_channels`, and where neither or both of
+    `image_size` and `example_inputs` are given.
     """
     for what, value, least in (
         ("batch_size", batch_size, 1),
@@ -105,6 +115,8 @@ def compare_latency(
             raise PruneDNError(f"{what} is {value}; it must be at least {least}")
     if runtime not in ("eager", "onnxruntime"):
         raise PruneDNError(f"runtime is {runtime!r}; choose 'eager' or 'onnxruntime'")
+    if (image_size is None) == (example_inputs is None):
+        raise PruneDNError("give image_size in pixels, or example_inputs")
     if onnx_paths is not None and runtime != "onnxruntime":
         raise PruneDNError("an ONNX file is only timed with runtime='onnxruntime'")
     for name, file in (onnx_paths or {}).items():
@@ -115,18 +127,20 @@ def compare_latency(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         runs, device = {}, torch.device("cpu")
         for number, (name, model) in enumerate(models.items()):
-            channels = _channels(model, in_channels)
+            if example_inputs is None:
+                inputs = _images(batch_size, _channels(model, in_channels), image_size)
+            else:
+                inputs = in_batch(example_inputs, batch_size)
             if runtime == "onnxruntime":
                 path = (onnx_paths or {}).get(name)
                 if path is None:
                     path = folder / f"{number}.onnx"
-                    export_onnx(model, path, image_size=image_size)  # type: ignore[arg-type]
-                images = _images(batch_size, channels, image_size)
-                runs[name] = _onnx_run(Path(path), images, threads)
+                    given = {"image_size": image_size, "example_inputs": example_inputs}
+                    export_onnx(model, path, **given)  # type: ignore[arg-type]
+                runs[name] = _onnx_run(Path(path), inputs, threads)
             else:
                 device = _device(model)
-                images = _images(batch_size, channels, image_size)
-                runs[name] = _eager_run(model, images, channels_last)
+                runs[name] = _eager_run(model, inputs, channels_last)
         with torch.inference_mode():
             times = in_turns(runs, repeats, warmup, max_seconds)
         where = machine(device, threads)
@@ -171,25 +185,32 @@ def in_turns(
     return times
 
 
-def _eager_run(model: Timed, images: Tensor, channels_last: bool) -> Callable[[], None]:
-    layout = torch.channels_last if channels_last else torch.contiguous_format
+def _eager_run(model: Timed, inputs: Any, channels_last: bool) -> Callable[[], None]:
+    def laid_out(x: Any) -> Any:
+        if not isinstance(x, Tensor) or not channels_last or x.ndim not in _CHANNELS_LAST:
+            return x
+        return x.contiguous(memory_format=_CHANNELS_LAST[x.ndim])
+
     if isinstance(model, nn.Module):
-        first = next(model.parameters(), torch.empty(0))
-        images = images.to(first.device, first.dtype)
-        model = copy.deepcopy(model).eval().to(memory_format=layout)
-    images = images.contiguous(memory_format=layout)
-    function: Callable[[Tensor], Any] = model
-    synchronize = images.device.type == "cuda"
+        inputs = for_net(inputs, model)
+        model = copy.deepcopy(model).eval()
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = laid_out(tensor.data)
+    inputs = tree_map(laid_out, inputs)
+    positional, named = arguments(inputs)
+    function: Callable[..., Any] = model
+    device = next((x.device for x in tree_leaves(inputs) if isinstance(x, Tensor)), None)
+    synchronize = device is not None and device.type == "cuda"
 
     def run() -> None:
-        function(images)
+        function(*positional, **named)
         if synchronize:
-            torch.cuda.synchronize(images.device)
+            torch.cuda.synchronize(device)
 
     return run
 
 
-def _onnx_run(path: Path, images: Tensor, threads: int) -> Callable[[], None]:
+def _onnx_run(path: Path, inputs: Any, threads: int) -> Callable[[], None]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -197,7 +218,9 @@ def _onnx_run(path: Path, images: Tensor, threads: int) -> Callable[[], None]:
     # Its threads would wait for work in a busy loop, and take the cores from the model timed next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    feed = {INPUT_NAME: images.numpy()}
+    given = [x.cpu() for x in tree_leaves(inputs) if isinstance(x, Tensor)]
+    arrays = [(x.float() if x.is_floating_point() else x).numpy() for x in given]
+    feed = {entry.name: x for entry, x in zip(session.get_inputs(), arrays, strict=True)}
 
     def run() -> None:
         session.run(None, feed)
@@ -205,7 +228,8 @@ def _onnx_run(path: Path, images: Tensor, threads: int) -> Callable[[], None]:
     return run
 
 
-def _images(batch: int, channels: int, image_size: ImageSize) -> Tensor:
+def _images(batch: int, channels: int, image_size: ImageSize | None) -> Tensor:
+    assert image_size is not None
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     generator = torch.Generator().manual_seed(0)
     return torch.randn(batch, channels, height, width, generator=generator)
@@ -214,10 +238,9 @@ def _images(batch: int, channels: int, image_size: ImageSize) -> Tensor:
 def _channels(model: Timed, in_channels: int | None) -> int:
     if in_channels is not None:
         return in_channels
-    found: int | None = getattr(getattr(model, "config", None), "in_channels", None)
-    if found is None:
-        raise PruneDNError(f"in_channels is needed to time a {type(model).__name__}")
-    return found
+    if isinstance(model, nn.Module):
+        return channels_of(model)
+    raise PruneDNError(f"in_channels is needed to time a {type(model).__name__}")
 
 
 def _device(model: Timed) -> torch.device:

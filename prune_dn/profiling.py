@@ -1,4 +1,4 @@
-"""Parameters, MACs and channels: of a DenseNet in closed form, of another CNN by running it once."""
+"""Parameters, MACs and channels: of a DenseNet in closed form, of any other net by running it once."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ import inspect
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
 
 from prune_dn.defaults import usual_defaults
 from prune_dn.errors import ConfigError
+from prune_dn.examples import batch_size, for_net
+from prune_dn.graph.inference import call
 from prune_dn.models import DenseNet, DenseNetConfig, LightCNN
 from prune_dn.models.answers import computed_weights
 from prune_dn.models.as_built import as_built
@@ -50,12 +54,18 @@ class LayerCost:
     channels: int
 
 
-def count(model: nn.Module | DenseNetConfig, image_size: ImageSize | None = None) -> Cost:
-    """Parameters, MACs for one image, and norm channels; `model` stays as it is.
+def count(
+    model: nn.Module | DenseNetConfig,
+    image_size: ImageSize | None = None,
+    *,
+    example_inputs: Any = None,
+) -> Cost:
+    """Parameters, MACs for one example, and norm channels; `model` stays as it is.
 
     `image_size` is in pixels, one number or (height, width); None = 32 (cifar), 224 (imagenet),
-    or what a Light CNN takes. Another net needs it: a copy runs once. Counted are the weights of modules;
-    what a forward multiplies without one (attention's products) is not.
+    or what a Light CNN takes. Another net needs it, or `example_inputs`: a tensor, a tuple of the
+    forward's arguments, or a dict of them by name, with any number of examples. A copy runs once. Counted are
+    the weights of modules; what a forward multiplies without one (attention's products) is not.
 
     >>> from prune_dn.models import densenet121
     >>> count(densenet121().config)
@@ -63,38 +73,47 @@ def count(model: nn.Module | DenseNetConfig, image_size: ImageSize | None = None
     >>> from torchvision.models import resnet18
     >>> count(resnet18(), 224)
     Cost(params=11689512, macs=1814073344, channels=4800)
+    >>> count(nn.Sequential(nn.Conv1d(2, 4, 3)), example_inputs=torch.zeros(8, 2, 12))
+    Cost(params=28, macs=240, channels=4)
     """
-    return total(count_per_layer(model, image_size))
+    return total(count_per_layer(model, image_size, example_inputs=example_inputs))
 
 
 def count_per_layer(
-    model: nn.Module | DenseNetConfig, image_size: ImageSize | None = None
+    model: nn.Module | DenseNetConfig,
+    image_size: ImageSize | None = None,
+    *,
+    example_inputs: Any = None,
 ) -> list[LayerCost]:
     """The cost of each convolution, norm and linear layer, in the order in which they run.
 
     Of a net that is not our DenseNet: of each module with parameters, in the order of its modules.
     """
+    if image_size is not None and example_inputs is not None:
+        raise ConfigError("image_size has no effect beside example_inputs; leave one of them out")
     if isinstance(model, DenseNet):
         model = as_built(model, share=True).config
     if isinstance(model, LightCNN):
         model = as_built(model, share=True)
-        image_size = model.config.image_size if image_size is None else image_size
+        if example_inputs is None and image_size is None:
+            image_size = model.config.image_size
     if isinstance(model, nn.Module):
-        return list(module_rows(model, weight_uses(model, image_size)))
+        uses = weight_uses(model, image_size, example_inputs=example_inputs)
+        return list(module_rows(model, uses))
+    if example_inputs is not None:
+        image_size = tuple(example_inputs.shape[-2:])
     return list(_densenet_rows(model, image_size))
 
 
 @usual_defaults()
-def weight_uses(model: nn.Module, image_size: ImageSize | None) -> Mapping[str, int]:
-    """How often each conv and linear layer applies its weight to one image: its output pixels.
+def weight_uses(
+    model: nn.Module, image_size: ImageSize | None, *, example_inputs: Any = None
+) -> Mapping[str, int]:
+    """How often each conv and linear layer applies its weight to one example: its output positions.
 
-    Of a transposed conv, its input pixels. Raises ConfigError when the net cannot run.
+    Of a transposed conv, its input positions. Raises ConfigError when the net cannot run.
     """
-    try:
-        net = copy.deepcopy(model).cpu().float().eval()
-    except RuntimeError as error:  # old weight norm, after a forward
-        why = next(computed_weights(model), error)
-        raise ConfigError(f"this {type(model).__name__} cannot be copied: {why}") from error
+    net = inference_copy(model)
     uses: Counter[str] = Counter()
 
     def watch(name: str, layer: nn.Module) -> None:
@@ -111,20 +130,40 @@ def weight_uses(model: nn.Module, image_size: ImageSize | None) -> Mapping[str, 
     for name, layer in net.named_modules():
         if isinstance(layer, _CONVS + _TRANSPOSED + (nn.Linear,)):
             watch(name, layer)
-    image = example_image(net, image_size)
+    given = example_inputs is not None
+    inputs = for_net(example_inputs, net) if given else example_image(net, image_size)
+    examples = batch_size(inputs)
     try:
         with torch.no_grad():
-            net(image)
+            call(net, inputs)
     except Exception as error:
+        shapes = [str(tuple(x.shape)) for x in tree_leaves(inputs) if isinstance(x, Tensor)]
+        what = f"inputs of shape {', '.join(shapes)}" if given else f"an image of shape {shapes[0]}"
         raise ConfigError(
-            f"this {type(model).__name__} does not run on an image of shape {tuple(image.shape)} "
-            f"({type(error).__name__}: {error}); {_remedy(model, error)}"
+            f"this {type(model).__name__} does not run on {what} "
+            f"({type(error).__name__}: {error}); {_remedy(model, error, given)}"
         ) from error
-    return uses
+    return {name: times // examples for name, times in uses.items()}
 
 
-def _remedy(model: nn.Module, error: Exception) -> str:
-    """What to do where a net does not run on an image."""
+def inference_copy(model: nn.Module) -> nn.Module:
+    """A copy in eval mode, in float32 on the CPU. Raises ConfigError where there can be none."""
+    try:
+        return copy.deepcopy(model).cpu().float().eval()
+    except (
+        Exception
+    ) as error:  # old weight norm after a forward, and whatever foreign modules raise
+        why = next(computed_weights(model), error)
+        raise ConfigError(f"this {type(model).__name__} cannot be copied: {why}") from error
+
+
+def _remedy(model: nn.Module, error: Exception, given: bool) -> str:
+    """What to do where a net does not run."""
+    if given:
+        return (
+            "give example_inputs that it takes: a tensor, a tuple of its arguments, or a dict of them by "
+            "name"
+        )
     try:
         needed = [
             parameter.name
@@ -135,16 +174,10 @@ def _remedy(model: nn.Module, error: Exception) -> str:
     except (TypeError, ValueError):  # a forward without a signature
         needed = []
     if len(needed) > 1 or isinstance(error, TypeError | KeyError | IndexError | AttributeError):
-        takes = (
-            f"its forward takes {', '.join(needed)}"
-            if len(needed) > 1
-            else "its forward needs more"
-        )
-        return (
-            f"{takes}, but only a forward of one image tensor (N, C, H, W) can be run here: wrap the "
-            "net in a module whose forward takes images and makes the rest"
-        )
-    return "give the size that it takes"
+        many = len(needed) > 1
+        takes = f"takes {', '.join(needed)}, not only" if many else "needs more than"
+        return f"its forward {takes} one image tensor (N, C, H, W): give example_inputs"
+    return "give the size that it takes, or example_inputs"
 
 
 def example_image(model: nn.Module, image_size: ImageSize | None) -> Tensor:

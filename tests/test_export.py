@@ -17,9 +17,12 @@ import pytest
 import torch
 from light_cnn_oracle import slow
 from oracle import randomise_
+from other_nets import NETS
 
-from prune_dn.errors import ConfigError, ConversionError, ExportError
+from prune_dn.errors import ConfigError, ExportError
+from prune_dn.examples import in_batch
 from prune_dn.export import OnnxReport, export_onnx, export_torch
+from prune_dn.graph import call, tensors
 from prune_dn.models import (
     LIGHT_CNNS,
     DenseNet,
@@ -233,8 +236,8 @@ def test_errors_before_any_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     broken.classifier.bias.data[0] = float("nan")
     with pytest.raises(ExportError, match="the model's own logits are not finite"):
         export_onnx(broken, path, image_size=8)
-    with pytest.raises(ConversionError, match="is no DenseNet"):
-        export_onnx(torch.nn.ReLU(), path, image_size=8)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="this ReLU is no CNN: it has no convolution"):
+        export_onnx(torch.nn.ReLU(), path, image_size=8)
     with pytest.raises(ExportError, match=r"net.onnx must end in .pt2"):
         export_torch(uneven(), path, image_size=8)
 
@@ -271,6 +274,73 @@ def test_a_pruned_light_cnn_as_onnx_and_torch_export(tmp_path: Path, name: str) 
     with pytest.raises(ExportError, match=f"takes images of {size}x{size} pixels, not 8x8"):
         export_onnx(net, tmp_path / "b.onnx", image_size=8)
     assert not (tmp_path / "b.onnx").exists()
+
+
+@pytest.mark.parametrize("name", sorted(NETS))
+def test_any_net_as_onnx_and_torch_export(tmp_path: Path, name: str) -> None:
+    """At another batch than was exported, by the names of inputs and answers, the net's own answers."""
+    build, example, _ = NETS[name]
+    net, inputs = randomise_(build(), 0).train(), example()
+    assert export_onnx(net, tmp_path / "a.onnx", example_inputs=inputs).max_abs_error < 1e-3
+    assert net.training
+    x = in_batch(inputs, 3)
+    with torch.no_grad():
+        wanted = call(net.eval(), x)
+    written = session(tmp_path / "a.onnx")
+    given = [entry.name for entry in written.get_inputs()]
+    made = [entry.name for entry in written.get_outputs()]
+    assert given == (["image", "signal"] if name == "two inputs" else ["input"])
+    multiple = {"two inputs": ["logits", "value"], "u-net": ["0", "1"]}
+    assert made == multiple.get(name, ["logits"])
+    feed = dict(zip(given, (x.numpy() for x in tensors(x)), strict=True))
+    found = [torch.from_numpy(y) for y in written.run(None, feed)]
+    for mine, theirs in zip(found, tensors(wanted), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4 * theirs.abs().max().item())
+    if name in ("two inputs", "volume"):
+        export_torch(net, tmp_path / "a.pt2", example_inputs=inputs)
+        again = call(torch.export.load(tmp_path / "a.pt2").module(), x)
+        assert type(again) is type(wanted)
+        for mine, theirs in zip(tensors(again), tensors(wanted), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4 * theirs.abs().max().item())
+
+
+def test_inputs_by_name_and_constants(tmp_path: Path) -> None:
+    class Scaled(torch.nn.Conv2d):
+        def forward(self, image, *, flag=True, mask=None, scale=1.0):  # type: ignore[no-untyped-def]
+            y = super().forward(image) * scale
+            return {"maps": [y, y + 1], "flag": "yes"} if flag else y
+
+    net, x = Scaled(3, 4, 1), torch.randn(2, 3, 4, 4)
+    export_onnx(net, tmp_path / "a.onnx", example_inputs={"image": x, "scale": 2.0, "mask": None})
+    written = session(tmp_path / "a.onnx")
+    assert [entry.name for entry in written.get_outputs()] == ["maps_0", "maps_1"]
+    found = written.run(["maps_1"], {"image": x[:1].numpy()})[0]
+    wanted = net(x[:1], scale=2.0)["maps"][1]
+    torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=0, atol=1e-5)
+
+
+def test_what_is_said_of_other_nets(tmp_path: Path) -> None:
+    path, (build, example, _) = tmp_path / "a.onnx", NETS["two inputs"]
+    with pytest.raises(
+        ExportError, match="give image_size in pixels, or example_inputs, for a TwoIn"
+    ):
+        export_onnx(build(), path)
+    with pytest.raises(
+        ExportError, match=r"cannot run on images of 8x8 pixels: .*missing 1 required"
+    ):
+        export_onnx(build(), path, image_size=8)
+    with pytest.raises(ExportError, match=r"cannot run on example_inputs of shape \(1, 3, 8, 8\)"):
+        export_onnx(build(), path, example_inputs=torch.zeros(1, 3, 8, 8))
+    with pytest.raises(ExportError, match="have no effect beside example_inputs"):
+        export_onnx(build(), path, example_inputs=example(), image_size=8)
+
+    class Text(torch.nn.Conv2d):
+        def forward(self, x: torch.Tensor) -> str:  # type: ignore[override]
+            return "text"
+
+    with pytest.raises(ExportError, match="without a tensor: nothing can be compared"):
+        export_onnx(Text(3, 4, 1), path, image_size=8)
+    assert os.listdir(tmp_path) == []
 
 
 FULL_DISK = """

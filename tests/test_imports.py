@@ -29,6 +29,7 @@ FLOORS = [
     {"intervals", "markdown"},
     {"losses", "sound", "graph"},
     {"models"},
+    {"examples"},
     {"profiling"},
     {"batches"},
     {"export"},

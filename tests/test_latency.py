@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import onnxruntime
 import pytest
 import torch
+from other_nets import NETS
 from torch import nn
 
 import prune_dn.latency
@@ -126,6 +127,19 @@ def test_onnxruntime(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["net.onnx"]  # the export of b is gone again
 
 
+@pytest.mark.parametrize("name", ["two inputs", "volume"])
+def test_any_net_on_its_example(name: str) -> None:
+    build, example, _ = NETS[name]
+    batches: list[int] = []
+    net, inputs = build(), example()
+    hook = net.register_forward_pre_hook(lambda _, given: batches.append(len(given[0])))
+    options = {"batch_size": 5, "example_inputs": inputs, "repeats": 2, "warmup": 0}
+    assert measure_latency(net, **options).n == 2  # type: ignore[arg-type]
+    assert batches == [5, 5]
+    hook.remove()
+    assert measure_latency(net, runtime="onnxruntime", **options).n == 2  # type: ignore[arg-type]
+
+
 def test_who_is_not_timed_leaves_the_cores_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,6 +176,7 @@ def test_machine_says_what_it_is() -> None:
         ({"warmup": -1}, "warmup is -1; it must be at least 0"),
         ({"threads": 0}, "threads is 0; it must be at least 1"),
         ({"runtime": "tensorrt"}, "runtime is 'tensorrt'; choose 'eager' or 'onnxruntime'"),
+        ({"image_size": None}, "give image_size in pixels, or example_inputs"),
         ({"in_channels": None}, "in_channels is needed to time a function"),
         ({"onnx_path": "x.onnx"}, "an ONNX file is only timed with runtime='onnxruntime'"),
         ({"onnx_path": "x.onnx", "runtime": "onnxruntime"}, "the ONNX file x.onnx .* is missing"),

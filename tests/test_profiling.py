@@ -9,9 +9,12 @@ import pytest
 import torch
 import torchvision
 from oracle import randomise_
+from other_nets import NETS as NETS_OF_OTHERS
 from torch.utils.flop_counter import FlopCounterMode
 
 from prune_dn.errors import ConfigError
+from prune_dn.examples import batch_size, in_batch
+from prune_dn.graph import call, trace
 from prune_dn.models import (
     DenseNet,
     densenet,
@@ -20,7 +23,7 @@ from prune_dn.models import (
     densenet_bc100,
     light_cnn_29,
 )
-from prune_dn.profiling import count, count_per_layer
+from prune_dn.profiling import count, count_per_layer, weight_uses
 from prune_dn.pruning import prune
 
 NETS = {
@@ -182,3 +185,30 @@ def test_channels_are_those_of_norms_where_there_are_norms() -> None:
     assert count(net, 8).channels == 8
     del net[1]
     assert count(net, 8).channels == 8 + 5
+
+
+@pytest.mark.parametrize("name", sorted(NETS_OF_OTHERS))
+def test_any_net_on_its_example_against_pytorchs_counter(name: str) -> None:
+    """MACs of one example, however many there are in the batch."""
+    build, example, _ = NETS_OF_OTHERS[name]
+    net, inputs = build(), example()
+    cost = count(net, example_inputs=inputs)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        call(net.eval(), inputs)
+    assert cost.macs == counter.get_total_flops() // 2 // batch_size(inputs) > 0
+    assert cost.params == sum(p.numel() for p in net.parameters())
+    assert count(net, example_inputs=in_batch(inputs, 3)) == cost
+    uses = trace(net, inputs).uses()  # what pruning goes by
+    assert weight_uses(net, None, example_inputs=inputs) == uses
+
+
+def test_an_example_that_does_not_fit() -> None:
+    net = NETS_OF_OTHERS["two inputs"][0]()
+    with pytest.raises(
+        ConfigError, match=r"does not run on inputs of shape .*; give example_inputs"
+    ):
+        count(net, example_inputs=torch.zeros(1, 3, 8, 8))
+    with pytest.raises(ConfigError, match="hold no tensor with a batch axis in front"):
+        count(net, example_inputs=(1, 2))
+    with pytest.raises(ConfigError, match="image_size has no effect beside example_inputs"):
+        count(net, 8, example_inputs=torch.zeros(1, 3, 8, 8))

@@ -287,13 +287,13 @@ class KeywordOnly(TwoInputs):
 @pytest.mark.parametrize(
     ("kind", "what"),
     [
-        (TwoInputs, "its forward takes image, age, but only"),
-        (KeywordOnly, "its forward takes image, age, but only"),
-        (FromDict, "its forward needs more, but only"),
+        (TwoInputs, "its forward takes image, age, not only"),
+        (KeywordOnly, "its forward takes image, age, not only"),
+        (FromDict, "its forward needs more than"),
     ],
 )
-def test_other_inputs_than_one_image_cannot_be_counted(kind, what) -> None:
-    text = rf"{what} a forward of one image tensor \(N, C, H, W\) can be run here: wrap the net"
+def test_other_inputs_than_one_image_have_no_size(kind, what) -> None:
+    text = rf"{what} one image tensor \(N, C, H, W\): give example_inputs"
     with pytest.raises(ConfigError, match=text) as e:
         prune_dn.count(kind(), 16)
     assert "size" not in str(e.value)
