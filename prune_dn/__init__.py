@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from prune_dn.profiling import count, count_per_layer
     from prune_dn.pruning import (
         Plan,
+        PruneConfig,
         apply_plan,
         fit_latency_model,
         make_plan,
@@ -30,6 +31,7 @@ __all__ = [
     "DenseNet",
     "DenseNetConfig",
     "Plan",
+    "PruneConfig",
     "apply_plan",
     "compare_latency",
     "convert",
@@ -60,6 +62,7 @@ _HOMES = {
     "profiling": ("count", "count_per_layer"),
     "pruning": (
         "Plan",
+        "PruneConfig",
         "apply_plan",
         "fit_latency_model",
         "make_plan",

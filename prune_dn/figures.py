@@ -11,7 +11,8 @@ from prune_dn.data import Datasets
 from prune_dn.latency import Runtime, compare_latency
 from prune_dn.models import Net
 from prune_dn.profiling import count
-from prune_dn.pruning.latency_model import LATENCY, RUNTIME
+from prune_dn.pruning.config import LATENCY
+from prune_dn.pruning.latency_model import RUNTIME
 from prune_dn.recipe import Recipe
 from prune_dn.training import evaluate
 

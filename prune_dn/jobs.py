@@ -37,9 +37,8 @@ from prune_dn.pruning import (
     recalibrate_batch_norm_,
 )
 from prune_dn.pruning.compensate import check_compensation
+from prune_dn.pruning.config import PruneConfig
 from prune_dn.pruning.criteria import follows_loss, reads_images
-from prune_dn.pruning.latency_model import requested_model
-from prune_dn.pruning.request import Request
 from prune_dn.recipe import Recipe
 from prune_dn.training import FitConfig, fit
 from prune_dn.training import evaluate as score
@@ -71,7 +70,8 @@ def prune_checkpoint(
     read = {"the checkpoint": checkpoint, "the file of --ratios": arguments.get("ratios")}
     _output(output, ".safetensors", **read)
     _apart("--plan-out", plan_out, **read, **{"--output": output})
-    Request(ratio, **{key: value for key, value in arguments.items() if key != "ratios"})
+    arguments = {**arguments, "runtime": runtime, "batch_size": batch_size}
+    PruneConfig(ratio, **{key: value for key, value in arguments.items() if key != "ratios"})
     model, info = open_checkpoint(checkpoint, ema)
     if isinstance(model, LightCNN) and (plan_out is not None or recalibrate):
         option, what = ("--plan-out", "plan") if plan_out else ("--recalibrate", "batch norms")
@@ -87,7 +87,6 @@ def prune_checkpoint(
             "--loss has no effect: the criterion does not depend on what the outputs mean, and "
             "--compensate is none; leave it out"
         )
-    latency = requested_model(model, arguments["unit"], runtime, batch_size, size)  # type: ignore[arg-type]
     images: list[Any] = []
     pixels: dict[str, Any] = {"image_size": size, "image_size_from": size_from}
     if recalibrate or reads or compensate != "none":
@@ -112,7 +111,6 @@ def prune_checkpoint(
         input_size=size,
         calibration=images if reads else None,
         loss=scored,
-        latency_model=latency,
         **arguments,
     )
     small = apply_plan(model, plan)

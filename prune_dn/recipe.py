@@ -25,8 +25,9 @@ from prune_dn.images import RESIZES
 from prune_dn.losses import LOSSES
 from prune_dn.models import BUILDERS, LIGHT_CNNS, Net
 from prune_dn.pruning import CRITERIA
+from prune_dn.pruning.config import USUAL_UNITS, UnitKind, units_in
 from prune_dn.pruning.criteria import follows_loss, reads_images
-from prune_dn.pruning.request import USUAL_UNITS, UnitKind, check_ratios, units_in
+from prune_dn.pruning.request import check_ratios
 from prune_dn.sources import DATASETS
 from prune_dn.training import FitConfig
 from prune_dn.training.config import Pixels, Share, Strict

@@ -9,8 +9,8 @@ from prune_dn.errors import PruningError
 from prune_dn.models import DenseNet, LightCNN
 from prune_dn.profiling import count
 from prune_dn.pruning import Plan, make_plan, prune, settling_plan
+from prune_dn.pruning.config import LATENCY
 from prune_dn.pruning.criteria import follows_loss, reads_images
-from prune_dn.pruning.latency_model import LATENCY, requested_model
 from prune_dn.pruning.request import usual_criterion
 from prune_dn.recipe import Recipe
 
@@ -23,8 +23,6 @@ NOT_PLANNED = {
     "compensate",
     "calibration",
     "loss",
-    "runtime",
-    "batch_size",
 }
 
 
@@ -50,9 +48,6 @@ def plan_round(
         calibration=images,
         loss=loss,
         baseline=dense.config,
-        latency_model=requested_model(
-            model, section.unit, section.runtime, section.batch_size, data.spec.image_size
-        ),
     )
 
 

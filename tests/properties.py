@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prune_dn.errors import PruningError
-from prune_dn.pruning.parts import KINDS
+from prune_dn.pruning.config import KINDS
 
 LEAST = 0.9
 # What a refusal says, and the change to the request that takes it away.

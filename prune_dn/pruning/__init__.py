@@ -1,6 +1,7 @@
 """Score, plan, cut."""
 
 from prune_dn.pruning.compensate import compensate_plan
+from prune_dn.pruning.config import PruneConfig
 from prune_dn.pruning.criteria import CRITERIA, register_criterion
 from prune_dn.pruning.latency_model import LatencyModel, fit_latency_model
 from prune_dn.pruning.plan import Plan, make_plan
@@ -12,6 +13,7 @@ __all__ = [
     "CRITERIA",
     "LatencyModel",
     "Plan",
+    "PruneConfig",
     "apply_plan",
     "compensate_plan",
     "fit_latency_model",

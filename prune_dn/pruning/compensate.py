@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,14 +19,12 @@ from prune_dn.models import DenseNet
 from prune_dn.models.dense_net import DenseLayer, ReadStream, Transition
 from prune_dn.models.mfm import MaxFeatureMap
 from prune_dn.pruning.calibration import PixelSampler
+from prune_dn.pruning.config import COMPENSATIONS, check_choice
 from prune_dn.pruning.judge import Judge, split_images
 from prune_dn.pruning.least_squares import Moments, solve
 from prune_dn.pruning.patches import at_positions, patches_of
 from prune_dn.pruning.plan import Plan
 from prune_dn.sound import check_sound
-
-Compensation = Literal["none", "mean", "least_squares"]
-COMPENSATIONS: tuple[Compensation, ...] = ("none", "mean", "least_squares")
 
 Maps = list[Tensor]  # one tensor per calibration batch
 Streams = list[list[Tensor]]  # per calibration batch, the sources that make the stream
@@ -124,10 +122,7 @@ def closer(
 
 def check_compensation(method: str, has_images: bool) -> None:
     """Raise PruningError for an unknown method, or one that needs images and has none."""
-    if method not in COMPENSATIONS:
-        raise PruningError(
-            f"compensate {method!r} is unknown; choose from {', '.join(COMPENSATIONS)}"
-        )
+    check_choice("compensate", method, COMPENSATIONS)
     if method != "none" and not has_images:
         raise PruningError(
             f"compensate={method!r} needs calibration images: give calibration=batches of images"

@@ -24,6 +24,7 @@ from prune_dn.models.as_built import as_built
 from prune_dn.profiling import ImageSize, example_image, weight_uses
 from prune_dn.pruning.budget import unreachable
 from prune_dn.pruning.compensate import check_compensation, closer
+from prune_dn.pruning.config import SIBLINGS, PruneConfig
 from prune_dn.pruning.coupled import (
     Conv,
     Keep,
@@ -40,7 +41,6 @@ from prune_dn.pruning.importance import calibration_for
 from prune_dn.pruning.light_cnn import light_cnn_groups, light_cnn_scores, losers, sibling_groups
 from prune_dn.pruning.protect import matching
 from prune_dn.pruning.refit import refit_
-from prune_dn.pruning.request import Request, names_in, usual_criterion
 from prune_dn.pruning.table import Table
 from prune_dn.pruning.widths import Widths
 from prune_dn.sound import check_filled, check_sound
@@ -49,36 +49,26 @@ from prune_dn.sound import check_filled, check_sound
 @torch.inference_mode(False)
 def prune_cnn(
     model: nn.Module,
-    pruning_ratio: float,
+    config: PruneConfig,
     *,
-    unit: str = "channels",
-    criterion: str | None = None,
-    scope: str = "global",
-    siblings: bool = False,
-    compensate: str = "none",
     calibration: Iterable[object] | None = None,
     loss: str | LossFunction | None = None,
-    protect: Iterable[str] = (),
-    min_channels: int = 1,
-    round_to: int = 1,
-    input_size: ImageSize | None = None,
     example_inputs: Any = None,
-    seed: int = 0,
 ) -> nn.Module:
     """`prune` for a CNN that is no DenseNet; `model` stays as it is.
 
-    The arguments are those of `make_plan`. Outputs of convs that a sum or a depthwise conv ties
+    `config` is a request `with_defaults`. Outputs of convs that a sum or a depthwise conv ties
     together are one unit. Its importance is the sum over the convs and linear layers that read it;
     that of `bn_scale` the sum of |gamma| over the norms on it (arXiv:1708.06519). Scope `global`
     compares shares of the mean of each group of coupled channels, but with `reconstruction` the loss
-    per cost saved. `compensate` refits what is left (see `compensate_plan`). `criterion` None is `bn_scale`
-    where norms have scales, else `l2`. `example_inputs` are what the net is followed and compared on: a tensor,
-    a tuple of the forward's arguments, or a dict of them by name; where they are not given, an
-    image of `calibration`, or a random one of `input_size` (a Light CNN says itself what it takes). There a channel is an MFM unit, all of its filters, also in the
-    embedding (protect `fc2` to keep it), and one map after MFM is what is judged, where it is read;
-    `mfm_win_rate` judges what competes, where it is made, and the rest stays. With `siblings` only
-    single filters of a Light CNN go, of each pair the less important one; then `round_to` and
-    `min_channels` count filters.
+    per cost saved. `compensate` refits what is left (see `compensate_plan`). `example_inputs` are
+    what the net is followed and compared on: a tensor, a tuple of the forward's arguments, or a
+    dict of them by name; where they are not given, an image of `calibration`, or a random one of
+    `input_size` (a Light CNN says itself what it takes). There a channel is an MFM unit, all of its
+    filters, also in the embedding (protect `fc2` to keep it), and one map after MFM is what is
+    judged, where it is read; `mfm_win_rate` judges what competes, where it is made, and the rest
+    stays. With `sibling` units only single filters of a Light CNN go, of each pair the less
+    important one; then `round_to` and `min_channels` count filters.
 
     Outputs of the net stay, and channels that a norm over channels (layer or group norm), an unequal
     split, a slice or a shared weight reads; for `bn_scale`, also those without a norm of their own.
@@ -86,22 +76,15 @@ def prune_cnn(
     Raises PruningError for a request that is wrong or out of reach, and for transformers.
 
     >>> from torchvision.models import resnet18
-    >>> small = prune_cnn(resnet18(), 0.5, unit="macs", round_to=8, input_size=64)
+    >>> request = PruneConfig(0.5, unit="macs", criterion="l2", compensate="none", round_to=8, input_size=64)
+    >>> small = prune_cnn(resnet18(), request)
     >>> small.layer1[0].conv1
     Conv2d(48, 48, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), bias=False)
     """
-    criterion = usual_criterion(model) if criterion is None else criterion
-    asked = Request(
-        pruning_ratio,
-        unit=unit,
-        criterion=criterion,
-        scope=scope,
-        protect=names_in(protect, "protect"),
-        min_channels=min_channels,
-        round_to=round_to,
-        input_size=input_size,
-        seed=seed,
-    )
+    criterion, compensate = config.criterion, config.compensate
+    unit, scope, input_size = config.unit, config.scope, config.input_size
+    assert criterion is not None and compensate is not None
+    siblings = config.units == SIBLINGS
     _check_model(model)
     check_sound(model)
     if isinstance(model, LightCNN):
@@ -127,12 +110,12 @@ def prune_cnn(
     groups = _groups(model, graph, siblings)
     uses = weight_uses(model, input_size) if graph is None else graph.uses()
     branches = graph is not None and any(reader.layer not in uses for reader in graph.readers)
-    free = _unprotected(model, groups, asked.protect)
+    free = _unprotected(model, groups, config.protect)
     if branches:
         free = _judged(free, uses)
     if criterion == "bn_scale":
         free = scaled(model, free)
-    generator = torch.Generator().manual_seed(asked.seed)
+    generator = torch.Generator().manual_seed(config.seed)
     if isinstance(model, LightCNN):
         scores = light_cnn_scores(model, free, criterion, batches, generator, siblings)
     else:
@@ -144,11 +127,13 @@ def prune_cnn(
             f"{type(model).__name__} that may go do; choose another criterion"
         )
     table = Table(model, free, uses)
-    widths = Widths(table, scores, may_go, asked.min_channels, asked.round_to)
+    widths = Widths(table, scores, may_go, config.min_channels, config.round_to)
     whole, least = (table.total(unit, kept) for kept in (table.everything(), widths.all_steps()))
-    if least > (target := (1 - asked.pruning_ratio) * whole):
+    if least > (target := (1 - config.pruning_ratio) * whole):
         amounts = (whole, target, least)
-        raise unreachable(unit, amounts, min_channels, round_to, "and the channels that must stay")
+        raise unreachable(
+            unit, amounts, config.min_channels, config.round_to, "and the channels that must stay"
+        )
     if CRITERIA[criterion].need == "gram" and scope == "global":
         mask = widths.meet_by_price(unit, target)
     else:
@@ -166,7 +151,7 @@ def prune_cnn(
 
     def fit_(net: nn.Module, dense: nn.Module, images: Sequence[Tensor]) -> None:
         refit = compensate == "least_squares"
-        refit_(net, dense, kept, shiftable, images, weights=refit, seed=seed)
+        refit_(net, dense, kept, shiftable, images, weights=refit, seed=config.seed)
 
     return closer(small, model, calibration or (), compensate, loss, fit_)
 

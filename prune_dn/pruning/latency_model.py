@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +23,6 @@ from prune_dn.pruning.prices import Scores
 from prune_dn.pruning.rates import Costing, Rates
 from prune_dn.pruning.units import Units
 
-LATENCY = "latency"
 RUNTIME: Runtime = "onnxruntime"  # unless another is asked for
 TRIES = 4
 TOLERANCE = 0.03
@@ -141,33 +138,6 @@ def doubts(model: LatencyModel, ratio: float, times: Mapping[str, float]) -> lis
             f"{model.batch_size}; no plan that was tried came closer"
         )
     return found
-
-
-def requested_model(
-    model: nn.Module,
-    unit: str,
-    runtime: Runtime | None,
-    batch_size: int | None,
-    image_size: ImageSize | None,
-) -> Callable[[], LatencyModel] | None:
-    """What fits the model of latency that a recipe or command asks for; None for other units.
-
-    Raises PruningError for a runtime or batch size that is wrong, or has no effect.
-    """
-    if unit != LATENCY:
-        if runtime is not None or batch_size is not None:
-            given = "runtime" if runtime is not None else "batch_size"
-            raise PruningError(f"{given} has no effect with unit {unit!r}; use unit latency")
-        return None
-    if runtime not in (None, *get_args(Runtime)):
-        raise PruningError(f"runtime is {runtime!r}; choose from {', '.join(get_args(Runtime))}")
-    return functools.partial(
-        fit_latency_model,
-        model,
-        runtime=runtime or RUNTIME,
-        batch_size=batch_size or 1,
-        image_size=image_size,
-    )
 
 
 def meet_latency(

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from prune_dn.graph.types import Reader
+from prune_dn.pruning.config import Kind
 
-Kind = Literal["stream", "bottleneck", "edge", "sibling"]
-KINDS: tuple[Kind, ...] = ("stream", "bottleneck", "edge", "sibling")
 Mask = npt.NDArray[np.bool_]
 Positions = npt.NDArray[np.int64]
 STAYS = -1  # in an array of units: a channel that belongs to none

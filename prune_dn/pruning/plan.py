@@ -22,11 +22,12 @@ from prune_dn.models import DenseNet, DenseNetConfig
 from prune_dn.models.convert import convert
 from prune_dn.profiling import ImageSize, count, default_image_size, sides
 from prune_dn.pruning import budget as budgets
-from prune_dn.pruning.criteria import CRITERIA
+from prune_dn.pruning.config import LATENCY, PruneConfig
+from prune_dn.pruning.criteria import CRITERIA, follows_loss
 from prune_dn.pruning.importance import calibration_for, importance
 from prune_dn.pruning.kept import Kept, consistent, indices_of
 from prune_dn.pruning.latency_model import (
-    LATENCY,
+    RUNTIME,
     LatencyModel,
     doubts,
     fit_latency_model,
@@ -36,15 +37,7 @@ from prune_dn.pruning.parts import Mask
 from prune_dn.pruning.protect import protected_units
 from prune_dn.pruning.rates import COUNTED
 from prune_dn.pruning.ratios import Ratios, measured_drops, read_ratios
-from prune_dn.pruning.request import (
-    USUAL_UNITS,
-    Request,
-    check_ratios,
-    check_rounding,
-    names_in,
-    units_in,
-    usual_criterion,
-)
+from prune_dn.pruning.request import check_ratios, check_rounding, request_of, with_defaults
 from prune_dn.pruning.siblings import keep_to_competing
 from prune_dn.pruning.units import Units
 from prune_dn.sound import check_sound
@@ -152,35 +145,20 @@ class Plan:
 @usual_defaults()
 def make_plan(
     model: nn.Module,
-    pruning_ratio: float,
+    pruning_ratio: float | PruneConfig,
     *,
-    unit: str = "channels",
-    criterion: str | None = None,
-    scope: str = "global",
-    ratios: Ratios | None = None,
-    units: Iterable[str] = USUAL_UNITS,
-    protect: Iterable[str] = (),
-    min_channels: int = 1,
-    round_to: int = 1,
-    input_size: ImageSize | None = None,
-    seed: int = 0,
     calibration: Iterable[object] | None = None,
     loss: str | LossFunction | None = None,
+    ratios: Ratios | None = None,
     baseline: DenseNetConfig | None = None,
     latency_model: LatencyModel | Callable[[], LatencyModel] | None = None,
+    **fields: Any,
 ) -> Plan:
     """Decide what to cut from a DenseNet (ours, torchvision's or timm's); nothing is changed.
 
-    `pruning_ratio` in (0, 1) is the share of `unit` (`channels` of norms, `params`, `macs` or
-    `latency` at `input_size`) that goes, measured against `baseline`, or the model itself. `units`
-    are the kinds that may be cut: `stream`, `bottleneck`, `edge`, and `sibling`: of each pair in an MFM
-    2/1 the one that loses, so that the other stands alone. `scope` ranks over the whole net,
-    by importance per cost saved, priced anew as the net shrinks (`global`), or cuts the same share
-    of each module (`local`). A width that is cut becomes a multiple of `round_to` (the kept count is
-    rounded up; a channel that nobody reads goes all the same), and no width falls below
-    `min_channels`; but with `layer` beside `stream` among the units of a `global` plan dense layers
-    may also go whole, which pays in latency. Modules whose names, or whose parents' names, match a
-    pattern in `protect` keep all weights: neither what they make nor what they read is cut.
+    The request is a `PruneConfig`, or its `pruning_ratio` and other fields by name. The ratio is measured
+    against `baseline`, or the model itself. `compensate` is only noted here: `prune` and
+    `compensate_plan` carry it out.
 
     `ratios`, a `sensitivity.json` or the rows of `sensitivity`, replaces prices by what was measured:
     each group of units gives up its least important ones as far as one drop allows, the same for all
@@ -188,15 +166,17 @@ def make_plan(
     linearly; beyond the largest, and in groups that were not measured, nothing goes.
 
     Some criteria need `calibration`: batches of images (N, C, H, W), or (images, labels) batches for
-    `taylor` and `fisher`; any iterable, normalised as in training. `prune-dn criteria` lists them.
-    These two and `reconstruction` follow the `loss` that the net was trained with: `softmax` (one class
+    `taylor` and `fisher`; any iterable, normalised as in training. `prune-dn criteria` lists them. With
+    `calibration` the default criterion is `reconstruction`.
+    These three follow the `loss` that the net was trained with: `softmax` (one class
     of several), `sigmoid` (yes or no for each output), `mse` (numbers), or a callable (outputs,
     labels) -> the mean over the batch, which always needs labels. None is `softmax` where labels are
     class numbers; nothing else is guessed.
     `mfm_win_rate` judges only what competes; the rest stays, as `protected` says.
 
     `latency` is priced by `latency_model`, or a function that fits one once nothing else is wrong; by
-    default `fit_latency_model(model)`: onnxruntime at batch 1 on this machine. Widths above the block
+    default `fit_latency_model(model)`, with the request's `runtime` (onnxruntime) and `batch_size` (1) on
+    this machine. Widths above the block
     of channels that the runtime computes in (`rates.step`) are cut to multiples of it too, where that
     can meet the budget: others would lose channels and save no time. The net is then timed
     beside the baseline and the plan corrected until the measured time meets the request; the times,
@@ -212,22 +192,14 @@ def make_plan(
     """
     check_sound(model)
     net = convert(model, share=True)
-    asked = Request(
-        pruning_ratio,
-        unit=unit,
-        criterion=usual_criterion(net) if criterion is None else criterion,
-        scope=scope,
-        units=units_in(units),
-        protect=names_in(protect, "protect"),
-        min_channels=min_channels,
-        round_to=round_to,
-        input_size=default_image_size(net.config) if input_size is None else input_size,
-        seed=seed,
-    )
-    criterion, size = asked.criterion, asked.input_size
-    assert criterion is not None and size is not None
-    check_ratios(ratios, scope, asked.units)
-    batches = calibration_for(calibration, criterion, loss)
+    config, loss = request_of(pruning_ratio, fields, loss)
+    criterion = with_defaults(config, net, calibration is not None).criterion
+    size = default_image_size(net.config) if config.input_size is None else config.input_size
+    asked = dataclasses.replace(config, criterion=criterion, input_size=size)
+    assert criterion is not None
+    check_ratios(ratios, asked.scope, asked.units)
+    follows = follows_loss(criterion) or asked.compensate in (None, "none")
+    batches = calibration_for(calibration, criterion, loss if follows else None)
     table = Units(net.config.graph(size))
     rows = None if ratios is None else read_ratios(ratios, table, asked.units)
     check_rounding(table, asked.units, asked.round_to)
@@ -239,7 +211,7 @@ def make_plan(
     if CRITERIA[criterion].need == "wins":
         may_go, why = keep_to_competing(table, may_go, asked.units, criterion)
         protected = {**why, **protected}
-    latency = _latency_model(latency_model, net, unit, size, asked.seed)
+    latency, unit = _latency_model(latency_model, net, asked), asked.unit
     whole = net.config if baseline is None else baseline
     if not isinstance(whole, DenseNetConfig):
         raise PruningError(f"baseline is a {type(whole).__name__}; give the config of a DenseNet")
@@ -247,11 +219,11 @@ def make_plan(
     target = (1.0 - asked.pruning_ratio) * measure(whole)
     if measure(net.config) <= target:
         raise PruningError(
-            f"pruning_ratio={pruning_ratio} of {unit} is reached already: the net has "
+            f"pruning_ratio={asked.pruning_ratio} of {unit} is reached already: the net has "
             f"{round(measure(net.config), 3):,} of {round(measure(whole), 3):,}; nothing would be cut"
         )
     scores = importance(net, table, criterion, calibration=batches, seed=asked.seed)
-    ranks = budgets.quantiles(table, scores) if scope == "local" else None
+    ranks = budgets.quantiles(table, scores) if asked.scope == "local" else None
     if rows is not None:
         ranks = measured_drops(table, scores, may_go, rows)
     rates = COUNTED[unit] if latency is None else latency.rates
@@ -278,8 +250,8 @@ def make_plan(
         "after": net.config.after(indices_of(table, keep)),
     }
     achieved: dict[str, Any] = {"unit": unit}
-    for when, config in costs.items():
-        achieved[when] = dataclasses.asdict(count(config, size))
+    for when, shape in costs.items():
+        achieved[when] = dataclasses.asdict(count(shape, size))
         if times:
             achieved[when]["latency"] = times[when]
     achieved["ratio"] = 1.0 - achieved["after"][unit] / achieved["baseline"][unit]
@@ -292,25 +264,37 @@ def make_plan(
 
 
 def _latency_model(
-    given: LatencyModel | Callable[[], LatencyModel] | None,
-    net: DenseNet,
-    unit: str,
-    size: ImageSize,
-    seed: int,
+    given: LatencyModel | Callable[[], LatencyModel] | None, net: DenseNet, asked: PruneConfig
 ) -> LatencyModel | None:
     """The model of latency that the plan goes by, fitted here and now if need be."""
-    if given is not None and unit != LATENCY:
-        raise PruningError(f"latency_model has no effect with unit {unit!r}; use unit='latency'")
-    if unit != LATENCY:
+    size = asked.input_size
+    assert size is not None
+    if given is not None and asked.unit != LATENCY:
+        raise PruningError(
+            f"latency_model has no effect with unit {asked.unit!r}; use unit='latency'"
+        )
+    if asked.unit != LATENCY:
         return None
     if given is None:
-        return fit_latency_model(net, image_size=size, seed=seed)
+        return fit_latency_model(
+            net,
+            runtime=asked.runtime or RUNTIME,
+            batch_size=asked.batch_size or 1,
+            image_size=size,
+            seed=asked.seed,
+        )
     found = given if isinstance(given, LatencyModel) else given()
     if sides(found.image_size) != sides(size):
         raise PruningError(
             f"latency_model was fitted on images of {found.image_size} pixels, and input_size is "
             f"{size}; fit it with image_size={size}"
         )
+    for name in ("runtime", "batch_size"):
+        if getattr(asked, name) not in (None, getattr(found, name)):
+            raise PruningError(
+                f"latency_model was fitted with {name} {getattr(found, name)!r}, and "
+                f"{getattr(asked, name)!r} is asked for; leave one of the two out"
+            )
     return found
 
 

@@ -18,20 +18,21 @@ from prune_dn.models import DenseNet
 from prune_dn.models.convert import convert
 from prune_dn.profiling import Cost, ImageSize, count
 from prune_dn.pruning import budget as budgets
-from prune_dn.pruning.criteria import CRITERIA, Scores
-from prune_dn.pruning.importance import calibration_for, importance
-from prune_dn.pruning.parts import KINDS, Group, Mask, Positions
-from prune_dn.pruning.plan import plan_of
-from prune_dn.pruning.protect import protected_units
-from prune_dn.pruning.ratios import SensitivityRow
-from prune_dn.pruning.request import (
+from prune_dn.pruning.config import (
+    KINDS,
     USUAL_UNITS,
     check_criterion,
     check_seed,
-    groups_of,
     names_in,
     units_in,
 )
+from prune_dn.pruning.criteria import CRITERIA, Scores
+from prune_dn.pruning.importance import calibration_for, importance
+from prune_dn.pruning.parts import Group, Mask, Positions
+from prune_dn.pruning.plan import plan_of
+from prune_dn.pruning.protect import protected_units
+from prune_dn.pruning.ratios import SensitivityRow
+from prune_dn.pruning.request import groups_of
 from prune_dn.pruning.siblings import keep_to_competing
 from prune_dn.pruning.surgery import apply_plan
 from prune_dn.pruning.units import Units

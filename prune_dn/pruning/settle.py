@@ -12,9 +12,9 @@ from prune_dn.errors import PruningError
 from prune_dn.losses import LossFunction
 from prune_dn.models.convert import convert
 from prune_dn.pruning.budget import losers
+from prune_dn.pruning.config import check_criterion, check_seed
 from prune_dn.pruning.importance import calibration_for, importance
 from prune_dn.pruning.plan import Plan, plan_of
-from prune_dn.pruning.request import check_criterion, check_seed
 from prune_dn.pruning.siblings import contests
 from prune_dn.pruning.units import Units
 from prune_dn.sound import check_sound

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,58 +15,52 @@ from prune_dn.losses import LossFunction
 from prune_dn.models import DenseNet, LightCNN
 from prune_dn.models.convert import check_not_wrapped, convert, is_densenet
 from prune_dn.models.dense_net import build_empty
-from prune_dn.profiling import ImageSize
 from prune_dn.pruning.compensate import check_compensation, compensate_plan
-from prune_dn.pruning.criteria import follows_loss, reads_images
+from prune_dn.pruning.config import LATENCY, SIBLINGS, USUAL_UNITS, PruneConfig
+from prune_dn.pruning.criteria import reads_images
 from prune_dn.pruning.cuts import Cut, cuts, fill_
 from prune_dn.pruning.generic import prune_cnn
 from prune_dn.pruning.kept import units_of
-from prune_dn.pruning.latency_model import LATENCY, LatencyModel
+from prune_dn.pruning.latency_model import LatencyModel
 from prune_dn.pruning.plan import Plan, make_plan
 from prune_dn.pruning.ratios import Ratios
-from prune_dn.pruning.request import USUAL_UNITS, units_in
+from prune_dn.pruning.request import request_of, with_defaults
 from prune_dn.pruning.units import Units
 from prune_dn.sound import check_filled, check_sound
-
-_SIBLINGS = ("sibling",)
 
 
 @usual_defaults()
 @torch.inference_mode(False)
 def prune(
     model: nn.Module,
-    pruning_ratio: float,
+    pruning_ratio: float | PruneConfig,
     *,
-    unit: str = "channels",
-    criterion: str | None = None,
-    scope: str = "global",
-    ratios: Ratios | None = None,
-    units: Iterable[str] = USUAL_UNITS,
-    compensate: str = "none",
     calibration: Iterable[object] | None = None,
-    loss: str | LossFunction | None = None,
-    protect: Iterable[str] = (),
-    min_channels: int = 1,
-    round_to: int = 1,
-    input_size: ImageSize | None = None,
     example_inputs: Any = None,
-    seed: int = 0,
-    latency_model: LatencyModel | None = None,
+    loss: str | LossFunction | None = None,
+    ratios: Ratios | None = None,
+    latency_model: LatencyModel | Callable[[], LatencyModel] | None = None,
+    **fields: Any,
 ) -> nn.Module:
     """A smaller net of the same kind; `model` stays as it is.
 
-    A DenseNet of ours, torchvision or timm becomes our `DenseNet`, by `make_plan`, `apply_plan` and
-    `compensate_plan`. The arguments are those of `make_plan`, which also says what was achieved.
-    `compensate` is `none`, `mean` or `least_squares` (see `compensate_plan`) and needs
-    `calibration`: a few hundred training images, without augmentation; `loss`, what the net's outputs
-    mean, serves it too. Without it fine-tune the result, or at least `recalibrate_batch_norm_` it.
+    The request is a `PruneConfig`, or its `pruning_ratio` and other fields by name. With `calibration`, a
+    few hundred training images (N, C, H, W) in batches, normalised and without augmentation, the criterion is
+    `reconstruction` and the compensation `least_squares`, each unless another is said; `compensate="none"`
+    cuts only. A criterion that reads no images leaves them to the compensation. `loss`, what the net's outputs
+    mean (see `make_plan`), serves both, and is asked for where labels do not say it. Without `calibration` the
+    criterion is `bn_scale` where norms have scales, else `l2`, and nothing is compensated: fine-tune the
+    result, or at least `recalibrate_batch_norm_` it.
+
+    A DenseNet of ours, torchvision or timm becomes our `DenseNet`, by `make_plan`, which also takes the
+    other arguments and says what was achieved, `apply_plan` and `compensate_plan`.
 
     Any other CNN, and a variant of torchvision's or timm's DenseNet, such as one with another head, becomes
-    a smaller one of its own class (see `generic.prune_cnn`), a `LightCNN` one that can be saved. Others need `input_size`, `calibration` images to take it from, or
-    `example_inputs` (see there); `units`, `ratios` and latency are for DenseNets. But a Light CNN also takes `units=["sibling"]`:
-    of each MFM pair the less important filter may go, and nothing else; its units go whole without.
-    `mfm_win_rate` is for DenseNets and Light CNNs. `criterion` None is `bn_scale`, or `l2` in a
-    net without norms, where `channels` counts the filters of convs.
+    a smaller one of its own class (see `generic.prune_cnn`), a `LightCNN` one that can be saved. Others need
+    `input_size`, `calibration` images to take it from, or `example_inputs` (see there); `units`, `ratios` and
+    latency are for DenseNets. But a Light CNN also takes `units=["sibling"]`: of each MFM pair the less
+    important filter may go, and nothing else; its units go whole without. `mfm_win_rate` is for
+    DenseNets and Light CNNs. In a net without norms `channels` counts the filters of convs.
 
     >>> import torchvision
     >>> small = prune(torchvision.models.densenet121(), 0.5)
@@ -74,64 +68,45 @@ def prune(
     torch.Size([1, 1000])
     """
     check_not_wrapped(model)
-    kinds = units_in(units)
-    net = _as_densenet(model, kinds, ratios, unit, latency_model)
+    config, loss = request_of(pruning_ratio, fields, loss)
+    net = _as_densenet(model, config, ratios, latency_model)
     if net is None:
-        _check_cnn_options(model, kinds, ratios, unit, latency_model)
+        _check_cnn_options(model, config, ratios, latency_model)
+        config = with_defaults(config, model, calibration is not None)
         return prune_cnn(
-            model,
-            pruning_ratio,
-            unit=unit,
-            criterion=criterion,
-            scope=scope,
-            siblings=kinds == _SIBLINGS,
-            compensate=compensate,
-            calibration=calibration,
-            loss=loss,
-            protect=protect,
-            min_channels=min_channels,
-            round_to=round_to,
-            input_size=input_size,
-            example_inputs=example_inputs,
-            seed=seed,
+            model, config, calibration=calibration, loss=loss, example_inputs=example_inputs
         )
     if example_inputs is not None:
         raise PruningError(
             "example_inputs have no effect on a DenseNet, which takes images of any size: leave them "
             "out, or give input_size"
         )
-    check_compensation(compensate, calibration is not None)
+    config = with_defaults(config, net, calibration is not None)
+    assert config.compensate is not None
+    check_compensation(config.compensate, calibration is not None)
     batches = None if calibration is None else list(calibration)
-    alone = compensate == "none"
+    alone = config.compensate == "none"
     plan = make_plan(
         net,
-        pruning_ratio,
-        unit=unit,
-        criterion=criterion,
-        scope=scope,
+        config,
         ratios=ratios,
-        units=units,
-        protect=protect,
-        min_channels=min_channels,
-        round_to=round_to,
-        input_size=input_size,
-        seed=seed,
         latency_model=latency_model,
-        calibration=batches if reads_images(criterion) or alone else None,
-        loss=loss if follows_loss(criterion) or alone else None,
+        calibration=batches if reads_images(config.criterion) or alone else None,
+        loss=loss,
     )
     small = apply_plan(net, plan)
     if batches is None or alone:
         return small
-    return compensate_plan(small, net, plan, batches, compensate, loss=loss, seed=seed)
+    return compensate_plan(
+        small, net, plan, batches, config.compensate, loss=loss, seed=config.seed
+    )
 
 
 def _as_densenet(
     model: nn.Module,
-    units: tuple[str, ...],
+    config: PruneConfig,
     ratios: Ratios | None,
-    unit: str,
-    latency_model: LatencyModel | None,
+    latency_model: LatencyModel | Callable[[], LatencyModel] | None,
 ) -> DenseNet | None:
     """The model as our DenseNet; None for one that is followed by its graph instead.
 
@@ -143,7 +118,7 @@ def _as_densenet(
     try:
         return convert(model, share=True)
     except ConversionError:
-        only = units != USUAL_UNITS or ratios is not None or unit == LATENCY
+        only = config.units != USUAL_UNITS or ratios is not None or config.unit == LATENCY
         is_module = isinstance(model, nn.Module) and not isinstance(model, DenseNet)
         if not is_module or only or latency_model is not None:
             raise
@@ -152,21 +127,20 @@ def _as_densenet(
 
 def _check_cnn_options(
     model: nn.Module,
-    units: tuple[str, ...],
+    config: PruneConfig,
     ratios: Ratios | None,
-    unit: str,
-    latency_model: LatencyModel | None,
+    latency_model: LatencyModel | Callable[[], LatencyModel] | None,
 ) -> None:
-    kind = type(model).__name__
+    kind, units = type(model).__name__, config.units
     light = isinstance(model, LightCNN)
-    if units not in ((USUAL_UNITS, _SIBLINGS) if light else (USUAL_UNITS,)):
+    if units not in ((USUAL_UNITS, SIBLINGS) if light else (USUAL_UNITS,)):
         other = ", or give ['sibling'] to cut single filters of MFM units" if light else ""
         raise PruningError(
             f"units={list(units)} is for DenseNets; leave it out for a {kind}{other}"
         )
     if ratios is not None:
         raise PruningError(f"ratios are for DenseNets; leave them out for a {kind}")
-    if unit == LATENCY or latency_model is not None:
+    if config.unit == LATENCY or latency_model is not None:
         raise PruningError(
             f"a latency budget is for DenseNets; for a {kind} choose unit='macs', without a "
             "latency_model, and compare_latency afterwards"

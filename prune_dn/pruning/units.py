@@ -13,7 +13,8 @@ import numpy as np
 
 from prune_dn.graph.classes import Classes, channel_classes
 from prune_dn.graph.types import NONE, Competition, Graph, Ids, Reader
-from prune_dn.pruning.parts import STAYS, Block, Group, Kind, Mask, Pairs, Positions, Selection
+from prune_dn.pruning.config import Kind
+from prune_dn.pruning.parts import STAYS, Block, Group, Mask, Pairs, Positions, Selection
 
 
 class Units:

@@ -17,7 +17,7 @@ from strategies import alone, rivalries
 from prune_dn.errors import PruningError
 from prune_dn.models import DenseNet, DenseNetConfig, LayerConfig, TransitionConfig, densenet
 from prune_dn.pruning import CRITERIA, Plan, apply_plan, make_plan
-from prune_dn.pruning.parts import KINDS
+from prune_dn.pruning.config import KINDS
 from prune_dn.pruning.plan import plan_of
 from prune_dn.pruning.units import Units
 

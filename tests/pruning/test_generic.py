@@ -361,7 +361,10 @@ LABELLED = [(torch.randn(2, 3, 64, 64), torch.tensor([0, 9]))]
         ({"criterion": "taylor"}, "'taylor' needs calibration images: give calibration="),
         ({"criterion": "taylor", "calibration": [X]}, "needs labels: give calibration batches"),
         ({"criterion": "taylor", "calibration": LABELLED}, "labels must be integers from 0 to 4"),
-        ({"calibration": [X]}, "calibration has no effect: criterion 'bn_scale'"),
+        (
+            {"criterion": "bn_scale", "compensate": "none", "calibration": [X]},
+            "calibration has no effect: criterion 'bn_scale'",
+        ),
     ],
 )
 def test_requests_that_cannot_be_met(options, message) -> None:

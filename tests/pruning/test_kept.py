@@ -20,8 +20,8 @@ from strategies import edited, pruned_configs
 from prune_dn.errors import PruningError
 from prune_dn.models import DenseNet, densenet
 from prune_dn.pruning import Plan, apply_plan, make_plan, settling_plan
+from prune_dn.pruning.config import KINDS
 from prune_dn.pruning.kept import indices_of, units_of
-from prune_dn.pruning.parts import KINDS
 from prune_dn.pruning.units import Units
 
 MFM = {"mfm": {"denseblock1.*": "2/1", "transition1": "2/1"}}

@@ -17,9 +17,9 @@ from prune_dn.errors import PruningError
 from prune_dn.models import DenseNet, DenseNetConfig, densenet
 from prune_dn.profiling import count
 from prune_dn.pruning import Plan, make_plan, prune
+from prune_dn.pruning.config import KINDS
 from prune_dn.pruning.importance import importance
 from prune_dn.pruning.kept import indices_of
-from prune_dn.pruning.parts import KINDS
 from prune_dn.pruning.ratios import FORMAT, SensitivityRow
 from prune_dn.pruning.units import Units
 

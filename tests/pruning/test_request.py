@@ -17,7 +17,8 @@ from torch import nn
 from prune_dn.errors import PruneDNError, PruningError
 from prune_dn.models import LightCNN, densenet, light_cnn_9
 from prune_dn.pruning import Plan, make_plan, prune, settling_plan
-from prune_dn.pruning.request import UNITS, Request, usual_criterion
+from prune_dn.pruning.config import UNITS, PruneConfig
+from prune_dn.pruning.request import usual_criterion
 from prune_dn.pruning.sensitivity import sensitivity
 
 
@@ -124,9 +125,9 @@ def test_the_default_criterion_fits_the_net() -> None:
 
 
 def test_a_request_is_what_make_plan_notes() -> None:
-    asked = Request(0.3, units=UNITS[::-1], input_size=[8, 16], criterion="l1")
+    asked = PruneConfig(0.3, units=UNITS[::-1], input_size=[8, 16], criterion="l1")
     assert asked.units == UNITS and asked.input_size == (8, 16)
-    assert Request(0.3, input_size=(8, 8)).input_size == 8
+    assert PruneConfig(0.3, input_size=(8, 8)).input_size == 8
 
 
 def test_another_baseline_than_a_config_is_refused() -> None:

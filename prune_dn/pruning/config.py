@@ -1,0 +1,208 @@
+"""The request: what may be asked of a cut, its defaults and choices, checked before anything is done.
+
+Loads no torch, so that the command line takes its defaults and choices from here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from prune_dn import limits
+from prune_dn.errors import PruningError
+
+if TYPE_CHECKING:
+    from prune_dn.latency import Runtime
+
+Unit = Literal["channels", "params", "macs", "latency"]
+Scope = Literal["global", "local"]
+Kind = Literal["stream", "bottleneck", "edge", "sibling"]
+UnitKind = Literal["stream", "bottleneck", "edge", "sibling", "layer"]
+Compensation = Literal["none", "mean", "least_squares"]
+LATENCY = "latency"
+COMPENSATIONS: tuple[Compensation, ...] = get_args(Compensation)
+KINDS: tuple[Kind, ...] = get_args(Kind)
+UNITS: tuple[UnitKind, ...] = get_args(UnitKind)
+USUAL_UNITS: tuple[UnitKind, ...] = ("stream", "bottleneck")
+SIBLINGS: tuple[UnitKind, ...] = ("sibling",)
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """One request, used by `prune`, `make_plan`, recipes, the command line and `Plan.requested`.
+
+    `pruning_ratio` in (0, 1) is the share of `unit` that goes: `channels` of norms, `params`, `macs`
+    or `latency`, at `input_size` (pixels, or (height, width)). `units` are the kinds that may be cut:
+    `stream`, `bottleneck`, `edge`, `sibling` (of each pair in an MFM 2/1 the one that loses, so that
+    the other stands alone), and `layer` beside `stream` in a `global` plan: dense layers may also
+    go whole, which pays in latency. `scope` ranks over the whole net, by importance per cost saved, priced anew as
+    the net shrinks (`global`), or cuts the same share of each module (`local`). A width that is cut
+    becomes a multiple of `round_to` (the kept count is rounded up; a channel that nobody reads goes
+    all the same), and no width falls below `min_channels`. Modules whose names, or whose parents'
+    names, match a pattern in `protect` keep all weights: neither what they make nor what they read
+    is cut. `loss` is the name of what the net's outputs mean (`softmax`, `sigmoid`, `mse`).
+    `runtime` (None: onnxruntime) and `batch_size` (None: 1) are those of the unit `latency`.
+
+    `criterion` and `compensate` None stand for the best that is known (`with_defaults`): with
+    calibration images `reconstruction` and `least_squares`; without, `bn_scale` where norms have
+    scales, else `l2`, and no compensation.
+
+    Units are held each once and in one order, numbers as plain ones. Raises PruningError for a
+    number out of its range, an unknown choice, and fields that do not go together.
+
+    >>> PruneConfig(0.5, unit="macs", units=["edge", "stream"]).units
+    ('stream', 'edge')
+    >>> PruneConfig(0.5, batch_size=8)
+    Traceback (most recent call last):
+    ...
+    prune_dn.errors.PruningError: batch_size has no effect with unit 'channels'; use unit 'latency'
+    """
+
+    pruning_ratio: float
+    unit: Unit = "channels"
+    criterion: str | None = None
+    loss: str | None = None
+    scope: Scope = "global"
+    units: tuple[UnitKind, ...] = USUAL_UNITS
+    protect: tuple[str, ...] = ()
+    min_channels: int = 1
+    round_to: int = 1
+    compensate: Compensation | None = None
+    runtime: Runtime | None = None
+    batch_size: int | None = None
+    input_size: int | tuple[int, int] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        plain: dict[str, Any] = {
+            "pruning_ratio": check_ratio(self.pruning_ratio),
+            "units": units_in(self.units),
+            "protect": names_in(self.protect, "protect"),
+            "min_channels": whole_number("min_channels", self.min_channels),
+            "round_to": whole_number("round_to", self.round_to),
+            "seed": check_seed(self.seed),
+        }
+        if self.batch_size is not None:
+            plain["batch_size"] = whole_number("batch_size", self.batch_size, 1, limits.BATCH_SIZE)
+        if self.input_size is not None:
+            from prune_dn.profiling import sides
+
+            height, width = sides(self.input_size)
+            plain["input_size"] = height if height == width else (height, width)
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
+        check_choice("unit", self.unit, get_args(Unit))
+        check_choice("scope", self.scope, get_args(Scope))
+        if self.criterion is not None:
+            check_criterion(self.criterion)
+        if self.compensate is not None:
+            check_choice("compensate", self.compensate, COMPENSATIONS)
+        if self.loss is not None:
+            from prune_dn.losses import check_loss
+
+            check_loss(self.loss)
+        if self.runtime is not None:
+            from prune_dn import latency
+
+            check_choice("runtime", self.runtime, get_args(latency.Runtime))
+        if "layer" in self.units and ("stream" not in self.units or self.scope != "global"):
+            raise PruningError("units 'layer' needs 'stream' among the units, and scope 'global'")
+        for name in ("runtime", "batch_size"):
+            if self.unit != LATENCY and getattr(self, name) is not None:
+                raise PruningError(
+                    f"{name} has no effect with unit {self.unit!r}; use unit {LATENCY!r}"
+                )
+
+    @staticmethod
+    def of(request: float | PruneConfig, given: Mapping[str, Any]) -> PruneConfig:
+        """A ready request, or one of a ratio and the other fields by name.
+
+        Raises PruningError for an unknown field, with those that there are, and for fields beside
+        a ready request.
+        """
+        if not isinstance(request, PruneConfig):
+            check_names(given)
+            return PruneConfig(request, **given)
+        if given:
+            raise PruningError(
+                f"{', '.join(given)} beside a PruneConfig: two requests; put it into the one, with "
+                f"dataclasses.replace(config, {next(iter(given))}=...)"
+            )
+        return request
+
+
+def check_names(given: Iterable[str]) -> None:
+    """Raise PruningError for what is no field of a request, with the fields that there are."""
+    known = [field.name for field in fields(PruneConfig)]
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            guess = f" (did you mean {close[0]!r}?)" if close else ""
+            raise PruningError(
+                f"{name!r} is no field of a request{guess}; the fields are {', '.join(known)}"
+            )
+
+
+def check_criterion(criterion: Any) -> None:
+    """Raise PruningError for an unknown criterion."""
+    from prune_dn.pruning.criteria import CRITERIA
+
+    check_choice("criterion", criterion, sorted(CRITERIA))
+
+
+def check_ratio(ratio: Any) -> float:
+    """The share to remove as a plain number, in (0, 1)."""
+    value = math.nan if isinstance(ratio, bool) or not isinstance(ratio, Real) else float(ratio)
+    if math.isnan(value):
+        raise PruningError(f"pruning_ratio is {ratio!r}; it must be a number in (0, 1)")
+    if value == 0:
+        raise PruningError("pruning_ratio is 0: nothing would be cut; give the share to remove")
+    if not 0 < value < 1:
+        hint = f"; did you mean {value / 100}?" if 1 < value < 100 else ""
+        raise PruningError(f"pruning_ratio is {ratio!r}; it must lie in (0, 1){hint}")
+    return value
+
+
+def whole_number(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
+    """An integer from `least` to `most`, as a plain one."""
+    is_whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not is_whole or int(value) < least or (most is not None and int(value) > most):
+        bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise PruningError(f"{name} is {value!r}; it must be an integer {bounds}")
+    return int(value)
+
+
+def check_seed(seed: Any) -> int:
+    """A seed as a plain integer."""
+    return whole_number("seed", seed, 0, limits.SEED)
+
+
+def units_in(values: Iterable[str], allowed: tuple[str, ...] = UNITS) -> tuple[Any, ...]:
+    """Kinds of units, each once, in the order of `allowed`."""
+    kinds = names_in(values, "units")
+    for kind in kinds:
+        check_choice("units", kind, allowed)
+    if not kinds:
+        raise PruningError(f"units is empty: nothing may be cut; choose from {', '.join(allowed)}")
+    return tuple(kind for kind in allowed if kind in kinds)
+
+
+def names_in(values: Iterable[str], argument: str) -> tuple[str, ...]:
+    """A list of names, as a tuple."""
+    if isinstance(values, str):
+        raise PruningError(f"{argument}={values!r} is one string; give a list, [{values!r}]")
+    found = tuple(values) if isinstance(values, Iterable) else (values,)
+    if not all(isinstance(value, str) for value in found):
+        raise PruningError(f"{argument} is {values!r}; give a list of names")
+    return found
+
+
+def check_choice(name: str, value: Any, allowed: Iterable[str]) -> None:
+    """Raise PruningError for a value that is none of those allowed."""
+    choices = tuple(allowed)
+    if not isinstance(value, str) or value not in choices:
+        raise PruningError(f"{name} {value!r} is unknown; choose from {', '.join(choices)}")
