@@ -141,14 +141,16 @@ def test_predictions_per_pixel() -> None:
     plain = nn.Sequential(*model.body, model.head)
     classes = torch.randint(4, (6, 8, 8), generator=torch.Generator().manual_seed(0))
     data = [(images(6), classes)]
-    by_name = prune(plain, 0.5, criterion="taylor", calibration=data)
-    guessed = prune(plain, 0.5, criterion="taylor", calibration=data, loss="softmax")
+    by_name = prune(plain, 0.5, criterion="taylor", compensate="none", calibration=data)
+    guessed = prune(
+        plain, 0.5, criterion="taylor", compensate="none", calibration=data, loss="softmax"
+    )
     assert torch.equal(by_name[0].weight, guessed[0].weight)
 
     def loss(outputs, labels):
         return nn.functional.cross_entropy(outputs["out"], labels)
 
-    small = prune(model, 0.5, criterion="taylor", calibration=data, loss=loss)
+    small = prune(model, 0.5, criterion="taylor", compensate="none", calibration=data, loss=loss)
     assert torch.equal(small.body[0].weight, by_name[0].weight)
     seen = model.body(images(6)).detach().requires_grad_()
     error = nn.functional.cross_entropy(model.head(seen), classes, reduction="sum")
@@ -156,7 +158,7 @@ def test_predictions_per_pixel() -> None:
     kept = slope.topk(len(small.body[0].weight)).indices.sort().values
     assert torch.equal(small.body[0].weight, model.body[0].weight[kept])
     with pytest.raises(PruneDNError, match=r"batch 0: the model gives a dict; .* Give a callable"):
-        prune(model, 0.5, criterion="taylor", calibration=data)
+        prune(model, 0.5, criterion="taylor", compensate="none", calibration=data)
 
 
 @pytest.mark.parametrize(

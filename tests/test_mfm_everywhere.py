@@ -71,7 +71,7 @@ REQUESTS = {
 def test_prune_train_save_load_export(request_: str, tmp_path: Path) -> None:
     request = dict(REQUESTS[request_])
     net = three_places()
-    needs = prune_dn.pruning.importance.reads_images(request.get("criterion", "bn_scale"))
+    needs = prune_dn.pruning.criteria.reads_images(request.get("criterion", "bn_scale"))
     calibration = batches() if needs else None
     small = prune_dn.prune(net, calibration=calibration, input_size=8, **request)
     assert prune_dn.count(small, 8).params < prune_dn.count(net, 8).params

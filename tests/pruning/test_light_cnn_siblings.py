@@ -90,7 +90,7 @@ def test_pruned_equals_masked_over_rounds_of_both_grains(
         if single:
             request["units"] = ["sibling"]
         if criterion == "mfm_win_rate":
-            request["calibration"] = [images]
+            request |= {"calibration": [images], "compensate": "none"}
         return prune_dn.prune(net, **request)
 
     for done, (single, ratio) in enumerate(rounds):
@@ -140,6 +140,7 @@ def test_who_wins_least_goes_first(name) -> None:
             (count - 0.5) * each / prune_dn.count(net).params,
             unit="params",
             criterion="mfm_win_rate",
+            compensate="none",
             calibration=IMAGES.split(4),
             protect=others(net, name),
         )
@@ -169,6 +170,7 @@ def test_a_unit_is_worth_what_its_pairs_differ_by() -> None:
         0.01,
         scope="local",
         criterion="mfm_win_rate",
+        compensate="none",
         calibration=[IMAGES[:2], IMAGES[2:]],
         protect=protect,
     )
@@ -207,6 +209,7 @@ def test_every_loser_can_go(builder, tmp_path) -> None:
         net,
         0.5,
         criterion="mfm_win_rate",
+        compensate="none",
         calibration=[IMAGES],
         protect=[net.config.places()[-1].name],
     )
@@ -236,7 +239,7 @@ def test_what_stands_alone_stays_where_only_winning_counts() -> None:
     net = light_cnn_9(4, **SMALL)
     some = ragged(net, {"features.2.conv_a.filter": (0, 1, 2), "fc1.filter": tuple(range(12))})
     small = prune_dn.prune(
-        some, 0.35, scope="local", criterion="mfm_win_rate", calibration=[IMAGES]
+        some, 0.35, scope="local", criterion="mfm_win_rate", compensate="none", calibration=[IMAGES]
     )
     check_contract(some, small)
     kept = kept_units(some, small)
@@ -247,7 +250,7 @@ def test_what_stands_alone_stays_where_only_winning_counts() -> None:
     with pytest.raises(
         PruningError, match="judges only what competes, and no filters of this Light"
     ):
-        prune_dn.prune(none, 0.1, criterion="mfm_win_rate", calibration=[IMAGES])
+        prune_dn.prune(none, 0.1, criterion="mfm_win_rate", compensate="none", calibration=[IMAGES])
     with pytest.raises(PruningError, match=r"no filters compete any more, .* leave units out"):
         siblings(none, 0.1)
 
