@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -13,6 +13,7 @@ from prune_dn.cli_options import example, read_recipe, words
 from prune_dn.console import show as _show
 from prune_dn.errors import RecipeError
 from prune_dn.intervals import percent
+from prune_dn.pruning.config import COMPENSATIONS, PruneConfig, Unit
 
 
 @example(
@@ -26,8 +27,8 @@ def prune(
     ratio: Annotated[float, typer.Option(help="The fraction to remove, between 0 and 1.")],
     output: options.Output,
     unit: Annotated[
-        str, typer.Option(help="What the ratio counts: channels, params, macs, latency.")
-    ] = "channels",
+        str, typer.Option(help=f"What the ratio counts: {', '.join(get_args(Unit))}.")
+    ] = PruneConfig.unit,
     runtime: Annotated[
         str | None, typer.Option(help="For latency: onnxruntime or eager.  [default: onnxruntime]")
     ] = None,
@@ -45,20 +46,20 @@ def prune(
     ] = None,
     scope: Annotated[
         str, typer.Option(help="Rank over the whole net: global; or local.")
-    ] = "global",
+    ] = PruneConfig.scope,
     ratios: Annotated[
         Path | None, typer.Option(help="Go by what `sensitivity` measured: its sensitivity.json.")
     ] = None,
-    units: options.UnitKinds = "stream,bottleneck",
+    units: options.UnitKinds = options.USUAL,
     protect: options.Protect = None,
     min_channels: Annotated[
         int, typer.Option(min=1, max=limits.CHANNELS, help="No width falls below.")
-    ] = 1,
+    ] = PruneConfig.min_channels,
     round_to: Annotated[
         int, typer.Option(min=1, max=limits.CHANNELS, help="Cut widths become a multiple of.")
-    ] = 1,
+    ] = PruneConfig.round_to,
     image_size: options.ImageSize = None,
-    seed: options.Seed = 0,
+    seed: options.Seed = PruneConfig.seed,
     plan_out: Annotated[Path | None, typer.Option(help="Also write the plan (JSON).")] = None,
     recalibrate: Annotated[
         int,
@@ -67,7 +68,7 @@ def prune(
         ),
     ] = 0,
     compensate: Annotated[
-        str, typer.Option(help="Refit what stays: none, mean, least_squares.")
+        str, typer.Option(help=f"Refit what stays: {', '.join(COMPENSATIONS)}.")
     ] = "none",
     calibration: Annotated[
         int | None,

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from prune_dn import limits
+from prune_dn.pruning.config import UNITS, USUAL_UNITS
 from prune_dn.signals import stoppable
 
 app = typer.Typer(
@@ -42,9 +43,8 @@ Loss = Annotated[
     str | None,
     typer.Option(help="What outputs mean: softmax, sigmoid or mse.  [default: softmax]"),
 ]
-UnitKinds = Annotated[
-    str, typer.Option("--units", help="Of stream, bottleneck, edge, sibling, layer.")
-]
+UnitKinds = Annotated[str, typer.Option("--units", help=f"Of {', '.join(UNITS)}.")]
+USUAL = ",".join(USUAL_UNITS)
 Protect = Annotated[
     list[str] | None, typer.Option(help="Modules that stay whole; may be given repeatedly.")
 ]

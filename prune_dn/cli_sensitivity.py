@@ -33,7 +33,7 @@ def sensitivity(
         str, typer.Option(help="Fractions of each group of units to cut.")
     ] = "0.25,0.5,0.75",
     criterion: options.Criterion = "l2",
-    units: options.UnitKinds = "stream,bottleneck",
+    units: options.UnitKinds = options.USUAL,
     protect: options.Protect = None,
     metric: Annotated[str, typer.Option(help="accuracy (in %), or loss (in nats).")] = "accuracy",
     max_drop: Annotated[

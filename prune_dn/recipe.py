@@ -22,10 +22,19 @@ from prune_dn.augment import AUGMENTATIONS
 from prune_dn.errors import ConfigError, PruningError
 from prune_dn.files import wrong_name
 from prune_dn.images import RESIZES
+from prune_dn.latency import Runtime
 from prune_dn.losses import LOSSES
 from prune_dn.models import BUILDERS, LIGHT_CNNS, Net
 from prune_dn.pruning import CRITERIA
-from prune_dn.pruning.config import USUAL_UNITS, UnitKind, units_in
+from prune_dn.pruning.config import (
+    USUAL_UNITS,
+    Compensation,
+    PruneConfig,
+    Scope,
+    Unit,
+    UnitKind,
+    units_in,
+)
 from prune_dn.pruning.criteria import follows_loss, reads_images
 from prune_dn.pruning.request import check_ratios
 from prune_dn.sources import DATASETS
@@ -202,21 +211,21 @@ class PruneSection(Strict):
 
     pruning_ratio: Ratio | None = None
     settle: bool = False
-    unit: Literal["channels", "params", "macs", "latency"] = "channels"
-    runtime: Literal["eager", "onnxruntime"] | None = None
-    batch_size: BatchSize | None = None
-    criterion: _choice("criterion", CRITERIA) | None = None  # type: ignore[valid-type]
-    scope: Literal["global", "local"] = "global"
+    unit: Unit = PruneConfig.unit
+    runtime: Runtime | None = PruneConfig.runtime
+    batch_size: BatchSize | None = PruneConfig.batch_size
+    criterion: _choice("criterion", CRITERIA) | None = PruneConfig.criterion  # type: ignore[valid-type]
+    scope: Scope = PruneConfig.scope
     ratios: FilePath | None = None
     units: Annotated[tuple[UnitKind, ...], Field(min_length=1), AfterValidator(units_in)] = (
-        USUAL_UNITS
+        PruneConfig.units
     )
-    compensate: Literal["none", "mean", "least_squares"] = "none"
+    compensate: Compensation = "none"
     calibration: Images | None = None
-    loss: _choice("loss", LOSSES) | None = None  # type: ignore[valid-type]
-    protect: tuple[str, ...] = ()
-    min_channels: Channels = 1
-    round_to: Channels = 1
+    loss: _choice("loss", LOSSES) | None = PruneConfig.loss  # type: ignore[valid-type]
+    protect: tuple[str, ...] = PruneConfig.protect
+    min_channels: Channels = PruneConfig.min_channels
+    round_to: Channels = PruneConfig.round_to
     rounds: Annotated[int, Field(ge=1, le=limits.ROUNDS)] = 1
     recalibrate_batches: Annotated[int, Field(ge=0, le=limits.STEPS)] = Field(
         default_factory=_usual_recalibration

@@ -116,7 +116,7 @@ def test_help_loads_no_torch() -> None:
     code = (
         "import sys\n"
         "from prune_dn.cli import main\n"
-        "assert main(['run', '--help']) == 0\n"
+        "assert main(['run', '--help']) == 0 == main(['prune', '--help'])\n"
         "assert 'torch' not in sys.modules, 'torch was imported'\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from decimal import Decimal
 from fractions import Fraction
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from torch import nn
 from prune_dn.errors import PruneDNError, PruningError
 from prune_dn.models import LightCNN, densenet, light_cnn_9
 from prune_dn.pruning import Plan, make_plan, prune, settling_plan
-from prune_dn.pruning.config import UNITS, PruneConfig
+from prune_dn.pruning.config import LATENCY, UNITS, PruneConfig, Unit
+from prune_dn.pruning.rates import COUNTED
 from prune_dn.pruning.request import usual_criterion
 from prune_dn.pruning.sensitivity import sensitivity
 
@@ -133,3 +135,78 @@ def test_a_request_is_what_make_plan_notes() -> None:
 def test_another_baseline_than_a_config_is_refused() -> None:
     with pytest.raises(PruningError, match="baseline is a DenseNet; give the config"):
         make_plan(net(), 0.5, baseline=net())
+
+
+def test_a_ready_request_is_the_same_as_its_fields() -> None:
+    fields = {"unit": "macs", "units": ["edge", "stream"], "criterion": "l1", "round_to": 2}
+    assert make_plan(net(), PruneConfig(0.3, **fields)) == make_plan(net(), 0.3, **fields)
+    resnet = torchvision.models.resnet18()
+    one = prune(resnet, PruneConfig(0.5, unit="macs", input_size=32)).state_dict()
+    other = prune(resnet, 0.5, unit="macs", input_size=32).state_dict()
+    assert all(torch.equal(one[key], other[key]) for key in one.keys() | other.keys())
+
+
+@pytest.mark.parametrize("entrance", [prune, make_plan])
+def test_unknown_and_doubled_fields_are_refused(entrance) -> None:
+    known = r"the fields are pruning_ratio, unit, criterion, .*, seed"
+    with pytest.raises(PruningError, match=rf"'criterium' is no .*'criterion'\?\); {known}"):
+        entrance(net(), 0.5, criterium="l1")
+    with pytest.raises(PruningError, match=rf"'xyz' is no field of a request; {known}"):
+        entrance(net(), 0.5, xyz=1)
+    with pytest.raises(PruningError, match=r"unit beside a PruneConfig: .*replace\(config, unit="):
+        entrance(net(), PruneConfig(0.5), unit="macs")
+    asked = PruneConfig(0.5, loss="mse", criterion="reconstruction")
+    with pytest.raises(PruningError, match="loss='softmax' beside a PruneConfig with loss='mse'"):
+        entrance(net(), asked, loss="softmax", calibration=[torch.randn(4, 3, 16, 16)])
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"compensate": "refit"}, "compensate 'refit' is unknown; choose from none, mean, least"),
+        ({"runtime": "eager"}, "runtime has no effect with unit 'channels'; use unit 'latency'"),
+        ({"batch_size": 4}, "batch_size has no effect with unit 'channels'; use unit 'latency'"),
+        (
+            {"unit": "latency", "runtime": "tvm"},
+            "runtime 'tvm' is unknown; choose from eager, onnx",
+        ),
+        ({"unit": "latency", "batch_size": 0}, "batch_size is 0; it must be an integer from 1"),
+        ({"units": ["layer"]}, "units 'layer' needs 'stream' among the units, and scope 'global'"),
+        ({"loss": "hinge"}, "loss 'hinge' is unknown; choose softmax, sigmoid, mse"),
+    ],
+)
+def test_a_request_checks_itself_without_a_model(fields, text) -> None:
+    with pytest.raises(PruneDNError, match=text):
+        PruneConfig(0.5, **fields)
+
+
+def test_with_images_the_defaults_are_the_best_that_is_known() -> None:
+    generator = torch.Generator().manual_seed(0)
+    data = [(torch.randn(16, 3, 16, 16, generator=generator), torch.arange(16) % 5)] * 2
+    images, dense = [x for x, _ in data], net()
+    plain = {"unit": "macs", "calibration": images, "loss": "softmax"}
+    best = prune(dense, 0.4, **plain, criterion="reconstruction", compensate="least_squares")
+    usual = prune(dense, 0.4, **plain)
+    cut = prune(dense, 0.4, **plain, compensate="none")
+    weights, others = best.state_dict(), usual.state_dict()
+    assert all(torch.equal(weights[key], others[key]) for key in weights)
+    assert not all(torch.equal(weights[key], value) for key, value in cut.state_dict().items())
+    plan = make_plan(dense, 0.4, **plain)
+    assert plan.requested["criterion"] == "reconstruction"
+    # A criterion that reads no images leaves them to the refit.
+    l2 = prune(dense, 0.4, unit="macs", criterion="l2", calibration=images, loss="softmax")
+    said = prune(dense, 0.4, criterion="l2", compensate="least_squares", **plain).state_dict()
+    assert all(torch.equal(said[key], value) for key, value in l2.state_dict().items())
+    with pytest.raises(PruneDNError, match="cannot be told from no labels: give loss='softmax'"):
+        prune(dense, 0.4, calibration=images)
+
+
+def test_what_a_plan_notes_makes_the_request_again() -> None:
+    asked = PruneConfig(0.3, unit="macs", protect=["features.conv0"], criterion="l1", seed=4)
+    noted = make_plan(net(), asked).requested
+    fields = {key: noted[key] for key in PruneConfig.__dataclass_fields__}
+    assert PruneConfig(**fields) == dataclasses.replace(asked, input_size=32)
+
+
+def test_every_unit_of_a_request_is_counted_somehow() -> None:
+    assert {*COUNTED, LATENCY} == set(get_args(Unit))
