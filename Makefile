@@ -1,4 +1,5 @@
 # `make demo`: the whole job on the embedded digits. `make test`: all tests. `make lint`: style and types.
+# `make test-wild`: nets that people own, pruned for real, into docs/nets.md. It takes hours, and goes on where it was.
 # `make test-portable`: what compares numbers, under other instruction sets, threads and without kernels.
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +10,7 @@ PORTABLE := portable-default portable-avx2 portable-onednn portable-1-thread por
 PORTABLE_TESTS ?= tests prune_dn
 WORKERS ?= auto
 
-.PHONY: demo test test-portable $(PORTABLE) test-nightly lint format clean
+.PHONY: demo test test-portable $(PORTABLE) test-nightly test-wild lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/prune-dn run recipes/quickstart.yaml --output-dir $(DEMO_DIR) --overwrite
@@ -33,6 +34,10 @@ $(PORTABLE): $(VENV)/.installed
 
 test-nightly: $(VENV)/.installed
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/pruning/test_exactness.py tests/models tests/test_hostile_files.py
+
+test-wild: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[wild]'
+	$(BIN)/python tools/wild.py --docs docs/nets.md
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .

@@ -102,6 +102,25 @@ def two_inputs() -> tuple[Tensor, Tensor]:
 
 
 # Each net, an example of its inputs, and whether it is built again by its name alone.
+class Blur(nn.Module):
+    """Depthwise, with a buffer for each channel, which no file holds, and their number, as in timm."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.register_buffer("filt", torch.ones(channels, 1, 3, 3) / 9, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.conv2d(x, self.filt, stride=2, groups=self.channels)
+
+
+def blurred() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 24, 3), nn.GroupNorm(6, 24), nn.ReLU(), Blur(24), nn.Conv2d(24, 16, 3),
+        nn.BatchNorm2d(16), nn.ReLU(), Blur(16), nn.Conv2d(16, 2, 1),
+    )  # fmt: skip
+
+
 NETS = {
     "resnet18": (torchvision.models.resnet18, lambda: torch.randn(2, 3, 64, 64), True),
     "mobilenet_v2": (
@@ -117,5 +136,6 @@ NETS = {
     "own head": (own_head, lambda: torch.randn(2, 3, 64, 64), False),
     "volume": (Volume, lambda: torch.randn(2, 1, 8, 8, 8), False),
     "two inputs": (TwoInputs, two_inputs, False),
+    "blurred": (blurred, lambda: torch.randn(2, 3, 24, 24), False),
     "u-net": (UNet, lambda: torch.randn(2, 3, 16, 16), False),
 }

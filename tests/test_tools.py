@@ -53,3 +53,20 @@ def test_rows_variants_and_nets_of_the_others(tmp_path: Path) -> None:
         bench_planning.main(["densenet121", "densenet999"])
     assert not (tmp_path / "out").exists()
     assert torch.get_num_threads() == 1
+
+
+def test_every_kind_of_net_has_its_own_names(tmp_path: Path) -> None:
+    import wild
+
+    nets = [name for nets in wild.KINDS.values() for name in nets]
+    assert len(set(nets)) == len(nets) == len(wild.NETS)
+    with pytest.raises(SystemExit, match=r"no net matches 'densenet999'; choose from .*Unet"):
+        wild.main(["densenet999", "--out", str(tmp_path / "out")])
+    row = {"net": "a|b", "trace_s": 0.5, "criterion": "l2", "refused": "why: *x*"}
+    wild.KINDS["test"] = {"a|b": wild.NETS["MLP"]}
+    try:
+        text = wild.tables([row], {}, "here")
+    finally:
+        del wild.KINDS["test"]
+    assert "| a\\|b | refused | - | - | - | - | - | 0.50 s |" in text
+    assert "- *a\\|b*: why: \\*x\\*" in text

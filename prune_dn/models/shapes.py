@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -52,13 +52,13 @@ def fit_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
     Each has the name, the rank and at most the sizes of the model's own. Convolutions (1-D to 3-D, grouped,
     depthwise, transposed), linear layers, norms and PReLU get the widths that their tensors have; so do
-    parameters of other people's modules. The tensors are not copied; `requires_grad` stays.
+    parameters of other people's modules. Of a group norm whole groups went, where that can be. The tensors are not copied; `requires_grad` stays.
 
     Raises ConversionError, with the first tensor that does not fit and both shapes, before anything is
     changed.
     """
-    places = _places(model)
-    for problem in _misfits(own_tensors(model), tensors):
+    places = _places(model, tensors)
+    for problem in _misfits({name: _at(found[0]) for name, found in places.items()}, tensors):
         raise ConversionError(problem)
     narrower = {
         place.owner: place.module
@@ -103,14 +103,23 @@ def set_widths_(layer: nn.Module, name: str = "") -> None:
         if isinstance(layer, _NormBase):
             layer.num_features = outputs
         else:
-            if layer.num_groups == layer.num_channels:
-                layer.num_groups = outputs
+            size = layer.num_channels // layer.num_groups
+            if outputs % size == 0:  # whole groups went
+                layer.num_groups = outputs // size
             layer.num_channels = outputs
             if outputs % layer.num_groups:
                 raise ConversionError(f"{name} has {outputs} channels in {layer.num_groups} groups")
+    elif isinstance(getattr(layer, "channels", None), int):  # as in BlurPool
+        kernels = [t for t in layer._buffers.values() if t is not None and _is_depthwise(t)]
+        if kernels:
+            vars(layer)["channels"] = len(kernels[0])
     if outputs is not None and any(len(t) != outputs for t in _vectors(layer)):
         sizes = ", ".join(_shape(t) for t in _vectors(layer))
         raise ConversionError(f"{name} has {outputs} outputs, and vectors of {sizes} numbers")
+
+
+def _is_depthwise(kernel: Tensor) -> bool:
+    return kernel.ndim > 2 and kernel.shape[1] == 1
 
 
 def _set_conv_(layer: _ConvNd, weight: Tensor) -> int | None:
@@ -159,16 +168,17 @@ def _misfits(mine: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Iterato
             yield f"{name} has dtype {tensor.dtype} in the file and {own.dtype} in the model"
 
 
-def _places(model: nn.Module) -> dict[str, list[_Place]]:
-    """Where each parameter and persistent buffer is held, by its first name."""
+def _places(model: nn.Module, also: Container[str] = ()) -> dict[str, list[_Place]]:
+    """Where each parameter and persistent buffer is held, by its first name, and buffers in `also`."""
     first: dict[int, str] = {}
     found: dict[str, list[_Place]] = {}
     for owner, module in model.named_modules():
         lost = module._non_persistent_buffers_set
         for held in (module._parameters, module._buffers):
             for key, tensor in held.items():
-                if tensor is not None and key not in lost:
-                    name = first.setdefault(id(tensor), f"{owner}.{key}".lstrip("."))
+                own = f"{owner}.{key}".lstrip(".")
+                if tensor is not None and (key not in lost or own in also):
+                    name = first.setdefault(id(tensor), own)
                     found.setdefault(name, []).append(_Place(owner, module, held, key))
     return found
 

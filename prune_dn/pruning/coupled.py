@@ -18,6 +18,7 @@ from prune_dn.graph import Graph, call, tensors, to_inference_
 from prune_dn.graph.groups import IN, OUT, Group, free_groups
 from prune_dn.models import LightCNN
 from prune_dn.models.answers import peculiarities
+from prune_dn.models.shapes import set_widths_
 from prune_dn.models.weights import shorten
 from prune_dn.pruning.patches import Convolution, Transposed
 
@@ -77,10 +78,10 @@ def cut(model: nn.Module, groups: list[Group], keep: Keep) -> nn.Module:
             new = _select(layer.detach(), _axis(layer), outs)
             if isinstance(layer, nn.Parameter):
                 new = nn.Parameter(new, requires_grad=layer.requires_grad)
-            owner: Any = net.get_submodule(parent)
+            owner = net.get_submodule(parent)
             setattr(owner, key, new)
-            if layer.ndim > 2 and getattr(owner, "channels", None) == len(outs):  # as in BlurPool
-                owner.channels = int(outs.sum())
+            owner._non_persistent_buffers_set.discard(key)  # its width cannot be built anew
+            set_widths_(owner)
             continue
         depthwise = isinstance(layer, Conv) and channelwise(layer)
         for key, old in layer._parameters.items():

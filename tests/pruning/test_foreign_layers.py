@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune
 from oracle import randomise_
+from other_nets import Blur
 from torch import nn
 
 import prune_dn
@@ -36,18 +37,6 @@ def maxout(x: torch.Tensor) -> torch.Tensor:
 def gated(x: torch.Tensor) -> torch.Tensor:
     left, right = x.split(8, 1)
     return left * right.sigmoid()
-
-
-class Blur(nn.Module):
-    """Depthwise, with a buffer for each channel and their number, as in timm's BlurPool2d."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.channels = channels
-        self.register_buffer("filt", torch.ones(channels, 1, 3, 3) / 9, persistent=False)
-
-    def forward(self, x):
-        return F.conv2d(x, self.filt, groups=self.channels)
 
 
 def parts_of_four(x: torch.Tensor) -> torch.Tensor:
@@ -83,7 +72,7 @@ CHANGES: dict[str, tuple[nn.Module, int, str | Follow]] = {
     ),
     "GroupNorm": (nn.GroupNorm(4, 16), 16, whole_parts),
     "GroupNorm of one group": (nn.GroupNorm(1, 16), 16, WHOLE),
-    "blur": (Blur(16), 16, lambda mask: mask),
+    "blur": (nn.Sequential(nn.Upsample(scale_factor=2), Blur(16)), 16, lambda mask: mask),
     "blur by the width": (
         Call(
             lambda x: F.conv2d(
