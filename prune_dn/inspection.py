@@ -8,12 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from prune_dn.cross_check import cross_check
 from prune_dn.errors import PruningError
 from prune_dn.latency import measure_latency
 from prune_dn.models import LightCNN, Net
+from prune_dn.models.answers import path_of
 from prune_dn.opened import open_checkpoint
-from prune_dn.pixels import image_size_for, say_image_size
-from prune_dn.profiling import count, count_per_layer
+from prune_dn.pixels import describe_inputs, inputs_for, say_inputs
+from prune_dn.profiling import count, count_per_layer, in_channels
 from prune_dn.pruning import Plan
 from prune_dn.pruning.siblings import contests
 from prune_dn.pruning.units import Units
@@ -28,26 +32,32 @@ def profile_checkpoint(
     repeats: int,
     *,
     ema: bool = False,
+    model: str | None = None,
+    verify: bool = False,
 ) -> dict[str, Any]:
-    """Params, MACs and channels by layer, and measured eager latency."""
-    model, info = open_checkpoint(checkpoint, ema)
-    size, size_from = image_size_for(model, info, image_size, checkpoint)
-    say_image_size(size, size_from)
+    """Params, MACs and channels by layer, and measured eager latency; with `verify` also MACs by thop."""
+    net, info = open_checkpoint(checkpoint, ema, model)
+    inputs, inputs_from = inputs_for(net, info, image_size, checkpoint)
+    say_inputs(inputs, inputs_from)
+    checked = {"verify": dataclasses.asdict(cross_check(net, **inputs))} if verify else {}
     latency = [
-        measure_latency(model, batch_size=batch, image_size=size, repeats=repeats, max_seconds=60.0)
+        measure_latency(net, batch_size=batch, repeats=repeats, max_seconds=60.0, **inputs)
         for batch in batch_sizes
     ]
     return {
         "checkpoint": str(checkpoint),
-        "image_size": size,
-        "image_size_from": size_from,
-        **dataclasses.asdict(count(model, size)),
+        **describe_inputs(inputs),
+        "image_size_from": inputs_from,
+        **dataclasses.asdict(count(net, **inputs)),
+        **checked,
         "latency": [dataclasses.asdict(x) for x in latency],
-        "layers": [dataclasses.asdict(row) for row in count_per_layer(model, size)],
+        "layers": [dataclasses.asdict(row) for row in count_per_layer(net, **inputs)],
     }
 
 
-def show_file(file: Path, *, ema: bool = False) -> tuple[dict[str, Any], Table]:
+def show_file(
+    file: Path, *, ema: bool = False, model: str | None = None
+) -> tuple[dict[str, Any], Table]:
     """The facts in a plan (.json) or a checkpoint, and its widths as a table."""
     if file.suffix == ".json":
         if ema:
@@ -62,32 +72,34 @@ def show_file(file: Path, *, ema: bool = False) -> tuple[dict[str, Any], Table]:
             "layers": plan.layers,
         }
         return facts, (["unit group", "kind", "before", "after"], rows)
-    model, info = open_checkpoint(file, ema)
-    config = model.config
-    size, size_from = image_size_for(model, info, None, file)
-    layers = [dataclasses.asdict(row) for row in count_per_layer(model, size)]
+    net, info = open_checkpoint(file, ema, model)
+    inputs, inputs_from = inputs_for(net, info, None, file)
+    layers = [dataclasses.asdict(row) for row in count_per_layer(net, **inputs)]
     facts = {
         "checkpoint": str(file),
-        "classes": config.num_classes,
-        "in_channels": config.in_channels,
-        **_shape(model),
-        "image_size": size,
-        "image_size_from": size_from,
-        **dataclasses.asdict(count(model, size)),
+        **_shape(net),
+        **describe_inputs(inputs),
+        "image_size_from": inputs_from,
+        **dataclasses.asdict(count(net, **inputs)),
         "info": info,
-        "config": json.loads(config.to_json()),
     }
+    if isinstance(net, Net):
+        facts["config"] = json.loads(net.config.to_json())
     rows = [[r["name"], str(r["channels"] or ""), f"{r['params']:,}"] for r in layers]
     return facts, (["layer", "channels", "params"], rows)
 
 
-def _shape(model: Net) -> dict[str, Any]:
+def _shape(model: nn.Module) -> dict[str, Any]:
     """What kind of net it is, in few words."""
+    if not isinstance(model, Net):
+        return {"class": path_of(type(model)), "in_channels": in_channels(model)}
+    config = model.config
+    shape: dict[str, Any] = {"classes": config.num_classes, "in_channels": config.in_channels}
     if isinstance(model, LightCNN):
-        return {"light_cnn": model.config.variant, "blocks": list(model.config.blocks)}
+        return {**shape, "light_cnn": model.config.variant, "blocks": list(model.config.blocks)}
     blocks = [len(block) for block in model.config.blocks]
     rivals = {
         x.name: f"{len(x.owner)} maps compete, {x.winners} win"
         for x in contests(Units(model.config.graph()))
     }
-    return {"stem": model.config.stem, "layers_per_block": blocks, "mfm": rivals}
+    return {**shape, "stem": model.config.stem, "layers_per_block": blocks, "mfm": rivals}

@@ -17,13 +17,16 @@ from prune_dn.models import Net
 from prune_dn.processes import process_state
 
 
-def open_checkpoint(path: Path, ema: bool = False) -> tuple[Net, dict[str, Any]]:
+def open_checkpoint(
+    path: Path, ema: bool = False, model: str | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
     """The net, on this process's device, and the info that its file holds.
 
-    With `ema` the averaged weights. Raises CheckpointError for a file that `load` refuses, or whose
-    info commands cannot go by.
+    With `ema` the averaged weights. `model` names the net that the weights of a training script belong
+    to, such as torchvision/resnet18. Raises CheckpointError for a file that `load` refuses, or whose info
+    commands cannot go by.
     """
-    net, info = ours(load(path, ema=ema), path), read_known_info(path)
+    net, info = load(path, ema=ema, model=model), read_known_info(path)
     return net.to(process_state().device), info
 
 

@@ -8,10 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prune_dn.checkpoint import read_info
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from prune_dn.checkpoint import read_example, read_info
 from prune_dn.data import DataSpec
 from prune_dn.errors import DataError, DataWarning
-from prune_dn.models import LightCNN, Net
+from prune_dn.models import DenseNet, LightCNN, Net
+from prune_dn.models.named import usual_image_size
 from prune_dn.profiling import default_image_size
 from prune_dn.recipe import DataSection
 
@@ -22,11 +26,12 @@ logger = logging.getLogger(__name__)
 
 
 def image_size_for(
-    model: Net, info: Mapping[str, Any], given: int | None, where: Path
+    model: nn.Module, info: Mapping[str, Any], given: int | None, where: Path
 ) -> tuple[int, str]:
     """The size of a net's images in pixels, and where it comes from.
 
-    Raises DataError for another size than that of a Light CNN, whose linear layer fits one.
+    Raises DataError for another size than that of a Light CNN, whose linear layer fits one, and where the
+    net was saved with inputs that are no square images.
     """
     if isinstance(model, LightCNN):
         own = model.config.image_size
@@ -40,7 +45,55 @@ def image_size_for(
     known = (info.get("data") or {}).get("image_size")
     if known is not None:
         return int(known), CHECKPOINT
-    return default_image_size(model.config), f"guessed: usual for the stem {model.config.stem!r}"
+    if isinstance(model, DenseNet):
+        return default_image_size(model.config), f"guessed: usual for the stem {model.config.stem!r}"
+    example = read_example(where)
+    if (side := _side(example)) is not None:
+        return side, CHECKPOINT
+    if example is not None:
+        raise DataError(
+            f"{where} was saved with other inputs than square images; this command reads images"
+        )
+    return usual_image_size(model), f"guessed: usual for a {type(model).__name__}"
+
+
+def inputs_for(
+    model: nn.Module, info: Mapping[str, Any], given: int | None, where: Path
+) -> tuple[dict[str, Any], str]:
+    """What a net is run on, as arguments `image_size` or `example_inputs`, and where that comes from.
+
+    Inputs that are no square images are those that the net was saved with.
+    """
+    if given is None and not isinstance(model, Net) and not info.get("data"):
+        example = read_example(where)
+        if example is not None and _side(example) is None:
+            return {"example_inputs": example}, CHECKPOINT
+    size, size_from = image_size_for(model, info, given, where)
+    return {"image_size": size}, size_from
+
+
+def _side(example: Any) -> int | None:
+    """The side of square images; None for other inputs."""
+    if isinstance(example, tuple) and len(example) == 1:
+        example = example[0]
+    square = isinstance(example, Tensor) and example.ndim == 4
+    return int(example.shape[2]) if square and example.shape[2] == example.shape[3] else None
+
+
+def describe_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """`inputs_for` as facts: the size, or the shape of each tensor."""
+    if "image_size" in inputs:
+        return {"image_size": inputs["image_size"]}
+    shapes = [list(x.shape) for x in tree_leaves(inputs) if isinstance(x, Tensor)]
+    return {"image_size": None, "input_shapes": shapes}
+
+
+def say_inputs(inputs: Mapping[str, Any], inputs_from: str) -> None:
+    """Log what a net is run on."""
+    if "image_size" in inputs:
+        say_image_size(inputs["image_size"], inputs_from)
+    else:
+        logger.warning("inputs: %s (%s)", describe_inputs(inputs)["input_shapes"], inputs_from)
 
 
 def say_image_size(size: int, size_from: str) -> None:

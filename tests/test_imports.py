@@ -33,7 +33,7 @@ FLOORS = [
     {"profiling"},
     {"batches"},
     {"export"},
-    {"latency"},
+    {"latency", "cross_check"},
     {"augment", "images"},
     {"folders"},
     {"sources"},

@@ -102,6 +102,13 @@ class Named:
         return net
 
 
+def usual_image_size(model: nn.Module) -> int:
+    """Pixels a side of the images that a net of timm was made for; 224 of any other."""
+    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
+    size = cfg.get("input_size") if isinstance(cfg, Mapping) else None
+    return int(size[-1]) if isinstance(size, tuple | list) else 224
+
+
 def candidates(model: nn.Module) -> Iterator[Named]:
     """Constructors that may have made a net, by its class; whether one did is for answers to show."""
     library = type(model).__module__.partition(".")[0]
