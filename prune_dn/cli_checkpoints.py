@@ -210,6 +210,7 @@ def evaluate(
     ] = 64,
     precision: Annotated[str, typer.Option(help="no (float32) or bf16 autocast.")] = "no",
     seed: options.Seed = 0,
+    model: options.Model = None,
     ema: options.Ema = False,
     as_json: options.AsJson = False,
 ) -> None:
@@ -225,6 +226,7 @@ def evaluate(
         batch_size=batch_size,
         precision=precision,
         ema=ema,
+        model=model,
     )
     _show(figures, as_json, lines=_with_intervals(figures))
 
@@ -234,16 +236,21 @@ def export(
     checkpoint: options.Checkpoint,
     output: options.Output,
     image_size: options.ImageSize = None,
+    model: options.Model = None,
     ema: options.Ema = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Write ONNX (.onnx), torch.export (.pt2) or a plain state dict (.pt), by OUTPUT's ending."""
     from prune_dn import jobs
 
-    _show(jobs.export_checkpoint(checkpoint, output, image_size, ema=ema), as_json)
+    _show(jobs.export_checkpoint(checkpoint, output, image_size, ema=ema, model=model), as_json)
 
 
-@example("profile pruned.safetensors", "profile pruned.safetensors --batch-size 1 --json")
+@example(
+    "profile pruned.safetensors",
+    "profile pruned.safetensors --batch-size 1 --json",
+    "profile resnet18.pth --model torchvision/resnet18 --verify",
+)
 def profile(
     checkpoint: options.Checkpoint,
     image_size: options.ImageSize = None,
@@ -253,6 +260,8 @@ def profile(
     repeats: Annotated[
         int, typer.Option(min=1, max=limits.REPEATS, help="Runs per latency figure.")
     ] = 30,
+    verify: Annotated[bool, typer.Option("--verify", help="Also count MACs by thop.")] = False,
+    model: options.Model = None,
     ema: options.Ema = False,
     as_json: options.AsJson = False,
 ) -> None:
@@ -260,7 +269,7 @@ def profile(
     from prune_dn import inspection
 
     facts = inspection.profile_checkpoint(
-        checkpoint, image_size, batch_size or [1, 32], repeats, ema=ema
+        checkpoint, image_size, batch_size or [1, 32], repeats, ema=ema, model=model, verify=verify
     )
     rows = [[r["name"], f"{r['params']:,}", f"{r['macs']:,}"] for r in facts["layers"]]
     rows.append(["total", f"{facts['params']:,}", f"{facts['macs']:,}"])
@@ -269,23 +278,40 @@ def profile(
         f"{x['p10_ms']:.2f}, 90 % {x['p90_ms']:.2f})"
         for x in facts["latency"]
     }
-    lines = {"latency": latency, "machine": facts["latency"][0]["machine"]}
+    lines: dict[str, Any] = {"latency": latency, "machine": facts["latency"][0]["machine"]}
+    if verify:
+        lines["MACs by thop"] = _checked(**facts["verify"])
     _show(facts, as_json, table=(["layer", "params", "MACs"], rows), lines=lines)
 
 
 @example("show runs/quickstart/pruned.safetensors", "show runs/quickstart/plan.json")
 def show(
     file: Annotated[Path, typer.Argument(help="A checkpoint or a plan.", show_default=False)],
+    model: options.Model = None,
     ema: options.Ema = False,
     as_json: options.AsJson = False,
 ) -> None:
     """What a checkpoint or a plan holds."""
     from prune_dn import inspection
 
-    facts, table = inspection.show_file(file, ema=ema)
+    facts, table = inspection.show_file(file, ema=ema, model=model)
     hidden = ("layers", "config")
     lines = {key: value for key, value in facts.items() if key not in hidden}
     _show(facts, as_json, table=table, lines=lines)
+
+
+def _checked(
+    thop_layers: int,
+    layers_difference_percent: float,
+    thop: int,
+    difference_percent: float,
+    **_: Any,
+) -> dict[str, str]:
+    """The counts of thop beside ours; what differs by its rules is said."""
+    return {
+        "convs and linear layers": f"{thop_layers:,} ({layers_difference_percent:+.2f} %)",
+        "with norms, poolings and others as it counts them": f"{thop:,} ({difference_percent:+.2f} %)",
+    }
 
 
 def _with_intervals(figures: dict[str, Any]) -> dict[str, Any]:

@@ -30,6 +30,12 @@ Checkpoint = Annotated[
 Ema = Annotated[
     bool, typer.Option("--ema", help="Of a checkpoint with several weights take the averaged ones.")
 ]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="What net a training script's weights are of: torchvision/NAME or timm/NAME."
+    ),
+]
 Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Replace a value; may be given repeatedly."),

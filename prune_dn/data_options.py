@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from prune_dn.data import Datasets, load_datasets
 from prune_dn.errors import DataError, PruningError
-from prune_dn.models import Net
 from prune_dn.phases import check_fit
 from prune_dn.pixels import CHECKPOINT, GUESSED, image_size_for, say_pixels
 from prune_dn.sources import CIFAR_NORMALISATION, DATASETS
@@ -36,7 +37,7 @@ class DataOptions:
     seed: int = 0
 
     def load(
-        self, info: Mapping[str, Any], model: Net, where: Path
+        self, info: Mapping[str, Any], model: nn.Module, where: Path
     ) -> tuple[Datasets, dict[str, Any]]:
         """The data sets, and how their pixels are read: see `say_pixels`.
 

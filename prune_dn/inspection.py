@@ -60,8 +60,9 @@ def show_file(
 ) -> tuple[dict[str, Any], Table]:
     """The facts in a plan (.json) or a checkpoint, and its widths as a table."""
     if file.suffix == ".json":
-        if ema:
-            raise PruningError("--ema has no effect: a plan holds no weights; leave it out")
+        for option, given in (("--ema", ema), ("--model", model)):
+            if given:
+                raise PruningError(f"{option} has no effect: a plan holds no weights; leave it out")
         plan = Plan.load(file)
         rows = [[r["name"], r["kind"], str(r["before"]), str(r["after"])] for r in plan.layers]
         facts: dict[str, Any] = {

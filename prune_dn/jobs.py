@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from torch import nn
 
 from prune_dn.checkpoint import load, save, save_state_dict
 from prune_dn.data import Datasets, calibration_batches, calibration_loader
@@ -17,13 +18,16 @@ from prune_dn.export import export_onnx, export_torch
 from prune_dn.files import same_file
 from prune_dn.intervals import fell, wilson
 from prune_dn.losses import USUAL
-from prune_dn.models import DenseNet, LightCNN, Net
+from prune_dn.models import DenseNet, LightCNN
 from prune_dn.opened import open_checkpoint
 from prune_dn.phases import check_fit, load_data
 from prune_dn.pixels import (
     GUESSED,
+    describe_inputs,
     image_size_for,
+    inputs_for,
     say_image_size,
+    say_inputs,
     say_pixels,
     warn_of_other_pixels,
 )
@@ -238,19 +242,20 @@ def evaluate_checkpoint(
     batch_size: int,
     precision: str,
     ema: bool = False,
+    model: str | None = None,
 ) -> dict[str, Any]:
     """Accuracy and loss on the test (or validation) images."""
     if split not in ("test", "val"):
         raise DataError(f"--split {split!r} is unknown; choose test or val")
     if precision not in ("no", "bf16"):
         raise DataError(f"--precision {precision!r} is unknown; choose no or bf16")
-    model, info = open_checkpoint(checkpoint, ema)
-    sets, pixels = data.load(info, model, checkpoint)
+    net, info = open_checkpoint(checkpoint, ema, model)
+    sets, pixels = data.load(info, net, checkpoint)
     if recalibrate:
-        _recalibrate(model, sets, recalibrate, info, data.seed)
-    result = score(model, getattr(sets, split), batch_size=batch_size, precision=precision)
+        _recalibrate(net, sets, recalibrate, info, data.seed)
+    result = score(net, getattr(sets, split), batch_size=batch_size, precision=precision)
     assert result.accuracy is not None
-    cost = count(model, sets.spec.image_size)
+    cost = count(net, sets.spec.image_size)
     return {
         "checkpoint": str(checkpoint),
         "data": sets.spec.name,
@@ -268,35 +273,43 @@ def evaluate_checkpoint(
 
 
 def export_checkpoint(
-    checkpoint: Path, output: Path, image_size: int | None, *, ema: bool = False
+    checkpoint: Path,
+    output: Path,
+    image_size: int | None,
+    *,
+    ema: bool = False,
+    model: str | None = None,
 ) -> dict[str, Any]:
     """Write the model in the format of `output`'s ending."""
     _apart("--output", output, **{"the checkpoint": checkpoint})
-    if output.suffix not in (".onnx", ".pt2", ".pt", ".pth"):
-        raise ExportError(f"{output}: the ending says the format; use .onnx, .pt2 or .pt")
+    check_exported(output)
     plain = output.suffix in (".pt", ".pth")
     if plain and image_size is not None:
         raise ExportError("--image-size has no effect: a state dict is for any size; leave it out")
-    model, info = open_checkpoint(checkpoint, ema)
+    net, info = open_checkpoint(checkpoint, ema, model)
     if plain:
-        save_state_dict(model, output)
+        save_state_dict(net, output)
         return {"output": str(output), "file_bytes": output.stat().st_size}
-    size, size_from = image_size_for(model, info, image_size, checkpoint)
-    say_image_size(size, size_from)
-    if output.suffix == ".onnx":
-        export_onnx(model, output, image_size=size)
-    else:
-        export_torch(model, output, image_size=size)
+    inputs, inputs_from = inputs_for(net, info, image_size, checkpoint)
+    say_inputs(inputs, inputs_from)
+    export = export_onnx if output.suffix == ".onnx" else export_torch
+    export(net, output, **inputs)
     return {
         "output": str(output),
-        "image_size": size,
-        "image_size_from": size_from,
+        **describe_inputs(inputs),
+        "image_size_from": inputs_from,
         "file_bytes": output.stat().st_size,
     }
 
 
+def check_exported(output: Path) -> None:
+    """Raise ExportError for a file name whose ending says no format."""
+    if output.suffix not in (".onnx", ".pt2", ".pt", ".pth"):
+        raise ExportError(f"{output}: the ending says the format; use .onnx, .pt2 or .pt")
+
+
 def _recalibrate(
-    model: Net, sets: Datasets, batches: int, info: Mapping[str, Any], seed: int
+    model: nn.Module, sets: Datasets, batches: int, info: Mapping[str, Any], seed: int
 ) -> None:
     """On images augmented as in training where the checkpoint says how, else on plain ones."""
     augment = info.get("augment", "none")

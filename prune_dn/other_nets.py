@@ -113,7 +113,9 @@ def from_file_of_others(
     shell = given.build() if given is not None else model
     assert isinstance(shell, nn.Module)
     names = {plain_key(name): name for name in own_tensors(shell)}
-    weights, others = find_weights(state, ema=ema, firsts=(next(iter(names), ""),))
+    told = [key for key, name in names.items() if own_tensors(shell)[name].ndim >= 2]
+    # The longest key is hardly the end of another one.
+    weights, others = find_weights(state, ema=ema, firsts=(max(told, key=len, default=""),))
     found = weights.tensors()
     if problems := list(not_plain(found)):
         raise ConversionError(f"no net can run with these weights: {shorten(problems)}")
@@ -132,6 +134,11 @@ def from_file_of_others(
             tensors[name] = torch.zeros((), dtype=torch.long)
     own_memory = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     net = filled(shell if given is None else given, own_memory)
+    others_widths = any(own[name].shape != tensor.shape for name, tensor in tensors.items())
+    if others_widths and probe(net) is None:
+        raise ConversionError(
+            f"its widths are not those of this {type(net).__name__}, which does not run so on images"
+        )
     return net, str(weights), list(map(str, others))
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from prune_dn.checkpoint import load, save, save_state_dict
 from prune_dn.data import Datasets, DataSpec, calibration_loader, load_datasets
@@ -31,7 +32,7 @@ from prune_dn.models.state_dicts import fill
 from prune_dn.opened import ours
 from prune_dn.pixels import warn_of_other_pixels
 from prune_dn.processes import process_state
-from prune_dn.profiling import count
+from prune_dn.profiling import count, in_channels
 from prune_dn.pruning import (
     Plan,
     apply_plan,
@@ -80,18 +81,26 @@ def build_model(section: ModelSection, data: Datasets, *, seed: int) -> Net:
     return net.to(process_state().device)
 
 
-def check_fit(model: Net, spec: DataSpec, where: str) -> None:
-    """Raise DataError when the net cannot be used with these data."""
-    size = getattr(model.config, "image_size", spec.image_size)  # a DenseNet takes any
-    for name, has, needs in (
-        ("classes", model.config.num_classes, spec.num_classes),
-        ("input channels", model.config.in_channels, spec.in_channels),
-        ("pixels a side", size, spec.image_size),
-    ):
-        if has != needs:
+def check_fit(model: nn.Module, spec: DataSpec, where: str) -> None:
+    """Raise DataError when the net cannot be used with these data.
+
+    Of a net that is not ours only input channels are known; its classes show when it runs.
+    """
+    has = {"input channels": in_channels(model)}
+    if isinstance(model, Net):
+        config = model.config
+        size = getattr(config, "image_size", spec.image_size)  # a DenseNet takes any
+        has = {"classes": config.num_classes, **has, "pixels a side": size}
+    needs = {
+        "classes": spec.num_classes,
+        "input channels": spec.in_channels,
+        "pixels a side": spec.image_size,
+    }
+    for name, value in has.items():
+        if value != needs[name]:
             raise DataError(
-                f"{where} has {has} {name}, the data set {spec.name!r} has {needs}; use the data that "
-                "the net was trained on, or train a net for these data"
+                f"{where} has {value} {name}, the data set {spec.name!r} has {needs[name]}; use the "
+                "data that the net was trained on, or train a net for these data"
             )
 
 

@@ -46,7 +46,9 @@ def image_size_for(
     if known is not None:
         return int(known), CHECKPOINT
     if isinstance(model, DenseNet):
-        return default_image_size(model.config), f"guessed: usual for the stem {model.config.stem!r}"
+        return default_image_size(
+            model.config
+        ), f"guessed: usual for the stem {model.config.stem!r}"
     example = read_example(where)
     if (side := _side(example)) is not None:
         return side, CHECKPOINT

@@ -79,11 +79,13 @@ def find_weights(
     if not found:
         seen = max((_tensor_names(mapping) for _, mapping in mappings), key=len)
         what = f"{firsts[0]} is missing"
+        there = f"found {shorten(seen) or ('no tensors' if state else 'no keys')}"
         if firsts == FIRST_WEIGHTS:
             what = f"this is no DenseNet: {what}; expected {EXPECTED}"
-        raise ConversionError(
-            f"{what}; found {shorten(seen) or ('no tensors' if state else 'no keys')}"
-        )
+            there += (
+                "; of another net say which: load(path, model=...), or --model torchvision/NAME"
+            )
+        raise ConversionError(f"{what}; {there}")
     chosen = [weights for weights in found if weights.averaged == ema]
     if not chosen and not ema:
         chosen = found
