@@ -21,6 +21,9 @@ from prune_dn.pruning.config import COMPENSATIONS, PruneConfig, Unit
     "prune dense.safetensors --ratio 0.7 --unit macs --units stream,bottleneck,edge "
     "--criterion reconstruction --compensate least_squares -o small.safetensors",
     "prune dense.safetensors --ratio 0.3 --protect 'features.denseblock1' -o small.safetensors",
+    "prune resnet18.pth --model torchvision/resnet18 --data path/to/images --normalize imagenet "
+    "--ratio 0.5 --unit macs --criterion reconstruction --compensate least_squares "
+    "-o small.safetensors --export small.onnx",
 )
 def prune(
     checkpoint: options.Checkpoint,
@@ -60,6 +63,9 @@ def prune(
     ] = PruneConfig.round_to,
     image_size: options.ImageSize = None,
     seed: options.Seed = PruneConfig.seed,
+    export: Annotated[
+        Path | None, typer.Option(help="Also write ONNX (.onnx) or another format of `export`.")
+    ] = None,
     plan_out: Annotated[Path | None, typer.Option(help="Also write the plan (JSON).")] = None,
     recalibrate: Annotated[
         int,
@@ -85,10 +91,11 @@ def prune(
     mean: options.Mean = None,
     std: options.Std = None,
     normalize: options.Normalize = None,
+    model: options.Model = None,
     ema: options.Ema = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Cut a trained DenseNet; the checkpoint itself stays as it is."""
+    """Cut a trained net; the checkpoint itself stays as it is."""
     from prune_dn import jobs
     from prune_dn.data_options import DataOptions
 
@@ -116,6 +123,8 @@ def prune(
         batch_size=batch_size,
         data=DataOptions(data, data_root, image_size, resize, mean, std, normalize, seed=seed),
         ema=ema,
+        named=model,
+        export=export,
     )
     _show(figures, as_json)
 

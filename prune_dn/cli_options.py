@@ -55,7 +55,8 @@ Protect = Annotated[
     list[str] | None, typer.Option(help="Modules that stay whole; may be given repeatedly.")
 ]
 DataName = Annotated[
-    str | None, typer.Option("--data", help="Data set; default: the checkpoint's.")
+    str | None,
+    typer.Option("--data", help="Data set, or a folder of images; default: the checkpoint's."),
 ]
 DataRoot = Annotated[
     str | None, typer.Option(help="The folder that holds the data.  [default: data]")

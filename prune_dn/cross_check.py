@@ -69,7 +69,9 @@ def _thop(net: nn.Module, inputs: Any, *, layers_only: bool) -> float:
             from thop import profile
             from thop.vision.basic_hooks import count_convNd, count_linear
     except ImportError as error:
-        raise PruneDNError("thop is needed to verify MACs: pip install thop") from error
+        raise PruneDNError(
+            "thop is needed to verify MACs: pip install 'prune_dn[verify]'"
+        ) from error
     rules: dict[type[nn.Module], Callable[..., None] | None] = {}
     if layers_only:
         for layer in net.modules():

@@ -11,8 +11,7 @@ from torch import nn
 
 from prune_dn.data import Datasets, load_datasets
 from prune_dn.errors import DataError, PruningError
-from prune_dn.phases import check_fit
-from prune_dn.pixels import CHECKPOINT, GUESSED, image_size_for, say_pixels
+from prune_dn.pixels import CHECKPOINT, GUESSED, check_fit, image_size_for, say_pixels
 from prune_dn.sources import CIFAR_NORMALISATION, DATASETS
 
 NORMALISATIONS = {
@@ -44,7 +43,9 @@ class DataOptions:
         Raises DataError when they are not named, or do not fit the net.
         """
         known = info.get("data") or {}
-        name = self.name or known.get("name")
+        name, root = self.name or known.get("name"), self.root
+        if root is None and self.name not in DATASETS and Path(self.name or "\0").is_dir():
+            name, root = "image_folder", self.name
         if name is None:
             raise DataError(
                 f"{where} does not say what data it was trained on; add --data "
@@ -58,7 +59,7 @@ class DataOptions:
         mean, std, normalised_from = self._normalisation(known)
         data = load_datasets(
             name,
-            root="data" if self.root is None else self.root,
+            root="data" if root is None else root,
             image_size=size,
             resize=self.resize or known.get("resize"),
             seed=self.seed,

@@ -4,35 +4,37 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from prune_dn.checkpoint import load, save, save_state_dict
 from prune_dn.data import Datasets, calibration_batches, calibration_loader
 from prune_dn.data_options import DataOptions, refuse_calibration
-from prune_dn.errors import DataError, ExportError, PruningError, RecipeError
+from prune_dn.errors import ConversionError, DataError, ExportError, PruningError, RecipeError
 from prune_dn.export import export_onnx, export_torch
 from prune_dn.files import same_file
 from prune_dn.intervals import fell, wilson
 from prune_dn.losses import USUAL
-from prune_dn.models import DenseNet, LightCNN
+from prune_dn.models import DenseNet, LightCNN, Net
+from prune_dn.models.convert import convert, is_densenet
 from prune_dn.opened import open_checkpoint
-from prune_dn.phases import check_fit, load_data
+from prune_dn.phases import load_data
 from prune_dn.pixels import (
     GUESSED,
+    check_fit,
     describe_inputs,
-    image_size_for,
     inputs_for,
-    say_image_size,
     say_inputs,
     say_pixels,
     warn_of_other_pixels,
 )
 from prune_dn.processes import process_state
-from prune_dn.profiling import count
+from prune_dn.profiling import count, example_image
 from prune_dn.pruning import (
     apply_plan,
     compensate_plan,
@@ -64,23 +66,35 @@ def prune_checkpoint(
     batch_size: int | None,
     data: DataOptions,
     ema: bool = False,
+    named: str | None = None,
+    export: Path | None = None,
 ) -> dict[str, Any]:
     """Cut a checkpoint by `ratio`; `arguments` are those of `make_plan`.
 
-    `calibration` is how many training images the criterion and `compensate` see (None = 512), `loss`
+    `named` is what net a training script's weights are of; with `export` the result is written there too,
+    in the format of its ending. `calibration` is how many training images the criterion and `compensate` see (None = 512), `loss`
     what the outputs mean to them (None = `softmax`: the data have classes); `runtime` and
     `batch_size` are those of the unit `latency`.
     """
     read = {"the checkpoint": checkpoint, "the file of --ratios": arguments.get("ratios")}
     _output(output, ".safetensors", **read)
     _apart("--plan-out", plan_out, **read, **{"--output": output})
+    _apart("--export", export, **read, **{"--output": output, "--plan-out": plan_out})
+    if export is not None:
+        check_exported(export)
     arguments = {**arguments, "runtime": runtime, "batch_size": batch_size}
     PruneConfig(ratio, **{key: value for key, value in arguments.items() if key != "ratios"})
-    model, info = open_checkpoint(checkpoint, ema)
-    if isinstance(model, LightCNN) and (plan_out is not None or recalibrate):
-        option, what = ("--plan-out", "plan") if plan_out else ("--recalibrate", "batch norms")
-        raise PruningError(f"{option} has no effect: a Light CNN has no {what}; leave it out")
-    size, size_from = image_size_for(model, info, data.image_size, checkpoint)
+    model, info = open_checkpoint(checkpoint, ema, named)
+    if is_densenet(model):
+        with suppress(ConversionError):  # a variant is cut as any other net
+            model = convert(model)
+    if not isinstance(model, DenseNet) and plan_out is not None:
+        raise PruningError(f"--plan-out has no effect: a {_kind(model)} has no plan; leave it out")
+    if recalibrate and not any(isinstance(m, _BatchNorm) for m in model.modules()):
+        raise PruningError(
+            f"--recalibrate has no effect: this {_kind(model)} has no batch norms; leave it out"
+        )
+    inputs, inputs_from = inputs_for(model, info, data.image_size, checkpoint)
     check_compensation(compensate, True)
     reads = reads_images(arguments["criterion"])
     if not reads and compensate == "none":
@@ -92,27 +106,38 @@ def prune_checkpoint(
             "--compensate is none; leave it out"
         )
     images: list[Any] = []
-    pixels: dict[str, Any] = {"image_size": size, "image_size_from": size_from}
+    pixels: dict[str, Any] = {**describe_inputs(inputs), "image_size_from": inputs_from}
     if recalibrate or reads or compensate != "none":
         sets, pixels = data.load(info, model, checkpoint)
         info["data"] = sets.spec.to_dict()
     else:
         data.refuse("no images are read", but=("image_size",))
-        say_image_size(size, size_from)
+        say_inputs(inputs, inputs_from)
     if reads or compensate != "none":
         images = calibration_batches(sets.train, calibration, seed=data.seed)
-    if isinstance(model, LightCNN):
-        calibrated: dict[str, Any] = {"calibration": images if reads else None, "loss": loss}
-        small = prune(model, ratio, **arguments, **calibrated, compensate=compensate)
-        save(small, output, info={**info, "pruned_from": checkpoint.name})
-        before, after = (dataclasses.asdict(count(net)) for net in (model, small))
+    kept = {**info, "pruned_from": checkpoint.name}
+    if not isinstance(model, DenseNet):
+        example = {"input_size" if k == "image_size" else k: v for k, v in inputs.items()}
+        small = prune(
+            model,
+            ratio,
+            **arguments,
+            **example,
+            calibration=images or None,
+            loss=loss,
+            compensate=compensate,
+        )
+        if recalibrate:
+            _recalibrate(small, sets, recalibrate, info, data.seed)
+        _save(small, output, kept, inputs)
+        before, after = (dataclasses.asdict(count(net, **inputs)) for net in (model, small))
         achieved = 1 - after[arguments["unit"]] / before[arguments["unit"]]
         figures = _cut_figures(output, arguments["unit"], ratio, achieved, before, after, {})
-        return {**figures, "images": pixels}
+        return {**figures, **_exported(small, export, inputs), "images": pixels}
     plan = make_plan(
         model,
         ratio,
-        input_size=size,
+        input_size=inputs["image_size"],
         calibration=images if reads else None,
         loss=scored,
         **arguments,
@@ -127,12 +152,42 @@ def prune_checkpoint(
         _recalibrate(small, sets, recalibrate, info, data.seed)
     if plan_out is not None:
         plan.save(plan_out)
-    save(small, output, info={**info, "pruned_from": checkpoint.name, "plan": plan.requested})
+    save(small, output, info={**kept, "plan": plan.requested})
     done = plan.achieved
     figures = _cut_figures(
         output, done["unit"], ratio, done["ratio"], done["before"], done["after"], plan.protected
     )
-    return {**figures, "warnings": list(done.get("warnings", [])), "images": pixels}
+    warned = list(done.get("warnings", []))
+    return {**figures, **_exported(small, export, inputs), "warnings": warned, "images": pixels}
+
+
+def _kind(model: nn.Module) -> str:
+    return "Light CNN" if isinstance(model, LightCNN) else type(model).__name__
+
+
+def _save(model: nn.Module, path: Path, info: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
+    """Save any net, one that is not ours with the inputs that it is for."""
+    if isinstance(model, Net):
+        save(model, path, info=info)
+        return
+    example = inputs.get("example_inputs")
+    save(
+        model,
+        path,
+        info=info,
+        example_inputs=example_image(model, inputs["image_size"]) if example is None else example,
+    )
+
+
+def _exported(model: nn.Module, path: Path | None, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the net in the format of the ending, if a path is given; what was written, as facts."""
+    if path is None:
+        return {}
+    if path.suffix in (".pt", ".pth"):
+        save_state_dict(model, path)
+    else:
+        (export_onnx if path.suffix == ".onnx" else export_torch)(model, path, **inputs)
+    return {"exported": str(path)}
 
 
 def _cut_figures(
@@ -218,7 +273,8 @@ def finetune_checkpoint(
     history = {**(info.get("history") or {}), "finetune": result.history}
     if process_state().is_main_process:
         told = {"data": sets.spec.to_dict(), "augment": sets.train.augment, "history": history}
-        save(model, output, info={**info, **told})
+        inputs = {"image_size": sets.spec.image_size}
+        _save(model, output, {**info, **told}, inputs)
     return {
         "output": str(output),
         "test_accuracy_before": before.accuracy,
@@ -287,19 +343,14 @@ def export_checkpoint(
     if plain and image_size is not None:
         raise ExportError("--image-size has no effect: a state dict is for any size; leave it out")
     net, info = open_checkpoint(checkpoint, ema, model)
-    if plain:
-        save_state_dict(net, output)
-        return {"output": str(output), "file_bytes": output.stat().st_size}
-    inputs, inputs_from = inputs_for(net, info, image_size, checkpoint)
-    say_inputs(inputs, inputs_from)
-    export = export_onnx if output.suffix == ".onnx" else export_torch
-    export(net, output, **inputs)
-    return {
-        "output": str(output),
-        **describe_inputs(inputs),
-        "image_size_from": inputs_from,
-        "file_bytes": output.stat().st_size,
-    }
+    inputs: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
+    if not plain:
+        inputs, inputs_from = inputs_for(net, info, image_size, checkpoint)
+        say_inputs(inputs, inputs_from)
+        facts = {**describe_inputs(inputs), "image_size_from": inputs_from}
+    _exported(net, output, inputs)
+    return {"output": str(output), **facts, "file_bytes": output.stat().st_size}
 
 
 def check_exported(output: Path) -> None:

@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from prune_dn.checkpoint import load, save, save_state_dict
-from prune_dn.data import Datasets, DataSpec, calibration_loader, load_datasets
-from prune_dn.errors import DataError, PruneDNError
+from prune_dn.data import Datasets, calibration_loader, load_datasets
+from prune_dn.errors import PruneDNError
 from prune_dn.export import export_onnx, export_torch
 from prune_dn.figures import asked_latency, latency_rows, stage_figures
 from prune_dn.intervals import fell
@@ -30,9 +29,9 @@ from prune_dn.losses import USUAL
 from prune_dn.models import DenseNet, LightCNN, Net
 from prune_dn.models.state_dicts import fill
 from prune_dn.opened import ours
-from prune_dn.pixels import warn_of_other_pixels
+from prune_dn.pixels import check_fit, warn_of_other_pixels
 from prune_dn.processes import process_state
-from prune_dn.profiling import count, in_channels
+from prune_dn.profiling import count
 from prune_dn.pruning import (
     Plan,
     apply_plan,
@@ -79,29 +78,6 @@ def build_model(section: ModelSection, data: Datasets, *, seed: int) -> Net:
     else:
         net = DenseNet(dataclasses.replace(shape.config, in_channels=spec.in_channels))
     return net.to(process_state().device)
-
-
-def check_fit(model: nn.Module, spec: DataSpec, where: str) -> None:
-    """Raise DataError when the net cannot be used with these data.
-
-    Of a net that is not ours only input channels are known; its classes show when it runs.
-    """
-    has = {"input channels": in_channels(model)}
-    if isinstance(model, Net):
-        config = model.config
-        size = getattr(config, "image_size", spec.image_size)  # a DenseNet takes any
-        has = {"classes": config.num_classes, **has, "pixels a side": size}
-    needs = {
-        "classes": spec.num_classes,
-        "input channels": spec.in_channels,
-        "pixels a side": spec.image_size,
-    }
-    for name, value in has.items():
-        if value != needs[name]:
-            raise DataError(
-                f"{where} has {value} {name}, the data set {spec.name!r} has {needs[name]}; use the "
-                "data that the net was trained on, or train a net for these data"
-            )
 
 
 def check_measured(recipe: Recipe, model: Net) -> None:

@@ -16,7 +16,7 @@ from prune_dn.data import DataSpec
 from prune_dn.errors import DataError, DataWarning
 from prune_dn.models import DenseNet, LightCNN, Net
 from prune_dn.models.named import usual_image_size
-from prune_dn.profiling import default_image_size
+from prune_dn.profiling import default_image_size, in_channels
 from prune_dn.recipe import DataSection
 
 CHECKPOINT = "from the checkpoint"
@@ -57,6 +57,29 @@ def image_size_for(
             f"{where} was saved with other inputs than square images; this command reads images"
         )
     return usual_image_size(model), f"guessed: usual for a {type(model).__name__}"
+
+
+def check_fit(model: nn.Module, spec: DataSpec, where: str) -> None:
+    """Raise DataError when the net cannot be used with these data.
+
+    Of a net that is not ours only input channels are known; its classes show when it runs.
+    """
+    has = {"input channels": in_channels(model)}
+    if isinstance(model, Net):
+        config = model.config
+        size = getattr(config, "image_size", spec.image_size)  # a DenseNet takes any
+        has = {"classes": config.num_classes, **has, "pixels a side": size}
+    needs = {
+        "classes": spec.num_classes,
+        "input channels": spec.in_channels,
+        "pixels a side": spec.image_size,
+    }
+    for name, value in has.items():
+        if value != needs[name]:
+            raise DataError(
+                f"{where} has {value} {name}, the data set {spec.name!r} has {needs[name]}; use the "
+                "data that the net was trained on, or train a net for these data"
+            )
 
 
 def inputs_for(

@@ -10,13 +10,16 @@ import onnxruntime
 import pytest
 import timm
 import torch
+import torchvision
 from commands import bad, document
 from oracle import randomise_
 from other_nets import NETS
+from PIL import Image
 from test_cli import Run, run  # noqa: F401  (a fixture)
 from torch import nn
 
 from prune_dn.checkpoint import load, read_info, save
+from prune_dn.models import DenseNet
 from prune_dn.profiling import count
 
 # ruff: noqa: F811
@@ -112,3 +115,73 @@ def test_a_net_that_was_saved_with_other_inputs_than_images(run: Run) -> None:
     assert found["input_shapes"] == [[2, 1, 32, 64]] and found["image_size"] is None
     assert found["macs"] == count(wide, (32, 64)).macs
     bad(run("evaluate", "wide.safetensors", "--data", "digits"), "other inputs than square images")
+
+
+def folder_of_images(path: Path) -> None:
+    """Three classes of coloured squares, in folders train and test."""
+    generator = torch.Generator().manual_seed(0)
+    for part, count_ in (("train", 12), ("test", 4)):
+        for label in range(3):
+            (path / part / str(label)).mkdir(parents=True)
+            for number in range(count_):
+                pixels = torch.randint(0, 256, (32, 32, 3), generator=generator, dtype=torch.uint8)
+                pixels[..., label] //= 4
+                Image.fromarray(pixels.numpy()).save(path / part / str(label) / f"{number}.png")
+
+
+def test_from_a_training_scripts_checkpoint_to_a_pruned_onnx_file(run: Run) -> None:
+    """One command line."""
+    torch.manual_seed(0)
+    net = randomise_(torchvision.models.resnet18(num_classes=3), 0).eval()
+    script(net, "resnet18.pth")
+    folder_of_images(Path("images"))
+    command = ["prune", "resnet18.pth", "--model", "torchvision/resnet18", "--ratio", 0.5]
+    command += ["--unit", "macs", "--criterion", "reconstruction", "--compensate", "least_squares"]
+    command += ["--data", "images", "--image-size", 32, "--normalize", "imagenet"]
+    command += ["-o", "small.safetensors", "--export", "small.onnx", "--json"]
+    found = document(run(*command))
+    assert found["exported"] == "small.onnx" and found["achieved"] >= 0.5
+    assert found["macs_before"] == count(net, 32).macs
+    small = load("small.safetensors")
+    assert type(small) is type(net) and count(small, 32).macs == found["macs_after"]
+    assert read_info("small.safetensors")["pruned_from"] == "resnet18.pth"
+    x = torch.randn(2, 3, 32, 32)
+    onnx = onnxruntime.InferenceSession("small.onnx").run(["logits"], {"input": x.numpy()})[0]
+    with torch.no_grad():
+        wanted = small(x)
+    atol = 1e-4 * wanted.abs().max().item()
+    torch.testing.assert_close(torch.from_numpy(onnx), wanted, rtol=0, atol=atol)
+    scored = document(run("evaluate", "small.safetensors", "--data", "images", "--json"))
+    assert scored["n"] == 12 and scored["images"]["image_size"] == 32
+
+
+def test_a_densenet_of_a_script_becomes_ours_and_has_a_plan(run: Run) -> None:
+    net = randomise_(torchvision.models.densenet121(num_classes=3), 0)
+    script(net, "net.pth")
+    command = ["prune", "net.pth", "--model", "torchvision/densenet121", "--ratio", 0.3]
+    options = ["--image-size", 64, "-o", "a.safetensors", "--plan-out", "plan.json", "--json"]
+    document(run(*command, *options))
+    assert isinstance(load("a.safetensors"), DenseNet) and Path("plan.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--plan-out", "p.json"], "--plan-out has no effect: a ResNet has no plan; leave it out"),
+        (["--export", "a.tflite"], "a.tflite: the ending says the format; use .onnx, .pt2 or .pt"),
+        (["--export", "o.safetensors"], "the ending says the format|is --output itself"),
+        (["--model", "timm/resnet18"], "does not fit: "),
+        (["--data", "nowhere"], "no images are read"),
+        (["--units", "edge"], "units"),
+    ],
+)
+def test_what_prune_refuses(run: Run, named: Path, options: list[Any], text: str) -> None:
+    bad(run("prune", named, "--ratio", 0.3, "-o", "o.safetensors", *options), text)
+    assert not Path("o.safetensors").exists()
+
+
+def test_a_net_that_is_named_is_pruned_from_its_own_file(run: Run, named: Path) -> None:
+    command = ["prune", named, "--ratio", 0.3, "--unit", "params", "-o", "o.safetensors"]
+    found = document(run(*command, "--recalibrate", 2, "--json"))
+    assert found["params_after"] < 0.7 * found["params_before"]
+    assert document(run("profile", "o.safetensors", "--json"))["params"] == found["params_after"]
