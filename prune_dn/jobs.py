@@ -92,7 +92,7 @@ def prune_checkpoint(
         raise PruningError(f"--plan-out has no effect: a {_kind(model)} has no plan; leave it out")
     if recalibrate and not any(isinstance(m, _BatchNorm) for m in model.modules()):
         raise PruningError(
-            f"--recalibrate has no effect: this {_kind(model)} has no batch norms; leave it out"
+            f"--recalibrate has no effect: a {_kind(model)} has no batch norms; leave it out"
         )
     inputs, inputs_from = inputs_for(model, info, data.image_size, checkpoint)
     check_compensation(compensate, True)

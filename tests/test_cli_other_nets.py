@@ -129,22 +129,34 @@ def folder_of_images(path: Path) -> None:
                 Image.fromarray(pixels.numpy()).save(path / part / str(label) / f"{number}.png")
 
 
-def test_from_a_training_scripts_checkpoint_to_a_pruned_onnx_file(run: Run) -> None:
+CALIBRATED = ["--criterion", "reconstruction", "--compensate", "least_squares", "--data", "images"]
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("torchvision/resnet18", []),
+        (MODEL, [*CALIBRATED, "--normalize", "imagenet"]),
+    ],
+)
+def test_from_a_training_scripts_checkpoint_to_a_pruned_onnx_file(
+    run: Run, model: str, options: list[str]
+) -> None:
     """One command line."""
     torch.manual_seed(0)
-    net = randomise_(torchvision.models.resnet18(num_classes=3), 0).eval()
-    script(net, "resnet18.pth")
+    library, _, name = model.partition("/")
+    make = timm.create_model if library == "timm" else torchvision.models.get_model
+    net = randomise_(make(name, num_classes=3), 0).eval()
+    script(net, "net.pth")
     folder_of_images(Path("images"))
-    command = ["prune", "resnet18.pth", "--model", "torchvision/resnet18", "--ratio", 0.5]
-    command += ["--unit", "macs", "--criterion", "reconstruction", "--compensate", "least_squares"]
-    command += ["--data", "images", "--image-size", 32, "--normalize", "imagenet"]
-    command += ["-o", "small.safetensors", "--export", "small.onnx", "--json"]
+    command = ["prune", "net.pth", "--model", model, "--ratio", 0.5, "--unit", "macs", *options]
+    command += ["--image-size", 32, "-o", "small.safetensors", "--export", "small.onnx", "--json"]
     found = document(run(*command))
     assert found["exported"] == "small.onnx" and found["achieved"] >= 0.5
     assert found["macs_before"] == count(net, 32).macs
     small = load("small.safetensors")
     assert type(small) is type(net) and count(small, 32).macs == found["macs_after"]
-    assert read_info("small.safetensors")["pruned_from"] == "resnet18.pth"
+    assert read_info("small.safetensors")["pruned_from"] == "net.pth"
     x = torch.randn(2, 3, 32, 32)
     onnx = onnxruntime.InferenceSession("small.onnx").run(["logits"], {"input": x.numpy()})[0]
     with torch.no_grad():
