@@ -101,7 +101,6 @@ def two_inputs() -> tuple[Tensor, Tensor]:
     return torch.randn(2, 3, 12, 12), torch.randn(2, 2, 24)
 
 
-# Each net, an example of its inputs, and whether it is built again by its name alone.
 class Blur(nn.Module):
     """Depthwise, with a buffer for each channel, which no file holds, and their number, as in timm."""
 
@@ -121,6 +120,7 @@ def blurred() -> nn.Module:
     )  # fmt: skip
 
 
+# Each net, an example of its inputs, and whether it is built again by its name alone.
 NETS = {
     "resnet18": (torchvision.models.resnet18, lambda: torch.randn(2, 3, 64, 64), True),
     "mobilenet_v2": (

@@ -52,7 +52,8 @@ def fit_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
     Each has the name, the rank and at most the sizes of the model's own. Convolutions (1-D to 3-D, grouped,
     depthwise, transposed), linear layers, norms and PReLU get the widths that their tensors have; so do
-    parameters of other people's modules. Of a group norm whole groups went, where that can be. The tensors are not copied; `requires_grad` stays.
+    parameters of other people's modules. Of a group norm whole groups went, where that can be. The tensors
+    are not copied; `requires_grad` stays.
 
     Raises ConversionError, with the first tensor that does not fit and both shapes, before anything is
     changed.
