@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         register_criterion,
         settling_plan,
     )
+    from prune_dn.rivals import compare_pruners
 
 __all__ = [
     "DenseNet",
@@ -34,6 +35,7 @@ __all__ = [
     "PruneConfig",
     "apply_plan",
     "compare_latency",
+    "compare_pruners",
     "convert",
     "count",
     "count_per_layer",
@@ -71,6 +73,7 @@ _HOMES = {
         "register_criterion",
         "settling_plan",
     ),
+    "rivals": ("compare_pruners",),
 }
 
 

@@ -18,7 +18,6 @@ from prune_dn.errors import PruningError
 from prune_dn.sensitivity_report import METRICS, summary, table, write
 
 if TYPE_CHECKING:
-    from prune_dn.data import ImageSet
     from prune_dn.data_options import DataOptions
 
 
@@ -151,7 +150,7 @@ def measure(
     state = process_state()
     model, info = open_checkpoint(checkpoint, ema)
     sets, pixels = data.load(info, model, checkpoint)
-    images = _balanced(sets.val, max_images, data.seed)
+    images = sets.val.balanced(max_images, data.seed)
     seen = calibration_batches(sets.train, calibration, seed=data.seed) if reads else None
 
     def evaluate(net: DenseNet) -> float:
@@ -207,17 +206,6 @@ def measure(
         "ratios": ratios_within(rows, borne),
         "rows": [dataclasses.asdict(row) for row in rows],
     }
-
-
-def _balanced(images: ImageSet, limit: int, seed: int) -> ImageSet:
-    """At most `limit` of the images, evenly from the classes."""
-    import torch
-
-    from prune_dn.data import ImageSet
-    from prune_dn.sources import by_turns
-
-    order = by_turns(images.labels, torch.Generator().manual_seed(seed))
-    return ImageSet(images.images, images.indices[order[:limit].sort().values], images.spec)
 
 
 def _check_folder(out: Path) -> None:

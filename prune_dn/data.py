@@ -95,6 +95,11 @@ class ImageSet(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self.indices)
 
+    def balanced(self, limit: int, seed: int = 0) -> ImageSet:
+        """At most `limit` of the images, evenly from the classes, without augmentation."""
+        order = by_turns(self.labels, torch.Generator().manual_seed(seed))
+        return ImageSet(self.images, self.indices[order[:limit].sort().values], self.spec)
+
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         images, labels = self.__getitems__([index])
         return images[0], labels[0]

@@ -39,6 +39,7 @@ FLOORS = [
     {"sources"},
     {"data"},
     {"training", "pruning"},
+    {"rivals"},
     {"tensor_files", "probe"},
     {"other_nets"},
     {"checkpoint"},
@@ -55,7 +56,7 @@ FLOORS = [
     {"pipeline", "data_options"},
     {"inspection", "jobs"},
     {"cli_options"},
-    {"cli_checkpoints", "cli_sensitivity"},
+    {"cli_checkpoints", "cli_compare", "cli_sensitivity"},
     {"cli"},
     {"__main__"},
 ]

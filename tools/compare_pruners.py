@@ -3,6 +3,8 @@
     python tools/compare_pruners.py net.safetensors data/cifar10 --normalize cifar10
     python tools/compare_pruners.py net.safetensors data/cifar10 --ratios 0.5 --methods 'tp/*'
     python tools/compare_pruners.py net.safetensors data/cifar10 --epochs 1 --seeds 0 1 2
+    python tools/compare_pruners.py vgg11.safetensors data/cifar10 --net vgg11 --normalize cifar10
+    python tools/compare_pruners.py mine.safetensors photos --net mypackage.nets:build
 
 A row is one method, one share of MACs and one seed: accuracy as the net is after the cut
 (`one-shot`), after its norms' statistics were estimated anew (`recalibrated`) and, with `--epochs`,
@@ -23,11 +25,14 @@ import hashlib
 import json
 import statistics
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from pruning_methods import latency_model, macs_of, methods
+from pruning_methods import latency_model, methods
 from results import Row, chosen, measured, write_between
+from safetensors.torch import load_file
+from small_nets import NETS
 from torch import nn
 
 import prune_dn
@@ -37,7 +42,9 @@ from prune_dn.data_options import NORMALISATIONS
 from prune_dn.files import atomic_path, write_text
 from prune_dn.latency import compare_latency, machine
 from prune_dn.markdown import markdown_table
+from prune_dn.profiling import example_image
 from prune_dn.pruning import recalibrate_batch_norm_
+from prune_dn.rivals import macs_of
 from prune_dn.training import FitConfig, evaluate, fit
 
 ACCURACIES = ("one_shot", "recalibrated", "fine_tuned")
@@ -51,10 +58,11 @@ class Comparison:
 
     def __init__(self, given: argparse.Namespace) -> None:
         self.given = given
-        self.net = prune_dn.convert(prune_dn.load(given.checkpoint)).eval()
-        self.methods = methods(given.round_to)
+        self.net = _net(given)
+        self.methods = methods(self.net, given.round_to)
         self.chosen = chosen(self.methods, given.methods, "method")
-        self.whole = macs_of(self.net, given.image_size)
+        self.example = example_image(self.net, given.image_size)
+        self.whole = macs_of(self.net, self.example)
         mean, std = NORMALISATIONS[given.normalize]
         self.data: Datasets = load_datasets(
             "image_folder", root=given.data, image_size=given.image_size, mean=mean, std=std
@@ -62,8 +70,9 @@ class Comparison:
         told = vars(given).items()
         left_out = ("ratios", "methods", "out", "seeds", "docs", "plot")
         self.settings = {key: str(value) for key, value in told if key not in left_out}
-        if given.round_to == 1:  # as in rows that were measured before there was a choice
-            self.settings.pop("round_to")
+        for key, usual in (("round_to", 1), ("net", None)):  # rows from before there was a choice
+            if getattr(given, key) == usual:
+                self.settings.pop(key)
         self.settings["checkpoint"] = hashlib.sha256(given.checkpoint.read_bytes()).hexdigest()[:12]
         self.settings["machine"] = machine()
 
@@ -90,7 +99,7 @@ class Comparison:
             return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
         row: Row = {
             "seconds": time.perf_counter() - start,
-            "macs_cut": 1 - macs_of(model, self.given.image_size) / self.whole,
+            "macs_cut": 1 - macs_of(model, self.example) / self.whole,
             "params": sum(p.numel() for p in model.parameters()),
             "one_shot": self._accuracy(model),
         }
@@ -136,13 +145,32 @@ class Comparison:
                 {"dense": self.net, "pruned": model},
                 batch_size=int(batch),
                 image_size=self.given.image_size,
-                in_channels=self.net.config.in_channels,
+                in_channels=self.example.shape[1],
                 runtime=runtime,  # type: ignore[arg-type]
                 repeats=self.given.repeats,
             )
             row[f"{name}_ms"] = found["pruned"].median_ms
             row[f"{name}_vs_dense"] = found["pruned"].median_ms / found["dense"].median_ms
         return row
+
+
+def _net(given: argparse.Namespace) -> Any:
+    """The net that is compared: what `prune_dn.load` makes, or the one that `--net` builds and the
+    file's tensors fill."""
+    if given.net is None:
+        net = prune_dn.load(given.checkpoint)
+        return (prune_dn.convert(net) if isinstance(net, prune_dn.DenseNet) else net).eval()
+    if given.net in NETS:
+        net = NETS[given.net]()
+    else:
+        module, _, function = given.net.partition(":")
+        if not function:
+            raise SystemExit(
+                f"--net {given.net}: give MODULE:FUNCTION, or one of {', '.join(NETS)}"
+            )
+        net = getattr(import_module(module), function)()
+    net.load_state_dict(load_file(given.checkpoint))
+    return net.eval()
 
 
 def table(rows: list[Row]) -> str:
@@ -255,6 +283,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("data", help="image folder: train/CLASS, test/CLASS")
+    parser.add_argument(
+        "--net", help=f"the checkpoint's net: {', '.join(NETS)}, or MODULE:FUNCTION that builds it"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/compare_pruners"))
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.3, 0.5, 0.6, 0.7, 0.8])
     parser.add_argument("--methods", nargs="+", default=["*"], help="patterns: 'ours/*', 'tp/*'")

@@ -7,20 +7,18 @@ little more as it can.
 
 from __future__ import annotations
 
-import copy
 import functools
 from bisect import bisect_left
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import prune_dn
+from prune_dn.batches import read_batches
 from prune_dn.models import DenseNet, DenseNetConfig
+from prune_dn.profiling import example_image
 from prune_dn.pruning import CRITERIA
 from prune_dn.pruning.criteria import reads_images
 from prune_dn.pruning.importance import importance
@@ -29,9 +27,10 @@ from prune_dn.pruning.latency_model import LatencyModel
 from prune_dn.pruning.parts import Mask
 from prune_dn.pruning.plan import plan_of
 from prune_dn.pruning.units import Units
+from prune_dn.rivals import THEIR_CRITERIA, THEIR_SCOPES, macs_of, torch_pruned
 
 Batches = list[tuple[Tensor, Tensor]]
-Method = Callable[[DenseNet, float, Batches, int, int], nn.Module]
+Method = Callable[[Any, float, Batches, int, int], nn.Module]
 UNITS = {
     "stream": ("stream",),
     "edge": ("edge",),
@@ -40,17 +39,24 @@ UNITS = {
     "stream+bottleneck+layer": ("stream", "bottleneck", "layer"),
     "all": ("stream", "bottleneck", "edge"),
 }
-THEIRS = ("bn_scale", "l1", "l2", "taylor", "lamp", "fpgm")
 
 
-def methods(round_to: int = 1) -> dict[str, Method]:
-    """All methods by name: `ours/CRITERION/COMPENSATE/UNITS`, `tp/CRITERION/SCOPE`, `slimming`.
+def methods(net: nn.Module, round_to: int = 1) -> dict[str, Method]:
+    """All methods for a net by name: `ours/CRITERION/COMPENSATE`, `tp/CRITERION/SCOPE`.
 
-    Ours once more with `/latency` at the end. `round_to` is for ours and Torch-Pruning's.
+    For our DenseNets `ours/CRITERION/COMPENSATE/UNITS`, the same with `/latency` at the end, and
+    `slimming`. `round_to` is for ours and Torch-Pruning's.
     """
-    found: dict[str, Method] = {"slimming": slimming}
+    ours_dense = isinstance(net, DenseNet)
+    found: dict[str, Method] = {"slimming": slimming} if ours_dense else {}
     for criterion in sorted(CRITERIA):
         for compensate in ("none", "mean", "least_squares"):
+            if not ours_dense:
+                if CRITERIA[criterion].need != "wins":
+                    found[f"ours/{criterion}/{compensate}"] = ours(
+                        criterion, compensate, unit="macs", round_to=round_to
+                    )
+                continue
             for kinds, units in UNITS.items():
                 name = f"ours/{criterion}/{compensate}/{kinds}"
                 choices: dict[str, Any] = {
@@ -60,16 +66,16 @@ def methods(round_to: int = 1) -> dict[str, Method]:
                 }
                 found[name] = ours(unit="macs", round_to=round_to, **choices)
                 found[f"{name}/latency"] = ours(unit="latency", round_to=round_to, **choices)
-    for criterion in THEIRS:
-        for scope in ("global", "local"):
-            found[f"tp/{criterion}/{scope}"] = theirs(criterion, scope == "global", round_to)
+    for criterion in THEIR_CRITERIA:
+        for scope in THEIR_SCOPES:
+            found[f"tp/{criterion}/{scope}"] = theirs(criterion, scope, round_to)
     return found
 
 
 def ours(criterion: str, compensate: str, **choices: Any) -> Method:
     """Our `prune` with these choices."""
 
-    def cut(net: DenseNet, ratio: float, batches: Batches, size: int, seed: int) -> nn.Module:
+    def cut(net: Any, ratio: float, batches: Batches, size: int, seed: int) -> nn.Module:
         needs = reads_images(criterion) or compensate != "none"
         in_time = choices["unit"] == "latency"
         return prune_dn.prune(
@@ -114,7 +120,7 @@ def slimming(net: DenseNet, ratio: float, batches: Batches, size: int, seed: int
         mask[order[:count]] = False
         return units.close(mask)
 
-    target = (1 - ratio) * macs_of(net, size)
+    target = (1 - ratio) * macs_of(net, example_image(net, size))
 
     def enough(count: int) -> bool:
         return prune_dn.count(config.after(indices_of(units, keep(count))), size).macs <= target
@@ -123,56 +129,12 @@ def slimming(net: DenseNet, ratio: float, batches: Batches, size: int, seed: int
     return prune_dn.apply_plan(net, plan_of(config, units, keep(count)))
 
 
-def theirs(criterion: str, global_pruning: bool, round_to: int) -> Method:
-    """Torch-Pruning's BasePruner with these choices, its ratio bisected to the MACs asked for."""
-    import torch_pruning as tp
+def theirs(criterion: str, scope: str, round_to: int) -> Method:
+    """Torch-Pruning with these choices."""
 
-    scorer = {
-        "bn_scale": tp.importance.BNScaleImportance,
-        "l1": lambda: tp.importance.GroupMagnitudeImportance(p=1),
-        "l2": lambda: tp.importance.GroupMagnitudeImportance(p=2),
-        "taylor": tp.importance.GroupTaylorImportance,
-        "lamp": tp.importance.LAMPImportance,
-        "fpgm": tp.importance.FPGMImportance,
-    }[criterion]
-
-    def once(net: DenseNet, ratio: float, batches: Batches, size: int) -> nn.Module:
-        model = copy.deepcopy(net).eval()
-        if criterion == "taylor":
-            for images, labels in batches:
-                F.cross_entropy(model(images), labels, reduction="sum").backward()
-        tp.pruner.BasePruner(
-            model,
-            torch.zeros(1, net.config.in_channels, size, size),
-            importance=scorer(),
-            pruning_ratio=ratio,
-            max_pruning_ratio=0.95,
-            global_pruning=global_pruning,
-            round_to=None if round_to == 1 else round_to,
-            ignored_layers=[model.classifier],
-        ).step()
-        model.zero_grad()
-        return model
-
-    def cut(net: DenseNet, ratio: float, batches: Batches, size: int, seed: int) -> nn.Module:
-        whole, low, high, best = macs_of(net, size), 0.0, 1.0, None
-        for _ in range(8):
-            middle = (low + high) / 2
-            model = once(net, middle, batches, size)
-            if macs_of(model, size) <= (1 - ratio) * whole:
-                high, best = middle, model
-            else:
-                low = middle
-        if best is None:
-            raise RuntimeError(f"no ratio removes {ratio:.0%} of the MACs")
-        return best
+    def cut(net: nn.Module, ratio: float, batches: Batches, size: int, seed: int) -> nn.Module:
+        return torch_pruned(
+            net, ratio, example_image(net, size), criterion, scope, read_batches(batches), round_to
+        )
 
     return cut
-
-
-def macs_of(model: nn.Module, size: int) -> int:
-    """MACs of one image, by torch's counter: the same for all."""
-    first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(torch.zeros(1, first.in_channels, size, size))
-    return int(counter.get_total_flops()) // 2
