@@ -101,6 +101,17 @@ def two_inputs() -> tuple[Tensor, Tensor]:
     return torch.randn(2, 3, 12, 12), torch.randn(2, 2, 24)
 
 
+class Layer(nn.Module):
+    """A dense layer that concatenates what it makes and what it read, the new maps first."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.conv = nn.BatchNorm2d(width), nn.Conv2d(width, 8, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.conv(self.norm(x).relu()), x], 1)
+
+
 class Blur(nn.Module):
     """Depthwise, with a buffer for each channel, which no file holds, and their number, as in timm."""
 

@@ -134,7 +134,7 @@ def measure(name: str, ratio: float, count: int, files: Path) -> Row:
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            small = cut = prune_dn.prune(model, ratio, **options)
+            small = cut = prune_dn.prune(model, ratio, compensate="none", **options)
             if net.inputs is None:
                 small = prune_dn.prune(model, ratio, compensate="least_squares", **options)
     except PruneDNError as error:

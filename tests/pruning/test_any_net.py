@@ -8,6 +8,7 @@ import pytest
 import torch
 import torchvision.models as zoo
 from oracle import randomise_
+from other_nets import Layer
 from torch import nn
 
 import prune_dn
@@ -72,7 +73,25 @@ def grouped() -> nn.Module:
     )  # fmt: skip
 
 
+def maps_first() -> nn.Module:
+    layers = [Layer(12 + 8 * i) for i in range(3)]
+    between = nn.BatchNorm2d(36), nn.Conv2d(36, 18, 1, bias=False), nn.AvgPool2d(2)  # no ReLU
+    return nn.Sequential(
+        nn.Conv2d(3, 12, 3, padding=1, bias=False), *layers, *between, Layer(18), Layer(26),
+        nn.BatchNorm2d(34), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(34, 4),
+    )  # fmt: skip
+
+
+def group_normed() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.GroupNorm(8, 16), nn.ReLU(), nn.Conv2d(16, 24, 3, padding=1),
+        nn.GroupNorm(6, 24), nn.ReLU(), nn.Conv2d(24, 12, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 4),
+    )  # fmt: skip
+
+
 NETS = {
+    "maps first": maps_first,
+    "group norm": group_normed,
     "resnet": Residual,
     "mobilenet": lambda: zoo.mobilenet_v2(num_classes=4, width_mult=0.25),
     "unet": UNet,
@@ -183,6 +202,34 @@ def no_head(net: nn.Module) -> None:
     net.classifier = nn.Identity()
 
 
+def no_bias(net: nn.Module) -> None:
+    net.classifier = nn.Linear(32, 1, bias=False)
+
+
+def silu_and_two_pools(net: nn.Module) -> None:
+    class Pools(nn.Module):
+        def forward(self, x):
+            return torch.cat([x.amax((2, 3), True), x.mean((2, 3), True)], 1)
+
+    for name, module in list(net.features.named_modules()):
+        if isinstance(module, nn.ReLU):
+            parent, _, key = name.rpartition(".")
+            setattr(net.features.get_submodule(parent), key, nn.SiLU())
+    net.features.add_module("pools", Pools())
+    net.classifier = nn.Linear(64, 3)
+
+
+def deep_stem(net: nn.Module) -> None:
+    net.features.conv0 = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, 1, 1, bias=False)
+    )  # fmt: skip
+
+
+def synchronised(net: nn.Module) -> None:
+    net.features = nn.SyncBatchNorm.convert_sync_batchnorm(net.features)
+    net.classifier = nn.Sequential(net.classifier, nn.Sigmoid())
+
+
 def small_stem(net: nn.Module) -> None:
     net.features.conv0 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
     net.features.pool0 = nn.Identity()
@@ -192,7 +239,21 @@ def no_pool(net: nn.Module) -> None:
     del net.features.pool0
 
 
-@pytest.mark.parametrize("change", [other_head, no_head, small_stem, no_pool])
+VARIANTS = [
+    *(
+        other_head,
+        no_head,
+        no_bias,
+        small_stem,
+        no_pool,
+        deep_stem,
+        silu_and_two_pools,
+        synchronised,
+    )
+]
+
+
+@pytest.mark.parametrize("change", VARIANTS)
 def test_variants_of_densenets_keep_their_class(change) -> None:
     net = variant(change)
     options = {"unit": "macs", "calibration": images("resnet", 1), "loss": "mse"}
