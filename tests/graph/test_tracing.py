@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from prune_dn.errors import PruningError
 from prune_dn.graph import NONE, Graph, trace
+from prune_dn.graph.flow import Flow
 from prune_dn.graph.groups import free_groups
+from prune_dn.graph.rules import RULES, Call, rule
 
 X = torch.zeros(2, 3, 8, 8)
 
@@ -465,3 +467,31 @@ def test_blocks_that_also_lie_elsewhere_are_tied_by_their_place() -> None:
     assert all(sorted(row) == sorted(units[0].tolist()) for row in units.tolist()), (
         "equally many in each"
     )
+
+
+@torch.library.custom_op("prune_dn_tests::swish", mutates_args=())
+def swish(x: Tensor) -> Tensor:
+    return x * x.sigmoid()
+
+
+@swish.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def test_a_new_operation_is_one_rule() -> None:
+    """As CONTRIBUTING shows it."""
+    net = Between(lambda x, y: swish(x), 6)
+    reason = "prune_dn_tests.swish, an operation without a rule, reads it"
+    assert trace(net, X).why_fixed("a") == reason
+
+    @rule("prune_dn_tests.swish")
+    def follow(call: Call) -> Flow:
+        return call.flow(0)
+
+    try:
+        assert seen(net) == a(*ALL)
+        with pytest.raises(PruningError, match=r"'prune_dn_tests\.swish' has a rule already"):
+            rule("prune_dn_tests.swish")(follow)
+    finally:
+        del RULES["prune_dn_tests.swish"]
