@@ -98,7 +98,8 @@ class Named:
                     f"{self.name} cannot be built with {dict(self.options)}: "
                     f"{type(error).__name__}: {str(error)[:500]}"
                 ) from error
-        assert isinstance(net, nn.Module)
+            assert isinstance(net, nn.Module)
+        _fill_constants_(net)
         return net
 
 
@@ -183,6 +184,17 @@ def _registered(library: ModuleType) -> list[str]:
     """The names that a library lists; of torchvision not those of quantised nets."""
     names: list[str] = library.list_models()
     return [name for name in names if not name.startswith("quantized_")]
+
+
+def _fill_constants_(net: nn.Module) -> None:
+    """Give buffers that no state dict holds, such as the kernel of a blur, what their modules put there."""
+    for module in net.modules():
+        lost = {k: module._buffers.get(k) for k in module._non_persistent_buffers_set}
+        empty = {k: b for k, b in lost.items() if b is not None and b.is_meta}
+        reset: Any = getattr(module, "reset_parameters", None)
+        if empty and callable(reset):
+            module._buffers.update({k: torch.empty_like(b, device="cpu") for k, b in empty.items()})
+            reset()
 
 
 class _Unfilled(TorchFunctionMode):
