@@ -201,6 +201,13 @@ def smp(name: str, encoder: str = "densenet121", **options: Any) -> Any:
     return getattr(package, name)(encoder, encoder_weights=None, classes=2, **options)
 
 
+def without_unused_head() -> Any:
+    """The U-Net on EfficientNet-B0, of which the encoder's last conv and norm are never used."""
+    net = smp("Unet", "efficientnet-b0")
+    net.encoder._conv_head = net.encoder._bn1 = nn.Identity()
+    return net
+
+
 def xray(thresholds: bool) -> Any:
     """A DenseNet of torchxrayvision."""
     from torchxrayvision.models import DenseNet
@@ -343,6 +350,7 @@ def _segmentation() -> Iterator[tuple[str, Net]]:
             f"{name}, {encoder}",
             Net(partial(smp, name, encoder), shape),
         )
+    yield "Unet, efficientnet-b0, without its unused head", Net(without_unused_head)
     for name in ("fcn_resnet50", "deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large"):
         module = f"torchvision {name}"
         yield module, Net(partial(tv, name, weights_backbone=None, num_classes=3))

@@ -22,6 +22,7 @@ _BAKED = {
     "WeightNorm": "torch.nn.utils.remove_weight_norm({module}, {weight!r})",
     "SpectralNorm": "torch.nn.utils.remove_spectral_norm({module}, {weight!r})",
 }
+_OF_EVERY_CLASS = ("__init__", "__new__", "__doc__", "__init_subclass__", "__class_getitem__")
 _HOOKS = {"_forward_pre_hooks": "a forward pre-hook", "_forward_hooks": "a forward hook"}
 
 
@@ -65,9 +66,9 @@ def peculiarities(net: nn.Module) -> Iterator[str]:
                 yield f"{where} has {what} ({_name(hook)})"
         if not _of_a_library(kind):
             base = next(c for c in kind.__mro__ if _of_a_library(c))
-            changed = sorted(key for c in kind.__mro__ if not _of_a_library(c) for key in vars(c))
+            changed = sorted({key for c in kind.__mro__ if not _of_a_library(c) for key in vars(c)})
             methods = [key for key in changed if callable(getattr(base, key, None))]
-            methods = [key for key in methods if key not in ("__init__", "__doc__")]
+            methods = [key for key in methods if key not in _OF_EVERY_CLASS]
             if methods:
                 whose = f"{where} is a {path_of(kind)}: " if name else ""
                 yield f"{whose}{path_of(kind)} changes the {', '.join(methods)} of {path_of(base)}"

@@ -54,8 +54,8 @@ def find_groups(model: nn.Module, graph: Graph) -> list[Group]:
         raise PruningError(
             f"what {shorten(list(graph.unreached))} reads cannot be followed: no forward of a copy of "
             f"this {kind} on the example reaches it{why}{odd and f' ({odd})'}, so it might no longer "
-            "fit the pruned net; take it out and switch its use off first (as aux_logits=False "
-            "does), or give an example that it takes in training"
+            "fit the pruned net; where the net never uses it, put nn.Identity() in its place first, else "
+            "switch its use off (as aux_logits=False does) or give an example that it takes in training"
         )
     if groups := free_groups(graph):
         return groups

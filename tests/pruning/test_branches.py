@@ -205,9 +205,12 @@ def test_a_branch_whose_answer_a_hook_takes_fits_too() -> None:
     assert small.aux_conv.in_channels == small.first[0].out_channels
 
 
-def test_the_remedy_that_is_named() -> None:
+@pytest.mark.parametrize("instead", [None, nn.Identity()])
+def test_the_remedy_that_is_named(instead: nn.Module | None) -> None:
     net = Net("never")
-    net.aux_conv = net.aux_head = None
+    with pytest.raises(PruningError, match=r"never uses it, put nn.Identity\(\) in its place"):
+        prune(net, 0.3, criterion="l2", input_size=16)
+    net.aux_conv = net.aux_head = instead
     small = prune(net, 0.3, criterion="l2", unit="params", input_size=16)
     assert small(X).shape == (2, 4)
 
