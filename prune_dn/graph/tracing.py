@@ -71,7 +71,7 @@ def trace(model: nn.Module, example_inputs: Any) -> Graph:
         except PruningError as error:
             why = str(error)  # what only training reaches stays unreached
         else:
-            build.sizes = _sizes(net, example_inputs)
+            build.sizes = _sizes(net, example_inputs) or Sizes()
             _interpret(program, build, names)
     build.fix(build.unread(), "no layer reads it")
     held = Counter(id(p) for m in net.modules() for p in m._parameters.values() if p is not None)
@@ -94,12 +94,12 @@ def _export(net: nn.Module, example_inputs: Any) -> ExportedProgram:
         ) from error
 
 
-def _sizes(net: nn.Module, example_inputs: Any) -> Sizes:
-    """The sizes that its code holds; none where it cannot run so."""
+def _sizes(net: nn.Module, example_inputs: Any) -> Sizes | None:
+    """The sizes that its code holds; None where it does not run so."""
     with torch.no_grad(), suppress(Exception), Sizes() as sizes:
         call(net, example_inputs)
         return sizes
-    return Sizes()
+    return None
 
 
 def _first_names(net: nn.Module) -> dict[str, str]:
@@ -113,7 +113,9 @@ def _first_names(net: nn.Module) -> dict[str, str]:
 
 
 def _check_runs(net: nn.Module, example_inputs: Any) -> Sizes:
-    """Raise PruningError where it does not run; see `_sizes`."""
+    """The sizes that its code holds. Raises PruningError where the net does not run."""
+    if (sizes := _sizes(net, example_inputs)) is not None:
+        return sizes
     try:
         with torch.no_grad():
             call(net, example_inputs)
@@ -123,7 +125,7 @@ def _check_runs(net: nn.Module, example_inputs: Any) -> Sizes:
             f"({_reason(error)}); give example_inputs that it takes: a tensor, a tuple of its "
             "arguments, or a dict of them by name"
         ) from error
-    return _sizes(net, example_inputs)
+    return Sizes()
 
 
 def _reason(error: Exception) -> str:

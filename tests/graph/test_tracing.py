@@ -398,6 +398,15 @@ def test_what_cannot_be_followed_is_refused() -> None:
         trace(Branches(), X[:, :2])
 
 
+def test_a_net_that_takes_only_torchs_own_shapes_is_followed_too() -> None:
+    def halves(x: Tensor, y: Tensor) -> Tensor:
+        if type(x.shape) is not torch.Size:
+            raise TypeError("no torch.Size")
+        return torch.cat(x.split(3, 1), 1)
+
+    assert seen(Between(halves, 6)) == a(0, 1, 2, 0, 1, 2)
+
+
 def test_what_cannot_be_copied_is_refused() -> None:
     net = nn.Conv2d(3, 4, 1)
     net.kept = net.weight * 2  # no leaf, which torch does not copy
