@@ -3,7 +3,9 @@
 The dense net runs first, in batches, and leaves for each layer its outputs at some positions and for
 each norm the mean of its input. Then all images pass through the pruned net at once. Just before a
 layer runs it is refitted: its inputs come from the pruned net as it is by then, its targets from the
-dense net (ThiNet, arXiv:1707.06342; channel pruning, arXiv:1707.06168).
+dense net (ThiNet, arXiv:1707.06342; channel pruning, arXiv:1707.06168). Where its output is an operand
+of a sum, it is refitted once more when the sum is made, so that the sum is what the dense net's is: what the
+other operand lacks is made up for.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from prune_dn.pruning.patches import (
     patches_of,
     set_kernel_matrix_,
 )
+from prune_dn.pruning.sums import AtSums, Summand, find_summands, unseen
 
 
 @dataclass
@@ -35,6 +38,8 @@ class _Seen:
     calls: int = 0
     positions: list[Tensor | None] = field(default_factory=list)  # (N, Q) each; None = all
     targets: list[Tensor] = field(default_factory=list)  # (rows, outputs that stay) each
+    sums: list[Tensor] = field(default_factory=list)  # of the sum that takes the output, the same
+    read: tuple[Tensor, int] | None = None  # what the pruned layer read, and its version
 
 
 def refit_(
@@ -52,7 +57,8 @@ def refit_(
     `kept` are the outputs of `dense` that are left, by layer, in their new order (absent = all).
     What a layer of `shiftable` makes on average goes through norms or its own bias, so that only
     differences from the mean have to be fitted. With `weights` False only means are moved: into norms'
-    running means and biases. A layer that runs several times in one forward stays as it is.
+    running means and biases. A layer that runs several times in one forward stays as it is. An operand of a
+    sum (see `find_summands`) is fitted to what the sum lacks, so that it also makes up for the other operand.
 
     Both nets are in eval mode; `small` is changed in place. Memory: all images' live feature maps in
     `small`, and for each layer the dense outputs at about max(4096, twice its inputs * taps) positions.
@@ -64,6 +70,8 @@ def refit_(
     seen: dict[str, _Seen] = {}
     means: dict[str, Tensor] = {}
     done: set[str] = set()
+    fitted: set[str] = set()
+    sums: dict[int, Summand] = {}
     is_first = True
 
     def look(name: str) -> Callable[..., None]:
@@ -87,9 +95,11 @@ def refit_(
 
     def fit(name: str) -> Callable[..., None]:
         def hook(layer: nn.Module, args: tuple[Any, ...]) -> None:
-            if name in seen and seen[name].calls == 1:
-                entry = seen.pop(name)
+            if name in seen and seen[name].calls == 1 and name not in fitted:
+                fitted.add(name)
+                entry = seen[name] if name in summed else seen.pop(name)
                 _fit_layer_(layer, args[0], entry, count, name in shiftable, weights)
+                entry.read, entry.targets = (args[0], args[0]._version), []
 
         return hook
 
@@ -103,55 +113,135 @@ def refit_(
 
         return hook
 
+    def look_at_sum(number: int, operands: tuple[Tensor, Tensor]) -> None:
+        if number in sums and seen[sums[number].layer].calls == 1:
+            name = sums[number].layer
+            total = operands[0] + operands[1]
+            rows = at_positions(dense.get_submodule(name), total, seen[name].positions[-1])
+            seen[name].sums.append(rows[:, kept[name]] if name in kept else rows)
+
+    def fit_sum(number: int, operands: tuple[Tensor, Tensor]) -> None:
+        if number in sums and (entry := seen.pop(sums[number].layer, None)) is not None:
+            _fit_sum_(small, sums[number], operands, entry, count)
+
     layers = {k: m for k, m in dense.named_modules() if is_fitted(m)}
     norms = {
         k: m
         for k, m in dense.named_modules()
         if isinstance(m, _BatchNorm) and m.track_running_stats
     }
+    if weights:
+        sums = find_summands(dense, layers, images[0][:1])
+    summed = {summand.layer for summand in sums.values()}
     with torch.no_grad(), ExitStack() as stack:
         for name, layer in layers.items():
-            stack.callback(layer.register_forward_hook(look(name)).remove)
-            stack.callback(small.get_submodule(name).register_forward_pre_hook(fit(name)).remove)
+            stack.callback(layer.register_forward_hook(unseen(look(name))).remove)
+            stack.callback(
+                small.get_submodule(name).register_forward_pre_hook(unseen(fit(name))).remove
+            )
         for name, norm in norms.items():
-            stack.callback(norm.register_forward_pre_hook(add_mean(name)).remove)
-            stack.callback(small.get_submodule(name).register_forward_pre_hook(move(name)).remove)
+            stack.callback(norm.register_forward_pre_hook(unseen(add_mean(name))).remove)
+            stack.callback(
+                small.get_submodule(name).register_forward_pre_hook(unseen(move(name))).remove
+            )
         for part in images:
-            dense(part)
+            with AtSums(look_at_sum):
+                dense(part)
             is_first = False
-        small(torch.cat(images))
+        with AtSums(fit_sum):
+            small(torch.cat(images))
 
 
 def _fit_layer_(
     layer: nn.Module, x: Tensor, entry: _Seen, count: int, shiftable: bool, weights: bool
 ) -> None:
     """Fit weight and bias to what the layer lacks of the dense net's outputs, group by group."""
-    some = [where for where in entry.positions if where is not None]
-    rows, targets = (
-        patches_of(layer, x, torch.cat(some) if some else None).float(),
-        torch.cat(entry.targets).float(),
-    )
+    rows = _rows(layer, x, entry)
+    targets = torch.cat(entry.targets).float()
     bias = layer.bias if isinstance(layer.bias, Tensor) else None
     if bias is not None:
         targets = targets - bias.float()
     matrix = kernel_matrix(layer).float()
-    odd = torch.arange(count, device=x.device).repeat_interleave(len(rows) // count) % 2 == 1
-    fitted, left = [], []
-    for group, weight in enumerate(matrix):
-        p = rows.unflatten(1, (len(matrix), -1))[:, group]
-        lacks = targets.unflatten(1, (len(matrix), -1))[:, group] - p @ weight
+    lacks = targets - torch.cat(
+        [p @ w for p, w in zip(_by_group(rows, len(matrix)), matrix, strict=True)], 1
+    )
+    change, left = _solved(matrix, rows, lacks, count, shiftable or bias is not None, weights)
+    set_kernel_matrix_(layer, (matrix + change).to(layer.get_parameter("weight").dtype))
+    if bias is not None:
+        bias.add_(left.to(bias.dtype))
+
+
+def _fit_sum_(
+    net: nn.Module,
+    summand: Summand,
+    operands: tuple[Tensor, Tensor],
+    entry: _Seen,
+    count: int,
+) -> None:
+    """Fit the layer of an operand to what the sum lacks, and give the operand its new values."""
+    layer = net.get_submodule(summand.layer)
+    norm = None if summand.norm is None else net.get_submodule(summand.norm)
+    if entry.read is None or len(entry.sums) != len(entry.positions):
+        return
+    x, version = entry.read
+    if x._version != version:  # something wrote over what the layer read
+        return
+    positions = [where for where in entry.positions if where is not None]
+    total = at_positions(
+        layer, operands[0] + operands[1], torch.cat(positions) if positions else None
+    )
+    lacks = torch.cat(entry.sums).float() - total.float()
+    matrix = kernel_matrix(layer).float()
+    scale = torch.ones_like(lacks[0])
+    if norm is not None:
+        assert isinstance(norm, _BatchNorm) and norm.running_var is not None
+        scale = norm.running_var.float().add(norm.eps).rsqrt()
+        scale = scale * norm.weight.float() if norm.affine else scale
+    bias = layer.bias if norm is None else norm.bias
+    rows = _rows(layer, x, entry)
+    change, left = _solved(matrix, rows, lacks, count, bias is not None, True)
+    used = scale.abs() > 1e-3 * scale.abs().max()
+    per_output = torch.where(used, 1 / scale, 0.0).unflatten(0, (len(matrix), 1, -1))
+    set_kernel_matrix_(
+        layer, (matrix + change * per_output).to(layer.get_parameter("weight").dtype)
+    )
+    if isinstance(bias, Tensor):
+        bias.add_(left.to(bias.dtype))
+    again = layer.forward(x)
+    operands[summand.position].copy_(again if norm is None else norm.forward(again))
+
+
+def _rows(layer: nn.Module, x: Tensor, entry: _Seen) -> Tensor:
+    some = [where for where in entry.positions if where is not None]
+    return patches_of(layer, x, torch.cat(some) if some else None).float()
+
+
+def _by_group(rows: Tensor, groups: int) -> tuple[Tensor, ...]:
+    return rows.unflatten(1, (groups, -1)).unbind(1)
+
+
+def _solved(
+    matrix: Tensor, rows: Tensor, lacks: Tensor, count: int, centred: bool, weights: bool
+) -> tuple[Tensor, Tensor]:
+    """The change of the kernel matrix that makes up for what is lacking, and what is left on average.
+
+    `rows` of `count` images are what is read and `lacks` the outputs to be made. Images in turn are the
+    halves of which one is fitted and one judges the ridge.
+    """
+    odd = torch.arange(count, device=rows.device).repeat_interleave(len(rows) // count) % 2 == 1
+    changes, left = [], []
+    parts = (_by_group(rows, len(matrix)), _by_group(lacks, len(matrix)), matrix)
+    for p, y, weight in zip(*parts, strict=True):
         halves = [Moments(weight.T, weights), Moments(weight.T, weights)]
         for half, mine in zip(halves, (~odd, odd), strict=True):
-            half.add(p[mine], lacks[mine])
+            half.add(p[mine], y[mine])
         both = halves[0] + halves[1]
         change = torch.zeros_like(weight, dtype=torch.float64)
         if weights:
-            change = solve(halves, both, centred=shiftable or bias is not None)
-        fitted.append(weight + change)
+            change = solve(halves, both, centred=centred)
+        changes.append(change)
         left.append(both.output - both.input @ change)
-    set_kernel_matrix_(layer, torch.stack(fitted).to(layer.get_parameter("weight").dtype))
-    if bias is not None:
-        bias.add_(torch.cat(left).to(bias.dtype))
+    return torch.stack(changes), torch.cat(left)
 
 
 def _mean(x: Tensor) -> Tensor:
