@@ -181,9 +181,10 @@ def cv(name: str, **options: Any) -> Any:
     from pytorchcv.model_provider import get_model
 
     net = get_model(name, pretrained=False, **options)
-    for parent in (net.features, getattr(net, "output", None)):
-        if parent is not None and hasattr(parent, "final_pool"):
-            parent.final_pool = nn.AdaptiveAvgPool2d(1)
+    for name, _ in list(net.named_modules()):
+        if name.endswith("final_pool"):
+            parent, _, key = name.rpartition(".")
+            setattr(net.get_submodule(parent), key, nn.AdaptiveAvgPool2d(1))
     return net
 
 

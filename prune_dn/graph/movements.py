@@ -11,12 +11,13 @@ from prune_dn.graph.flow import (
     along,
     blocks,
     concatenate,
+    constant,
     full,
     reduced,
     reshape,
     take,
 )
-from prune_dn.graph.rules import Call, Weight, as_flow, aten, sized, tie_parts, unknown
+from prune_dn.graph.rules import Call, Weight, as_flow, aten, mix, sized, tie_parts, unknown
 from prune_dn.graph.types import NONE
 
 
@@ -204,7 +205,8 @@ def index_select(call: Call) -> Flow:
     """Positions of one axis, by a constant index that the net holds: these channels stay."""
     index, x, axis = call.args[2], call.flow(0), int(call.args[1])
     if not isinstance(index, Weight):
-        return unknown(call)[0]
+        mix(call, "index_select reads it by an index that is computed")
+        return constant(call.shape)
     call.build.used.add(index.name)
     if x.ids.shape[axis] > 1:
         call.build.fix(x.ids, "the net's own code picks channels by position")
