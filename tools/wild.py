@@ -124,6 +124,11 @@ def measure(name: str, ratio: float, count: int, files: Path) -> Row:
     if net.inputs is None:
         options |= {"calibration": list(images(net, count, 1).split(16)), "loss": "mse"}
         options |= {"criterion": "reconstruction"}
+        with torch.no_grad():
+            single = isinstance(call(copy.deepcopy(model).float(), example), Tensor)
+        if not single:  # a loss of several answers is the user's to say
+            labelled = [(x, torch.zeros(len(x))) for x in options["calibration"]]
+            options |= {"loss": squares, "calibration": labelled}
         if _is_converted(model):
             options["input_size"] = net.shape[1:]
             del options["example_inputs"]
@@ -159,6 +164,11 @@ def measure(name: str, ratio: float, count: int, files: Path) -> Row:
         row["plan"] = str(error)
     row["saved"] = save(small, net, files / f"{name.replace(' ', '_').replace('/', '_')}")
     return row
+
+
+def squares(outputs: Any, labels: Tensor) -> Tensor:
+    """The mean square of every tensor that a net answers with, summed."""
+    return torch.stack([y.square().mean() for y in tensors(outputs)]).sum()
 
 
 def _is_converted(model: nn.Module) -> bool:
