@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +19,7 @@ from prune_dn.export import export_onnx, export_torch
 from prune_dn.files import same_file
 from prune_dn.intervals import fell, wilson
 from prune_dn.losses import USUAL
-from prune_dn.models import DenseNet, LightCNN, Net
+from prune_dn.models import LightCNN, Net
 from prune_dn.models.convert import convert, is_densenet
 from prune_dn.opened import open_checkpoint
 from prune_dn.phases import load_data
@@ -39,7 +38,6 @@ from prune_dn.pruning import (
     apply_plan,
     compensate_plan,
     make_plan,
-    prune,
     recalibrate_batch_norm_,
 )
 from prune_dn.pruning.compensate import check_compensation
@@ -88,8 +86,6 @@ def prune_checkpoint(
     if is_densenet(model):
         with suppress(ConversionError):  # a variant is cut as any other net
             model = convert(model)
-    if not isinstance(model, DenseNet) and plan_out is not None:
-        raise PruningError(f"--plan-out has no effect: a {_kind(model)} has no plan; leave it out")
     if recalibrate and not any(isinstance(m, _BatchNorm) for m in model.modules()):
         raise PruningError(
             f"--recalibrate has no effect: a {_kind(model)} has no batch norms; leave it out"
@@ -116,35 +112,12 @@ def prune_checkpoint(
     if reads or compensate != "none":
         images = calibration_batches(sets.train, calibration, seed=data.seed)
     kept = {**info, "pruned_from": checkpoint.name}
-    if not isinstance(model, DenseNet):
-        example = {"input_size" if k == "image_size" else k: v for k, v in inputs.items()}
-        small = prune(
-            model,
-            ratio,
-            **arguments,
-            **example,
-            calibration=images or None,
-            loss=loss,
-            compensate=compensate,
-        )
-        if recalibrate:
-            _recalibrate(small, sets, recalibrate, info, data.seed)
-        _save(small, output, kept, inputs)
-        before, after = (dataclasses.asdict(count(net, **inputs)) for net in (model, small))
-        achieved = 1 - after[arguments["unit"]] / before[arguments["unit"]]
-        figures = _cut_figures(output, arguments["unit"], ratio, achieved, before, after, {})
-        return {**figures, **_exported(small, export, inputs), "images": pixels}
+    example = {"input_size" if k == "image_size" else k: v for k, v in inputs.items()}
     plan = make_plan(
-        model,
-        ratio,
-        input_size=inputs["image_size"],
-        calibration=images if reads else None,
-        loss=scored,
-        **arguments,
+        model, ratio, calibration=images if reads else None, loss=scored, **example, **arguments
     )
     small = apply_plan(model, plan)
     if compensate != "none":
-        assert isinstance(model, DenseNet)
         small = compensate_plan(
             small, model, plan, images, compensate, loss=loss or USUAL, seed=data.seed
         )
@@ -152,7 +125,7 @@ def prune_checkpoint(
         _recalibrate(small, sets, recalibrate, info, data.seed)
     if plan_out is not None:
         plan.save(plan_out)
-    save(small, output, info={**kept, "plan": plan.requested})
+    _save(small, output, {**kept, "plan": plan.requested}, inputs)
     done = plan.achieved
     figures = _cut_figures(
         output, done["unit"], ratio, done["ratio"], done["before"], done["after"], plan.protected

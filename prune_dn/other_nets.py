@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from prune_dn.errors import CheckpointError, ConversionError, PruningError
 from prune_dn.files import parse_json
+from prune_dn.graph.selecting import INDEX, can_select, select_inputs_
 from prune_dn.models.answers import computed_weights, path_of
 from prune_dn.models.convert import check_not_wrapped
 from prune_dn.models.named import Named, Option, candidates, other_make
@@ -144,8 +145,8 @@ def from_file_of_others(
 
 def filled(dense: nn.Module | Named, tensors: Mapping[str, Tensor]) -> nn.Module:
     """A copy of a dense net, or the net of that name, with `tensors` instead of its own."""
-    # The place where modules that select inputs would be put in, before the tensors are.
     net = dense.build() if isinstance(dense, Named) else copy.deepcopy(dense).cpu()
+    _select_(net, tensors)
     fit_(net, tensors)
     for name, tensor in (*net.named_parameters(), *net.named_buffers()):
         if tensor.is_meta:
@@ -155,6 +156,17 @@ def filled(dense: nn.Module | Named, tensors: Mapping[str, Tensor]) -> nn.Module
     except PruningError as error:
         raise ConversionError(str(error)) from error
     return net.eval()
+
+
+def _select_(net: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Make the norms select whose selection is among the tensors (see `models.selecting`)."""
+    for name, tensor in tensors.items():
+        owner, _, key = name.rpartition(".")
+        norm = dict(net.named_modules()).get(owner) if key == INDEX else None
+        if norm is not None and can_select(norm):
+            if tensor.ndim != 1 or tensor.dtype != torch.int64 or bool((tensor < 0).any()):
+                raise ConversionError(f"{name} is no list of positions")
+            select_inputs_(norm, tensor)
 
 
 def _unsavable(model: nn.Module) -> Any:

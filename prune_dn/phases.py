@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from prune_dn.checkpoint import load, save, save_state_dict
 from prune_dn.data import Datasets, calibration_loader, load_datasets
@@ -27,23 +28,20 @@ from prune_dn.intervals import fell
 from prune_dn.latency import machine
 from prune_dn.losses import USUAL
 from prune_dn.models import DenseNet, LightCNN, Net
-from prune_dn.models.state_dicts import fill
 from prune_dn.opened import ours
 from prune_dn.pixels import check_fit, warn_of_other_pixels
 from prune_dn.processes import process_state
-from prune_dn.profiling import count
 from prune_dn.pruning import (
     Plan,
     apply_plan,
     compensate_plan,
     recalibrate_batch_norm_,
 )
-from prune_dn.pruning.light_cnn import width_rows
 from prune_dn.pruning.ratios import read_ratios
 from prune_dn.pruning.units import Units
 from prune_dn.recipe import DataSection, ModelSection, PruneSection, Recipe
 from prune_dn.report import write_report
-from prune_dn.rounds import calibration, cut_round, plan_round, seed_of
+from prune_dn.rounds import calibration, plan_round, seed_of
 from prune_dn.run_folder import RunFolder
 from prune_dn.training import fit
 
@@ -83,7 +81,6 @@ def build_model(section: ModelSection, data: Datasets, *, seed: int) -> Net:
 def check_measured(recipe: Recipe, model: Net) -> None:
     """Raise PruningError, before any work, where `prune.ratios` are not for this net."""
     if recipe.prune is not None and recipe.prune.ratios is not None:
-        assert isinstance(model, DenseNet)
         read_ratios(recipe.prune.ratios, Units(model.config.graph()), recipe.prune.units)
 
 
@@ -126,19 +123,18 @@ class Phases:
         self, model: Net, dense: Net, section: PruneSection, number: int
     ) -> tuple[dict[str, Any], Net]:
         """One round, and what the report tells of the cut. The budget is against `dense`."""
-        if isinstance(model, LightCNN) and isinstance(dense, LightCNN):
-            return self._prune_light_cnn(model, dense, section, number)
-        assert isinstance(model, DenseNet) and isinstance(dense, DenseNet)
-        plan, small = self._prune_densenet(model, dense, section, number)
+        plan, small = self._prune(model, dense, section, number)
         return {"layers": plan.layers, **json.loads(plan.to_json())}, small
 
-    def _prune_densenet(
-        self, model: DenseNet, dense: DenseNet, section: PruneSection, number: int
+    def _prune(
+        self, model: Net, dense: Net, section: PruneSection, number: int
     ) -> tuple[Plan, Net]:
         """Plan, cut, compensate, recalibrate; each step is scored."""
         ending = "" if section.rounds == 1 else f"-{number}"
         plan_file = f"plan{ending}.json"
-        done = "recalibrated" if section.recalibrate_batches else "cut"
+        has_norms = any(isinstance(module, _BatchNorm) for module in model.modules())
+        batches = section.recalibrate_batches if has_norms else 0
+        done = "recalibrated" if batches else "cut"
         file = f"{done}{ending}.safetensors"
         if self.folder.done(f"prune-{number}", [plan_file, file]):
             with self._readable(plan_file):
@@ -147,15 +143,15 @@ class Phases:
         with self._phase(f"prune-{number}"):
             plan = self._plan(model, dense, number)
             self.folder.write(plan_file, plan.to_json() + "\n")
-            small = apply_plan(model, plan)
+            small = ours(apply_plan(model, plan), file)
             stages = ["pruned"]
             self._score(small, "pruned")
             if section.compensate != "none":
                 small = self._compensate(small, model, plan, section.compensate)
                 stages.append("compensated")
                 self._score(small, "compensated")
-            if section.recalibrate_batches:
-                self._recalibrate(small, section.recalibrate_batches)
+            if batches:
+                self._recalibrate(small, batches)
                 stages.append("recalibrated")
                 self._score(small, "recalibrated")
             self._save(small, file)
@@ -164,34 +160,6 @@ class Phases:
             if not section.settle:
                 self._record_round(number, plan.requested["pruning_ratio"], plan.achieved["ratio"])
         return plan, small
-
-    def _prune_light_cnn(
-        self, model: LightCNN, dense: LightCNN, section: PruneSection, number: int
-    ) -> tuple[dict[str, Any], Net]:
-        """Cut, score: there is no plan, and there are no norms to recalibrate."""
-        file = "cut.safetensors" if section.rounds == 1 else f"cut-{number}.safetensors"
-        assert section.pruning_ratio is not None
-        asked = section.pruning_ratio * number / section.rounds
-        if self.folder.done(f"prune-{number}", [file]):
-            small = self._load(file)
-        else:
-            with self._phase(f"prune-{number}"):
-                small = self._cut(model, dense, number)
-                self._save(small, file)
-                self._score(small, "pruned", file)
-                whole, left = (getattr(count(net), section.unit) for net in (dense, small))
-                self._record_round(number, asked, 1 - left / whole)
-        assert isinstance(small, LightCNN)
-        told = ["unit", "criterion", "scope", "protect", "min_channels", "round_to"]
-        if "sibling" in section.units:
-            told.append("units")
-        facts = {
-            "requested": {"pruning_ratio": asked, **{key: getattr(section, key) for key in told}},
-            "achieved": self.folder.metrics["rounds"][number - 1],
-            "protected": {},
-            "layers": width_rows(model.config, small.config),
-        }
-        return facts, small
 
     def _record_round(self, number: int, requested: float, achieved: float) -> None:
         assert self.recipe.prune is not None
@@ -203,16 +171,6 @@ class Phases:
         if (asked := asked_latency(self.recipe)) is not None:
             row["runtime"], row["batch_size"] = asked
         self.folder.metrics["rounds"][number - 1 :] = [row]
-
-    def _cut(self, model: LightCNN, dense: LightCNN, number: int) -> LightCNN:
-        """Cut by the main process, so that all have the same net."""
-        made = None
-        if self.folder.is_main:
-            small = cut_round(self.recipe, model, dense, self.data, number)
-            weights = {name: tensor.cpu() for name, tensor in small.state_dict().items()}
-            made = small.config, weights
-        config, weights = self.folder.agree(made)
-        return fill(config, weights).to(process_state().device)
 
     def finetune(self, model: Net, dense: Net, section: PruneSection, number: int) -> Net:
         """Train the cut net; after the last round it becomes pruned.safetensors."""
@@ -328,14 +286,14 @@ class Phases:
         self.folder.metrics["history"][name] = result.history
         return result.notices
 
-    def _plan(self, model: DenseNet, dense: DenseNet, number: int) -> Plan:
+    def _plan(self, model: Net, dense: Net, number: int) -> Plan:
         """Decided by the main process, so that all cut the same."""
         text = None
         if self.folder.is_main:
             text = plan_round(self.recipe, model, dense, self.data, number).to_json()
         return Plan.from_json(self.folder.agree(text))
 
-    def _compensate(self, small: DenseNet, model: DenseNet, plan: Plan, method: str) -> DenseNet:
+    def _compensate(self, small: Net, model: Net, plan: Plan, method: str) -> Net:
         """Refitted by the main process, so that all have the same weights."""
         weights = None
         if self.folder.is_main:
@@ -348,7 +306,7 @@ class Phases:
         small.load_state_dict(self.folder.agree(weights))
         return small
 
-    def _recalibrate(self, model: DenseNet, batches: int) -> None:
+    def _recalibrate(self, model: Net, batches: int) -> None:
         size = 64 if self.recipe.finetune is None else self.recipe.finetune.batch_size
         train = self.data.train
         loader = calibration_loader(train, size, augment=train.augment, seed=self.recipe.seed)

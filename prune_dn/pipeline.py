@@ -9,12 +9,13 @@ from typing import Any
 
 from prune_dn.data import Datasets
 from prune_dn.errors import RecipeError
-from prune_dn.models import DenseNet, LightCNN, Net
+from prune_dn.models import LightCNN, Net
 from prune_dn.phases import Phases, build_model, check_measured, load_data
 from prune_dn.pixels import warn_of_other_pixels
 from prune_dn.profiling import count
+from prune_dn.pruning import apply_plan
 from prune_dn.recipe import Recipe
-from prune_dn.rounds import cut_round, plan_round
+from prune_dn.rounds import plan_round
 from prune_dn.run_folder import RunFolder
 
 
@@ -99,16 +100,10 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
         },
         "output_dir": recipe.output_dir,
     }
-    if recipe.prune is not None and isinstance(model, LightCNN):
-        small = count(cut_round(recipe, model, model, data, recipe.prune.rounds))
-        facts["pruned"] = dataclasses.asdict(small)
-        facts["requested"], unit = recipe.prune.pruning_ratio, recipe.prune.unit
-        facts["achieved"] = 1 - facts["pruned"][unit] / facts["dense"][unit]
-        facts["protected"] = {}
-    elif recipe.prune is not None and isinstance(model, DenseNet):
+    if recipe.prune is not None:
         plan = plan_round(recipe, model, model, data, recipe.prune.rounds)
         if recipe.prune.settle:
-            after = count(plan.config_after, data.spec.image_size)
+            after = count(apply_plan(model, plan), data.spec.image_size)
             facts["pruned"] = dataclasses.asdict(after)
         else:
             facts["pruned"] = plan.achieved["after"]

@@ -27,7 +27,6 @@ from prune_dn.losses import LOSSES
 from prune_dn.models import BUILDERS, LIGHT_CNNS, Net
 from prune_dn.pruning import CRITERIA
 from prune_dn.pruning.config import (
-    USUAL_UNITS,
     Compensation,
     PruneConfig,
     Scope,
@@ -337,16 +336,8 @@ class Recipe(Strict):
         if (cut := self.prune) is not None:
             if cut.criterion == "bn_scale":
                 wrong.append("prune.criterion bn_scale (it has no norms; choose l2, or taylor)")
-            if cut.unit == "latency":
-                wrong.append("prune.unit latency (choose macs)")
-            if cut.compensate != "none":
-                wrong.append("prune.compensate (for DenseNets; leave it out)")
-            if cut.settle:
-                wrong.append("prune.settle (for DenseNets; give pruning_ratio)")
-            if cut.ratios is not None:
-                wrong.append("prune.ratios (for DenseNets; leave it out)")
-            if cut.units not in (USUAL_UNITS, ("sibling",)):
-                wrong.append("prune.units (leave it out, or give [sibling])")
+            none = [unit for unit in ("edge", "layer") if unit in cut.units]
+            wrong += [f"prune.units {unit} (it has none; leave it out)" for unit in none]
         return ", ".join(wrong)
 
 

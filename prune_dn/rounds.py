@@ -1,15 +1,12 @@
-"""What one round of a recipe cuts: a plan for a DenseNet, or a smaller Light CNN."""
+"""What one round of a recipe cuts: a plan."""
 
 from __future__ import annotations
 
 import torch
 
 from prune_dn.data import Datasets, calibration_batches
-from prune_dn.errors import PruningError
-from prune_dn.models import DenseNet, LightCNN
-from prune_dn.profiling import count
-from prune_dn.pruning import Plan, make_plan, prune, settling_plan
-from prune_dn.pruning.config import LATENCY
+from prune_dn.models import Net
+from prune_dn.pruning import Plan, make_plan, settling_plan
 from prune_dn.pruning.criteria import follows_loss, reads_images
 from prune_dn.pruning.request import usual_criterion
 from prune_dn.recipe import Recipe
@@ -26,9 +23,7 @@ NOT_PLANNED = {
 }
 
 
-def plan_round(
-    recipe: Recipe, model: DenseNet, dense: DenseNet, data: Datasets, number: int
-) -> Plan:
+def plan_round(recipe: Recipe, model: Net, dense: Net, data: Datasets, number: int) -> Plan:
     """The plan of one round: `number`/`rounds` of the ratio in all, always against `dense`; or the
     one that settles every MFM."""
     section = recipe.prune
@@ -49,34 +44,6 @@ def plan_round(
         loss=loss,
         baseline=dense.config,
     )
-
-
-def cut_round(
-    recipe: Recipe, model: LightCNN, dense: LightCNN, data: Datasets, number: int
-) -> LightCNN:
-    """What `plan_round` and surgery are for DenseNets: a smaller Light CNN."""
-    section = recipe.prune
-    assert section is not None and section.pruning_ratio is not None
-    ratio = section.pruning_ratio * number / section.rounds
-    if model is not dense and section.unit != LATENCY:
-        whole, now = (getattr(count(net), section.unit) for net in (dense, model))
-        ratio = 1 - (1 - ratio) * whole / now
-        if ratio <= 0:
-            raise PruningError(
-                f"round {number} has nothing to cut: the round before it went further than asked; "
-                "choose fewer rounds, or a smaller round_to"
-            )
-    small = prune(
-        model,
-        ratio,
-        **section.model_dump(exclude=NOT_PLANNED),
-        compensate=section.compensate,
-        seed=seed_of(recipe),
-        calibration=calibration(recipe, data) if reads_images(section.criterion) else None,
-        loss=section.loss,
-    )
-    assert isinstance(small, LightCNN)
-    return small
 
 
 def calibration(recipe: Recipe, data: Datasets) -> list[tuple[torch.Tensor, torch.Tensor]]:

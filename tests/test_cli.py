@@ -527,12 +527,8 @@ def test_every_command_takes_a_light_cnn(run: Run, light: Path) -> None:
          "no norm with a scale .* such as l2"),
         (["prune", "--ratio", 0.5, "--calibration", 9, "-o", "a.safetensors"],
          "--calibration has no effect: the default criterion reads only the weights"),
-        (["prune", "--ratio", 0.5, "--criterion", "l2", "--plan-out", "p.json", "-o", "a.safetensors"],
-         "--plan-out has no effect: a Light CNN has no plan"),
         (["prune", "--ratio", 0.5, "--criterion", "l2", "--recalibrate", 2, "-o", "a.safetensors"],
          "--recalibrate has no effect: a Light CNN has no batch norms"),
-        (["prune", "--ratio", 0.5, "--criterion", "l2", "--unit", "latency", "-o", "a.safetensors"],
-         "latency budget is for DenseNets"),
         (["prune", "--ratio", 0.5, "--criterion", "l2", "--runtime", "eager", "-o", "a.safetensors"],
          "runtime has no effect with unit 'channels'"),
         (["evaluate", "--recalibrate", 2], "no batch norm with running statistics"),
@@ -541,7 +537,7 @@ def test_every_command_takes_a_light_cnn(run: Run, light: Path) -> None:
          "has 16 pixels a side, --image-size says 999"),
         (["profile", "--image-size", 999], "has 16 pixels a side, --image-size says 999"),
         (["export", "--image-size", 999, "-o", "a.onnx"], "has 16 pixels a side"),
-        (["sensitivity", "--out", "s"], "LightCNN is no DenseNet"),
+        (["sensitivity", "--units", "edge", "--out", "s"], "this net has none of them"),
     ],
 )  # fmt: skip
 def test_what_a_light_cnn_cannot(run: Run, light: Path, arguments: list[Any], message: str) -> None:

@@ -179,7 +179,6 @@ def test_a_densenet_of_a_script_becomes_ours_and_has_a_plan(run: Run) -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (["--plan-out", "p.json"], "--plan-out has no effect: a ResNet has no plan; leave it out"),
         (["--export", "a.tflite"], "a.tflite: the ending says the format; use .onnx, .pt2 or .pt"),
         (["--export", "o.safetensors"], "the ending says the format|is --output itself"),
         (["--model", "timm/resnet18"], "does not fit: "),

@@ -497,7 +497,7 @@ report: {batch_sizes: [2], repeats: 2}
 
 
 def test_a_light_cnn_from_recipe_to_export(tmp_path: Path) -> None:
-    """Two rounds, both against the dense net; there is no plan, and what was cut is in the report."""
+    """Two rounds, both against the dense net; what was cut is in the plans and in the report."""
     recipe = parse_recipe(LIGHT, overrides=[f"output_dir={json.dumps(str(tmp_path / 'run'))}"])
     facts = pipeline.dry_run(recipe)
     assert facts["pruned"]["macs"] <= 0.5 * facts["dense"]["macs"] and facts["achieved"] >= 0.5
@@ -516,9 +516,10 @@ def test_a_light_cnn_from_recipe_to_export(tmp_path: Path) -> None:
     assert result.metrics["rounds"][1]["achieved"] == pytest.approx(achieved)
     report = (folder / "report.md").read_text()
     name, before, after = "group4.conv.filter", dense.config.named(), first.config.named()
-    row = f"| {name} | filter | {before[name].filters} | {after[name].filters} |"
+    row = f"| {name} | bottleneck | {before[name].filters} | {after[name].filters} |"
     assert row in report and "criterion taylor" in report
-    assert not (folder / "plan-1.json").exists()
+    plans = [Plan.load(folder / f"plan-{number}.json") for number in (1, 2)]
+    assert [plan.config_after for plan in plans] == [first.config, second.config]
     import onnxruntime
 
     session = onnxruntime.InferenceSession(folder / "model.onnx")

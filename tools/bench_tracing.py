@@ -22,7 +22,7 @@ from results import chosen
 from torch import Tensor, nn
 
 from prune_dn.graph import trace
-from prune_dn.graph.groups import free_groups
+from prune_dn.graph.classes import channel_classes
 from prune_dn.latency import machine
 
 
@@ -80,7 +80,7 @@ def measure(name: str, size: int, repeats: int) -> dict[str, Any]:
     groups: list[int] = []
     theirs = cpu_seconds(lambda: groups.append(torch_pruning(net, image)))
     row: dict[str, Any] = {"net": name, "pixels": size, "ours_cpu_s": round(ours, 2), "n": repeats}
-    row |= {"groups": len(free_groups(trace(net, image))), "torch_pruning_groups": groups[0]}
+    row |= {"groups": len(channel_classes(trace(net, image))[1]), "torch_pruning_groups": groups[0]}
     return {**row, "torch_pruning_cpu_s": round(theirs, 2), "ratio": round(theirs / ours, 1)}
 
 

@@ -26,6 +26,7 @@ from prune_dn.pruning.kept import indices_of
 from prune_dn.pruning.latency_model import LatencyModel
 from prune_dn.pruning.parts import Mask
 from prune_dn.pruning.plan import plan_of
+from prune_dn.pruning.subject import subject
 from prune_dn.pruning.units import Units
 from prune_dn.rivals import THEIR_CRITERIA, THEIR_SCOPES, macs_of, torch_pruned
 
@@ -105,7 +106,8 @@ def slimming(net: DenseNet, ratio: float, batches: Batches, size: int, seed: int
     Its mask sets gamma and beta to zero; the channels behind them are then cut, which changes
     nothing (`masked == pruned` is a test).
     """
-    config, units = net.config, Units(net.config.graph())
+    given = subject(net)
+    config, units = net.config, Units(given.graph)
     scores = importance(net, units, "bn_scale")
     may_go = np.ones(units.size, dtype=bool)
     for group in units.groups:
@@ -126,7 +128,7 @@ def slimming(net: DenseNet, ratio: float, batches: Batches, size: int, seed: int
         return prune_dn.count(config.after(indices_of(units, keep(count))), size).macs <= target
 
     count = bisect_left(range(len(order)), True, key=enough)
-    return prune_dn.apply_plan(net, plan_of(config, units, keep(count)))
+    return prune_dn.apply_plan(net, plan_of(given, units, keep(count)))
 
 
 def theirs(criterion: str, scope: str, round_to: int) -> Method:

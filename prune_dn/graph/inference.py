@@ -21,6 +21,15 @@ def call(model: nn.Module, inputs: Any) -> Any:
     return model(*positional, **named)
 
 
+def held(model: nn.Module, name: str) -> nn.Module | Tensor:
+    """A module, parameter or buffer by its name; the model itself by an empty one."""
+    if not name:
+        return model
+    parent, _, key = name.rpartition(".")
+    found: nn.Module | Tensor = getattr(model.get_submodule(parent), key)
+    return found
+
+
 def tensors(output: object) -> list[Tensor]:
     """All floating-point tensors in what a model returned."""
     return [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()]

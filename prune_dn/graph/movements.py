@@ -18,6 +18,7 @@ from prune_dn.graph.flow import (
     take,
 )
 from prune_dn.graph.rules import Call, Weight, as_flow, aten, mix, sized, tie_parts, unknown
+from prune_dn.graph.selecting import INDEX
 from prune_dn.graph.types import NONE
 
 
@@ -208,6 +209,10 @@ def index_select(call: Call) -> Flow:
         mix(call, "index_select reads it by an index that is computed")
         return constant(call.shape)
     call.build.used.add(index.name)
+    if index.name.rpartition(".")[2] == INDEX and axis == 1:
+        stream = call.build.channels(x, 1, f"{index.layer} selects along another axis")
+        call.build.selected[index.layer] = stream
+        return along(call.shape, 1, stream[index.value.cpu().numpy()])
     if x.ids.shape[axis] > 1:
         call.build.fix(x.ids, "the net's own code picks channels by position")
     return take(x, axis, index.value.cpu().numpy(), call.shape)

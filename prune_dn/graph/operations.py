@@ -124,7 +124,7 @@ def _layer(call: Call, axis: int, groups: int, transposed: bool) -> Flow:
         math.prod((x.shape if transposed else shape)[2:]) if axis == 1 else math.prod(shape[1:-1])
     )
     kernel = weight.shape[2:]
-    call.build.op(Op(layer, kernel, groups, positions))
+    call.build.op(Op(layer, kernel, groups, positions, bias is not None))
     if 1 < groups == x.shape[axis]:
         made = ids.repeat(outputs // groups)
         call.build.follow(layer, made)
@@ -164,7 +164,7 @@ def channel_norm(call: Call) -> Flow | list[Flow]:
         elif isinstance(operand, Flow):
             call.build.fix(ids, "a norm's scale or shift is computed")
     for layer in sorted(layers):
-        call.build.follow(layer, ids)
+        call.build.follow(layer, ids, math.prod(x.shape[2:]))
     flow = along(call.shape, 1, ids)
     return [flow, *map(constant, call.shapes[1:])] if len(call.shapes) > 1 else flow
 

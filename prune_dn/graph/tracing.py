@@ -22,12 +22,13 @@ from prune_dn.graph.builder import Builder
 from prune_dn.graph.flow import Flow, constant
 from prune_dn.graph.inference import arguments, call, to_inference_
 from prune_dn.graph.movements import view
-from prune_dn.graph.operations import elementwise
+from prune_dn.graph.operations import elementwise, reduction, spatial
 from prune_dn.graph.rules import RULES, Call, Weight, unknown
 from prune_dn.graph.sizes import Sizes
 from prune_dn.graph.types import Graph
 
 _UNKNOWN = -1  # a size that depends on the data
+_KEEPING = (elementwise, view, spatial, reduction)  # rules of what may stand behind a norm
 _NORMS = {"aten.batch_norm", "aten.instance_norm"}
 
 
@@ -78,7 +79,7 @@ def trace(model: nn.Module, example_inputs: Any) -> Graph:
     for name, module in net.named_modules():
         if any(p is not None and held[id(p)] > 1 for p in module._parameters.values()):
             build.share(name, f"{name} shares its weight with another layer")
-    return build.graph(_unreached(net, build), why)
+    return build.graph(net, _unreached(net, build), why)
 
 
 def _export(net: nn.Module, example_inputs: Any) -> ExportedProgram:
@@ -249,7 +250,7 @@ def _norm_in_front(node: Node, values: Mapping[str, Any]) -> str | None:
         if name in _NORMS:
             weights = [values[a.name] for a in before.args[1:5] if isinstance(a, Node)]
             return weights[0].layer if weights and isinstance(weights[0], Weight) else None
-        if RULES.get(name) not in (elementwise, view) or len(before.all_input_nodes) != 1:
+        if RULES.get(name) not in _KEEPING or len(before.all_input_nodes) != 1:
             return None
         before = before.args[0]
     return None

@@ -86,7 +86,8 @@ class Block:
 class Op:
     """The geometry of one call of a convolution or linear layer: `pixels` are its output positions.
 
-    `kernel` is () for a linear layer. Of a transposed convolution `pixels` are its input positions.
+    `kernel` is () for a linear layer. Of a transposed convolution `pixels` are its input positions; a
+    layer that runs only in training mode has none.
     """
 
     layer: str
@@ -126,7 +127,8 @@ class Graph:
         """The number of output positions of one image to which each layer applies its weight."""
         found: dict[str, int] = {}
         for op in self.ops:
-            found[op.layer] = found.get(op.layer, 0) + op.pixels
+            if op.pixels:
+                found[op.layer] = found.get(op.layer, 0) + op.pixels
         return found
 
     def why_fixed(self, layer: str) -> str | None:

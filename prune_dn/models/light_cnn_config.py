@@ -90,8 +90,8 @@ class LightCNNConfig:
         """The layers by the names of their weights."""
         return {place.name: layer for place, layer in zip(self.places(), self.layers, strict=True)}
 
-    def graph(self) -> Graph:
-        """The channels of the net, who makes and who reads them."""
+    def graph(self, image_size: object = None) -> Graph:
+        """The channels of the net, who makes and who reads them, for images of its own size."""
         from prune_dn.models.light_cnn_graph import light_cnn_graph
 
         return light_cnn_graph(self)

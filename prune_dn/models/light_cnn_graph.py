@@ -44,7 +44,7 @@ def light_cnn_graph(config: LightCNNConfig) -> Graph:
         producers.append(Producer(place.name, filters))
         made = filters
         if layer.filters > layer.units:
-            made, module = new(layer.units), place.name.removesuffix("filter") + "mfm"
+            made, module = new(layer.units), competition_of(place.name)
             operands = operands_of(filters, "2/1", layer.alone)
             competitions.append(Competition(module, operands, made[None], place.name, None))
         if place.joins is not None:
@@ -73,15 +73,28 @@ def light_cnn_graph(config: LightCNNConfig) -> Graph:
 def light_cnn_after(config: LightCNNConfig, kept: Mapping[str, Sequence[int]]) -> LightCNNConfig:
     """The config of what is left of `config`: `kept` as `Plan.keep_indices`, absent = all."""
     layers = []
-    for name, layer in config.named().items():
-        filters = np.asarray(kept.get(name, range(layer.filters)), dtype=np.intp)
-        plain = layer.filters == layer.units
-        kind, alone = (None, ()) if plain else ("2/1", layer.alone)
-        units, kind, single = maps_left(layer.units, kind, alone, filters)
-        layers.append(
-            MFMConfig(len(units), single if kind is not None else tuple(range(len(units))))
-        )
+    named = config.named()
+    left: dict[str, Ids] = {}  # maps that stay, by the layer that makes them first
+    for place, layer in zip(config.places(), config.layers, strict=True):
+        root = place.joins or place.name
+        if layer.filters == layer.units:  # a plain layer: its filters are those maps
+            filters = left.get(root, kept.get(root, range(layer.filters)))
+            units, kind, single = maps_left(
+                layer.units, None, (), np.asarray(filters, dtype=np.intp)
+            )
+        else:
+            filters = kept.get(competition_of(place.name), range(layer.filters))
+            rows = np.asarray(filters, dtype=np.intp)
+            units, kind, single = maps_left(named[place.name].units, "2/1", layer.alone, rows)
+        left.setdefault(root, units)
+        alone = single if kind is not None else tuple(range(len(units)))
+        layers.append(MFMConfig(len(units), alone))
     return replace(config, layers=tuple(layers))
+
+
+def competition_of(name: str) -> str:
+    """The MFM behind a layer."""
+    return name.removesuffix("filter") + "mfm"
 
 
 def _pixels(config: LightCNNConfig) -> list[int]:

@@ -231,7 +231,25 @@ def floor(units: Units, scores: Scores, may_go: Mask, min_channels: int) -> tupl
         fixed[edges.start + best] = True
         needed = sources[best]
         fixed[needed[needed != STAYS]] = True
+    for group in units.groups:
+        if group.kind in ("stream", "bottleneck") and units.output_of[group.start] < 0:
+            _keep_read(units, group, scores, bound, fixed, min_channels)
     return fixed, spare & ~fixed
+
+
+def _keep_read(
+    units: Units, group: Group, scores: Scores, bound: Mask, fixed: Mask, count: int
+) -> None:
+    """Fix edges to `count` units of a group, so that channels which stay for its width are read."""
+    stays = fixed | bound
+    read = units.is_read.copy()
+    held = stays[units.reads] & (units.source != STAYS)
+    read[units.source[held]] = True
+    missing = min(count, group.size) - np.count_nonzero((stays & read)[group.units])
+    unread = group.start + np.flatnonzero((fixed & ~read)[group.units])
+    for unit in unread[np.argsort(-scores[unread], kind="stable")][: max(missing, 0)]:
+        edges = units.reads[units.source == unit]
+        fixed[edges[np.argmax(scores[edges])]] = True
 
 
 def _best(group: Group, scores: Scores, stays: Mask, count: int) -> Indices:
@@ -247,6 +265,16 @@ def quantiles(units: Units, scores: Scores) -> Scores:
     for group in units.groups:
         order = np.argsort(scores[group.units], kind="stable")
         value[group.start + order] = (np.arange(group.size) + 0.5) / max(group.size, 1)
+    return value
+
+
+def shares(units: Units, scores: Scores, may_go: Mask) -> Scores:
+    """Each unit's share of the mean score of those of its group that may go."""
+    value = np.zeros(units.size)
+    for group in units.groups:
+        mine = scores[group.units]
+        mean = mine[may_go[group.units]].mean() if may_go[group.units].any() else 1.0
+        value[group.units] = mine / max(mean, np.finfo(np.float64).tiny)
     return value
 
 

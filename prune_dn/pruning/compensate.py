@@ -14,18 +14,26 @@ from torch import Tensor, nn
 from prune_dn.batches import read_batches
 from prune_dn.defaults import usual_defaults
 from prune_dn.errors import PruningError
+from prune_dn.graph import Graph
 from prune_dn.losses import LossFunction
 from prune_dn.models import DenseNet
 from prune_dn.models.dense_net import DenseLayer, ReadStream, Transition
 from prune_dn.models.mfm import MaxFeatureMap
 from prune_dn.pruning.calibration import PixelSampler
 from prune_dn.pruning.config import COMPENSATIONS, check_choice
+from prune_dn.pruning.cuts import cuts
 from prune_dn.pruning.judge import Judge, split_images
+from prune_dn.pruning.kept import Kept, indices_of
 from prune_dn.pruning.least_squares import Moments, solve
+from prune_dn.pruning.parts import Mask
 from prune_dn.pruning.patches import at_positions, patches_of
-from prune_dn.pruning.plan import Plan
+from prune_dn.pruning.plan import Plan, planned
+from prune_dn.pruning.refit import refit_
+from prune_dn.pruning.subject import Subject
+from prune_dn.pruning.units import Units
 from prune_dn.sound import check_sound
 
+AnyNet = TypeVar("AnyNet", bound=nn.Module)
 Maps = list[Tensor]  # one tensor per calibration batch
 Streams = list[list[Tensor]]  # per calibration batch, the sources that make the stream
 
@@ -33,15 +41,15 @@ Streams = list[list[Tensor]]  # per calibration batch, the sources that make the
 @usual_defaults()
 @torch.inference_mode(False)
 def compensate_plan(
-    small: DenseNet,
-    dense: DenseNet,
+    small: AnyNet,
+    dense: nn.Module,
     plan: Plan,
     calibration: Iterable[object],
     method: str = "least_squares",
     *,
     loss: str | LossFunction | None = None,
     seed: int = 0,
-) -> DenseNet:
+) -> AnyNet:
     """A copy of `small` (`dense` after `plan`) whose readers give nearly what the dense net's give.
 
     From front to back, each conv and the classifier: its inputs come from the pruned net as it is
@@ -73,23 +81,51 @@ def compensate_plan(
     check_compensation(method, True)
     if method == "none":
         return small
-
-    def fit_(net: DenseNet, teacher: DenseNet, images: Sequence[Tensor]) -> None:
-        _Walk(net, teacher, plan, images, method == "least_squares", seed).run()
-
-    return closer(small, dense, calibration, method, loss, fit_)
+    given, table, keep = planned(dense, plan)
+    return compensate(given, table, keep, small, calibration, method, loss=loss, seed=seed)
 
 
-AnyNet = TypeVar("AnyNet", bound=nn.Module)
+@torch.inference_mode(False)
+def compensate(
+    given: Subject,
+    table: Units,
+    keep: Mask,
+    small: AnyNet,
+    calibration: Iterable[object],
+    method: str,
+    *,
+    loss: str | LossFunction | None,
+    seed: int,
+) -> AnyNet:
+    """`compensate_plan` for a net that was cut to what `keep` leaves of the units of `given`."""
+    refit = method == "least_squares"
+
+    def fit_(net: nn.Module, teacher: nn.Module, images: Sequence[Tensor]) -> None:
+        if isinstance(net, DenseNet) and isinstance(teacher, DenseNet):
+            _Walk(net, teacher, indices_of(table, keep), images, refit, seed).run()
+            return
+        kept = {n: c.outputs for n, c in cuts(table, keep).items() if c.outputs is not None}
+        shifts = shiftable(given.graph)
+        refit_(net, teacher, kept, shifts, images, weights=refit, seed=seed)
+
+    return closer(small, given.model, calibration, method, loss, fit_)
+
+
+def shiftable(graph: Graph) -> set[str]:
+    """The layers of which each output goes through a batch norm, which can move its mean."""
+    normed = {int(c) for f in graph.followers if f.is_norm for c in graph.classes(f.channels)}
+    return {
+        p.layer for p in graph.producers if normed.issuperset(graph.classes(p.channels).tolist())
+    }
 
 
 def closer(
     small: AnyNet,
-    dense: AnyNet,
+    dense: nn.Module,
     calibration: Iterable[object],
     method: str,
     loss: str | LossFunction | None,
-    fit_: Callable[[AnyNet, AnyNet, Sequence[Tensor]], None],
+    fit_: Callable[[nn.Module, nn.Module, Sequence[Tensor]], None],
 ) -> AnyNet:
     """A copy of `small` after `fit_(copy, dense, images)`, or `small` itself, with a warning.
 
@@ -100,7 +136,8 @@ def closer(
     images = read_batches(calibration).images
     fitted, judged = split_images(images)
     was_training = {name: module.training for name, module in small.named_modules()}
-    net, cut, teacher = (copy.deepcopy(each).eval() for each in (small, small, dense))
+    net, cut = (copy.deepcopy(small).eval() for _ in range(2))
+    teacher = copy.deepcopy(dense).eval()
     with torch.no_grad():
         judge = Judge(teacher, judged, loss)
         fit_(net, teacher, fitted)
@@ -136,13 +173,13 @@ class _Walk:
         self,
         small: DenseNet,
         dense: DenseNet,
-        plan: Plan,
+        keep_indices: Kept,
         images: Sequence[Tensor],
         refit: bool,
         seed: int,
     ) -> None:
         self.small, self.dense, self.refit = small, dense, refit
-        self.keep_indices, self.images = plan.keep_indices, images
+        self.keep_indices, self.images = keep_indices, images
         self.sampler = PixelSampler(sum(map(len, images)), seed)
 
     def run(self) -> None:

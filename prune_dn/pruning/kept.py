@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from prune_dn.errors import ConfigError, PruningError
-from prune_dn.models import DenseNetConfig
+from prune_dn.pruning.config import Kind
 from prune_dn.pruning.parts import Group, Mask, Positions
+from prune_dn.pruning.subject import Config, NetShape
 from prune_dn.pruning.units import Units
 
 Kept = dict[str, tuple[int, ...]]
@@ -57,9 +58,7 @@ def units_of(table: Units, keep_indices: Mapping[str, Sequence[int]]) -> Mask:
     Raises PruningError for names and channels that the net does not have, and where modules disagree.
     """
     keep = np.ones(table.size, dtype=bool)
-    unknown = sorted({str(name) for name in keep_indices} - {group.name for group in table.groups})
-    if unknown:
-        raise PruningError(f"keep_indices name {unknown[0]!r}, which config_before does not have")
+    _check_known(keep_indices, (group.name for group in table.groups))
     makers = {found.maker: found for found in table.pairs if found.maker is not None}
     for group in table.groups:
         if group.name in keep_indices:
@@ -75,20 +74,26 @@ def units_of(table: Units, keep_indices: Mapping[str, Sequence[int]]) -> Mask:
     return keep
 
 
-def consistent(
-    before: DenseNetConfig, after: DenseNetConfig, keep_indices: Mapping[str, Sequence[int]]
-) -> Kept:
+def consistent(before: Config, after: Config, keep_indices: Mapping[str, Sequence[int]]) -> Kept:
     """`keep_indices` as `indices_of` writes them.
 
-    Raises PruningError unless `after` is what they leave of `before`.
+    Raises PruningError unless `after` is what they leave of `before`. Of a net without a config that is
+    known only when the plan is applied: here only what can be told from the plan itself is checked.
     """
     for config in (before, after):
-        if not isinstance(config, DenseNetConfig):
+        if not isinstance(config, Config):
             raise PruningError(
-                f"a plan is between two DenseNetConfigs, not a {type(config).__name__}"
+                f"a plan is between two descriptions of nets, not a {type(config).__name__}"
             )
     if not isinstance(keep_indices, Mapping):
         raise PruningError(f"keep_indices is {keep_indices!r}; it must be a mapping")
+    if isinstance(before, NetShape):
+        groups = {n: Group(kind, n, 0, size) for n, kind, size in channels_of(before)}
+        _check_known(keep_indices, groups)
+        return {
+            name: tuple(_channels(groups[name], kept).tolist())
+            for name, kept in keep_indices.items()
+        }
     table = Units(before.graph())
     keep = units_of(table, keep_indices)
     kept = indices_of(table, keep)
@@ -97,12 +102,29 @@ def consistent(
     except ConfigError as error:
         raise PruningError(f"keep_indices leave no net that can be built: {error}") from error
     if left != after:
-        where, found, right = _difference(dataclasses.asdict(after), dataclasses.asdict(left))
+        where, found, right = _difference(_plain(after), _plain(left))
         raise PruningError(
             f"config_after is not what keep_indices leave of config_before: {where} is {found!r}, "
             f"it must be {right!r}"
         )
     return kept
+
+
+def channels_of(config: Config) -> list[tuple[str, Kind, int]]:
+    """Name, kind and channels of each group of units of a net."""
+    if isinstance(config, NetShape):
+        return [(name, kind, size) for name, (kind, size) in config.groups.items()]
+    return [(g.name, g.kind, g.channels) for g in Units(config.graph()).groups]
+
+
+def _plain(config: Config) -> dict[str, Any]:
+    return {"family": type(config).__name__, **dataclasses.asdict(config)}
+
+
+def _check_known(keep_indices: Mapping[str, Sequence[int]], names: Iterable[str]) -> None:
+    unknown = sorted({str(name) for name in keep_indices} - set(names))
+    if unknown:
+        raise PruningError(f"keep_indices name {unknown[0]!r}, which config_before does not have")
 
 
 def _channels(group: Group, kept: Any) -> Positions:

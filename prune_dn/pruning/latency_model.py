@@ -1,8 +1,8 @@
-"""How long a DenseNet takes, as a sum over its parts, fitted on the machine at hand."""
+"""How long a DenseNet or Light CNN takes, as a sum over its parts, fitted on the machine at hand."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,16 +13,17 @@ from torch import nn
 from prune_dn.defaults import usual_defaults
 from prune_dn.errors import PruningError
 from prune_dn.latency import Runtime, compare_latency
-from prune_dn.models import DenseNet, DenseNetConfig
-from prune_dn.models.convert import convert
+from prune_dn.models import DenseNet, DenseNetConfig, LightCNN, LightCNNConfig
 from prune_dn.profiling import ImageSize, default_image_size
 from prune_dn.pruning.budget import Budget, choose
 from prune_dn.pruning.kept import indices_of
 from prune_dn.pruning.parts import Mask
 from prune_dn.pruning.prices import Scores
 from prune_dn.pruning.rates import Costing, Rates
+from prune_dn.pruning.subject import NetShape, subject
 from prune_dn.pruning.units import Units
 
+OwnConfig = DenseNetConfig | LightCNNConfig
 RUNTIME: Runtime = "onnxruntime"  # unless another is asked for
 TRIES = 4
 TOLERANCE = 0.03
@@ -61,13 +62,13 @@ class LatencyModel:
     machine: str
     spread: float = 0.0
 
-    def predict(self, config: DenseNetConfig) -> float:
+    def predict(self, config: OwnConfig) -> float:
         """Milliseconds of one batch of a net of this shape."""
         units = Units(config.graph(self.image_size))
         everything = np.ones(units.size, dtype=bool)
         return self.constant + Costing(units).total(everything, self.rates)
 
-    def measure(self, *configs: DenseNetConfig, repeats: int = 30) -> list[float]:
+    def measure(self, *configs: OwnConfig, repeats: int = 30) -> list[float]:
         """Milliseconds of one batch, median, of nets of these shapes, timed in turns."""
         different = list(dict.fromkeys(configs))
         times, _, _ = _measure(different, self.runtime, self.batch_size, self.image_size, repeats)
@@ -85,7 +86,7 @@ def fit_latency_model(
     repeats: int = 30,
     seed: int = 0,
 ) -> LatencyModel:
-    """Time `nets` random cuts of a DenseNet, in turns, and fit the rates that explain the times.
+    """Time `nets` random cuts of a DenseNet or Light CNN, in turns, and fit the rates that explain the times.
 
     The cuts are of all kinds of units and depend on `seed`; the fit is least squares of relative
     errors with rates that are not negative. `rates.step` is that of 1, 8 and 16 with the least
@@ -98,7 +99,12 @@ def fit_latency_model(
     >>> timing.predict(net.config) > 0
     True
     """
-    config = convert(model, share=True).config
+    config = subject(model, image_size).config
+    if isinstance(config, NetShape):
+        raise PruningError(
+            f"the latency of a {type(model).__name__} has no model: it is for DenseNets and Light CNNs; "
+            "measure it with compare_latency"
+        )
     size = default_image_size(config) if image_size is None else image_size
     units = Units(config.graph(size))
     generator = np.random.default_rng(seed)
@@ -142,12 +148,12 @@ def doubts(model: LatencyModel, ratio: float, times: Mapping[str, float]) -> lis
 
 def meet_latency(
     units: Units,
-    config: DenseNetConfig,
+    config: OwnConfig,
     scores: Scores,
     may_go: Mask,
     budget: Budget,
     model: LatencyModel,
-    baseline: DenseNetConfig,
+    baseline: OwnConfig,
 ) -> tuple[Mask, dict[str, float]]:
     """The `keep` whose measured time meets `budget.target`, and the times in ms.
 
@@ -191,7 +197,7 @@ def _in_blocks(
 
 
 def _measure(
-    configs: list[DenseNetConfig],
+    configs: Sequence[OwnConfig],
     runtime: Runtime,
     batch_size: int,
     image_size: ImageSize,
@@ -199,7 +205,7 @@ def _measure(
 ) -> tuple[list[float], str, float]:
     """Medians of nets with random weights, which take the time of any others; machine; spread."""
     with torch.random.fork_rng(devices=[]):
-        nets = {str(i): DenseNet(config).eval() for i, config in enumerate(configs)}
+        nets = {str(i): _built(config).eval() for i, config in enumerate(configs)}
     found = compare_latency(
         nets, batch_size=batch_size, image_size=image_size, runtime=runtime, repeats=repeats
     )
@@ -208,10 +214,15 @@ def _measure(
     return times, found["0"].machine, spread
 
 
+def _built(config: OwnConfig) -> nn.Module:
+    return DenseNet(config) if isinstance(config, DenseNetConfig) else LightCNN(config)
+
+
 def _random_cut(units: Units, generator: np.random.Generator) -> Mask:
     """A closed `keep` that leaves a random share of each kind of unit and of layers in each block."""
     keep = np.ones(units.size, dtype=bool)
-    areas = {s.edges.name: s.reader.positions for s in units.selections}
+    areas = {op.layer: op.pixels for op in units.graph.ops}
+    areas |= {s.edges.name: s.reader.positions for s in units.selections}
     stages = {area: n for n, area in enumerate(dict.fromkeys(areas.values()))}
     shares = generator.uniform(0.15, 1.0, size=(4, len(stages)))
     shares[generator.random(4) < 0.4] = 1.0  # some cuts leave a kind as it is

@@ -16,6 +16,7 @@ from prune_dn.pruning.config import Kind
 
 Mask = npt.NDArray[np.bool_]
 Positions = npt.NDArray[np.int64]
+Scores = npt.NDArray[np.float64]
 STAYS = -1  # in an array of units: a channel that belongs to none
 
 

@@ -6,41 +6,25 @@ import dataclasses
 import hashlib
 import json
 import os
-import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from prune_dn.defaults import usual_defaults
-from prune_dn.errors import PruneDNError, PruningError, PruningWarning
+from prune_dn.errors import PruneDNError, PruningError
 from prune_dn.files import parse_json, write_text
-from prune_dn.losses import LossFunction, loss_name
-from prune_dn.models import DenseNet, DenseNetConfig
-from prune_dn.models.convert import convert
-from prune_dn.profiling import ImageSize, count, default_image_size, sides
-from prune_dn.pruning import budget as budgets
-from prune_dn.pruning.config import LATENCY, PruneConfig
-from prune_dn.pruning.criteria import CRITERIA, follows_loss
-from prune_dn.pruning.importance import calibration_for, importance
-from prune_dn.pruning.kept import Kept, consistent, indices_of
-from prune_dn.pruning.latency_model import (
-    RUNTIME,
-    LatencyModel,
-    doubts,
-    fit_latency_model,
-    meet_latency,
-)
+from prune_dn.models import DenseNetConfig, LightCNN, LightCNNConfig
+from prune_dn.models.convert import is_densenet
+from prune_dn.probe import make
+from prune_dn.pruning.config import LATENCY
+from prune_dn.pruning.cuts import shape_after
+from prune_dn.pruning.kept import Kept, channels_of, consistent, indices_of, units_of
 from prune_dn.pruning.parts import Mask
-from prune_dn.pruning.protect import protected_units
 from prune_dn.pruning.rates import COUNTED
-from prune_dn.pruning.ratios import Ratios, measured_drops, read_ratios
-from prune_dn.pruning.request import check_ratios, check_rounding, request_of, with_defaults
-from prune_dn.pruning.siblings import keep_to_competing
+from prune_dn.pruning.subject import Config, NetShape, Subject, subject
 from prune_dn.pruning.units import Units
-from prune_dn.sound import check_sound
 
 FORMAT = "prune_dn.plan/1"
 
@@ -58,8 +42,8 @@ class Plan:
     Raises PruningError for parts that do not belong together.
     """
 
-    config_before: DenseNetConfig
-    config_after: DenseNetConfig
+    config_before: Config
+    config_after: Config
     keep_indices: Kept
     requested: dict[str, Any]
     achieved: dict[str, Any]
@@ -75,18 +59,16 @@ class Plan:
     @property
     def layers(self) -> list[dict[str, Any]]:
         """One row per group of units: name, kind, and how many channels before and after."""
-        rows = []
-        for group in Units(self.config_before.graph()).groups:
-            size, kept = group.channels, self.keep_indices.get(group.name)
-            rows.append(
-                {
-                    "name": group.name,
-                    "kind": group.kind,
-                    "before": size,
-                    "after": size if kept is None else len(kept),
-                }
-            )
-        return rows
+        before = channels_of(self.config_before)
+        return [
+            {
+                "name": name,
+                "kind": kind,
+                "before": channels,
+                "after": len(self.keep_indices.get(name, range(channels))),
+            }
+            for name, kind, channels in before
+        ]
 
     def to_json(self) -> str:
         """The plan as indented JSON, with a digest of the rest; `from_json` gives back an equal plan."""
@@ -124,7 +106,7 @@ class Plan:
                     f"it has {'no' if wrong[0] not in data else 'an unknown'} {wrong[0]!r}"
                 )
             for side in ("config_before", "config_after"):
-                data[side] = DenseNetConfig.from_json(json.dumps(data[side]))
+                data[side] = _config(data[side])
             return Plan(**data)
         except (ValueError, PruneDNError) as error:
             raise PruningError(f"not a plan of prune_dn: {error}") from error
@@ -142,173 +124,8 @@ class Plan:
             raise PruningError(f"cannot read the plan {os.fspath(path)}: {error}") from error
 
 
-@usual_defaults()
-def make_plan(
-    model: nn.Module,
-    pruning_ratio: float | PruneConfig,
-    *,
-    calibration: Iterable[object] | None = None,
-    loss: str | LossFunction | None = None,
-    ratios: Ratios | None = None,
-    baseline: DenseNetConfig | None = None,
-    latency_model: LatencyModel | Callable[[], LatencyModel] | None = None,
-    **fields: Any,
-) -> Plan:
-    """Decide what to cut from a DenseNet (ours, torchvision's or timm's); nothing is changed.
-
-    The request is a `PruneConfig`, or its `pruning_ratio` and other fields by name. The ratio is measured
-    against `baseline`, or the model itself. `compensate` is only noted here: `prune` and
-    `compensate_plan` carry it out.
-
-    `ratios`, a `sensitivity.json` or the rows of `sensitivity`, replaces prices by what was measured:
-    each group of units gives up its least important ones as far as one drop allows, the same for all
-    groups and the smallest that meets the budget. Between measured ratios the drop is taken to rise
-    linearly; beyond the largest, and in groups that were not measured, nothing goes.
-
-    Some criteria need `calibration`: batches of images (N, C, H, W), or (images, labels) batches for
-    `taylor` and `fisher`; any iterable, normalised as in training. `prune-dn criteria` lists them. With
-    `calibration` the default criterion is `reconstruction`.
-    These three follow the `loss` that the net was trained with: `softmax` (one class
-    of several), `sigmoid` (yes or no for each output), `mse` (numbers), or a callable (outputs,
-    labels) -> the mean over the batch, which always needs labels. None is `softmax` where labels are
-    class numbers; nothing else is guessed.
-    `mfm_win_rate` judges only what competes; the rest stays, as `protected` says.
-
-    `latency` is priced by `latency_model`, or a function that fits one once nothing else is wrong; by
-    default `fit_latency_model(model)`, with the request's `runtime` (onnxruntime) and `batch_size` (1) on
-    this machine. Widths above the block
-    of channels that the runtime computes in (`rates.step`) are cut to multiples of it too, where that
-    can meet the budget: others would lose channels and save no time. The net is then timed
-    beside the baseline and the plan corrected until the measured time meets the request; the times,
-    in milliseconds of the model's runtime, are in `achieved`. A busy machine, a model that fits badly
-    and a result far from the request are a PruningWarning, and stand there as `warnings`.
-
-    Raises PruningError for a request that is wrong, cannot be met, or would change nothing.
-
-    >>> from prune_dn.models import densenet40
-    >>> plan = make_plan(densenet40(), 0.5, unit="macs")
-    >>> round(plan.achieved["ratio"], 2)
-    0.5
-    """
-    check_sound(model)
-    net = convert(model, share=True)
-    config, loss = request_of(pruning_ratio, fields, loss)
-    criterion = with_defaults(config, net, calibration is not None).criterion
-    size = default_image_size(net.config) if config.input_size is None else config.input_size
-    asked = dataclasses.replace(config, criterion=criterion, input_size=size)
-    assert criterion is not None
-    check_ratios(ratios, asked.scope, asked.units)
-    follows = follows_loss(criterion) or asked.compensate in (None, "none")
-    batches = calibration_for(calibration, criterion, loss if follows else None)
-    table = Units(net.config.graph(size))
-    rows = None if ratios is None else read_ratios(ratios, table, asked.units)
-    check_rounding(table, asked.units, asked.round_to)
-    kept_back, protected = protected_units(table, asked.protect)
-    may_go = ~kept_back
-    for group in table.groups:
-        if group.kind not in asked.units:
-            may_go[group.units] = False
-    if CRITERIA[criterion].need == "wins":
-        may_go, why = keep_to_competing(table, may_go, asked.units, criterion)
-        protected = {**why, **protected}
-    latency, unit = _latency_model(latency_model, net, asked), asked.unit
-    whole = net.config if baseline is None else baseline
-    if not isinstance(whole, DenseNetConfig):
-        raise PruningError(f"baseline is a {type(whole).__name__}; give the config of a DenseNet")
-    measure = _measure(unit, size, latency)
-    target = (1.0 - asked.pruning_ratio) * measure(whole)
-    if measure(net.config) <= target:
-        raise PruningError(
-            f"pruning_ratio={asked.pruning_ratio} of {unit} is reached already: the net has "
-            f"{round(measure(net.config), 3):,} of {round(measure(whole), 3):,}; nothing would be cut"
-        )
-    scores = importance(net, table, criterion, calibration=batches, seed=asked.seed)
-    ranks = budgets.quantiles(table, scores) if asked.scope == "local" else None
-    if rows is not None:
-        ranks = measured_drops(table, scores, may_go, rows)
-    rates = COUNTED[unit] if latency is None else latency.rates
-    least, multiple, layers = asked.min_channels, asked.round_to, "layer" in asked.units
-    budget = budgets.Budget(target, unit, rates, ranks, least, multiple, layers)
-    times: dict[str, float] = {}
-    if latency is None:
-        keep = budgets.choose(table, scores, may_go, budget)
-    else:
-        keep, times = meet_latency(table, net.config, scores, may_go, budget, latency, whole)
-    told = {
-        "calibration_images": None if batches is None else len(batches),
-        "loss": loss_name(loss),
-    }
-    requested = {**dataclasses.asdict(asked), **told}
-    if ratios is not None:
-        is_path = isinstance(ratios, str | os.PathLike)
-        requested["ratios"] = str(ratios) if is_path else "rows of sensitivity"
-    if latency is not None:
-        requested["latency_model"] = dataclasses.asdict(latency)
-    costs = {
-        "baseline": whole,
-        "before": net.config,
-        "after": net.config.after(indices_of(table, keep)),
-    }
-    achieved: dict[str, Any] = {"unit": unit}
-    for when, shape in costs.items():
-        achieved[when] = dataclasses.asdict(count(shape, size))
-        if times:
-            achieved[when]["latency"] = times[when]
-    achieved["ratio"] = 1.0 - achieved["after"][unit] / achieved["baseline"][unit]
-    if latency is not None:
-        achieved["runtime"] = latency.runtime
-        achieved["warnings"] = doubts(latency, asked.pruning_ratio, times)
-        for doubt in achieved["warnings"]:
-            warnings.warn(doubt, PruningWarning, stacklevel=3)
-    return plan_of(net.config, table, keep, requested, achieved, protected)
-
-
-def _latency_model(
-    given: LatencyModel | Callable[[], LatencyModel] | None, net: DenseNet, asked: PruneConfig
-) -> LatencyModel | None:
-    """The model of latency that the plan goes by, fitted here and now if need be."""
-    size = asked.input_size
-    assert size is not None
-    if given is not None and asked.unit != LATENCY:
-        raise PruningError(
-            f"latency_model has no effect with unit {asked.unit!r}; use unit='latency'"
-        )
-    if asked.unit != LATENCY:
-        return None
-    if given is None:
-        return fit_latency_model(
-            net,
-            runtime=asked.runtime or RUNTIME,
-            batch_size=asked.batch_size or 1,
-            image_size=size,
-            seed=asked.seed,
-        )
-    found = given if isinstance(given, LatencyModel) else given()
-    if sides(found.image_size) != sides(size):
-        raise PruningError(
-            f"latency_model was fitted on images of {found.image_size} pixels, and input_size is "
-            f"{size}; fit it with image_size={size}"
-        )
-    for name in ("runtime", "batch_size"):
-        if getattr(asked, name) not in (None, getattr(found, name)):
-            raise PruningError(
-                f"latency_model was fitted with {name} {getattr(found, name)!r}, and "
-                f"{getattr(asked, name)!r} is asked for; leave one of the two out"
-            )
-    return found
-
-
-def _measure(
-    unit: str, size: ImageSize, latency_model: LatencyModel | None
-) -> Callable[[DenseNetConfig], float]:
-    """What a net of a given shape has of `unit`."""
-    if latency_model is not None:
-        return latency_model.predict
-    return lambda config: getattr(count(config, size), unit)
-
-
 def plan_of(
-    config: DenseNetConfig,
+    given: Subject,
     table: Units,
     keep: Mask,
     requested: dict[str, Any] | None = None,
@@ -317,14 +134,51 @@ def plan_of(
 ) -> Plan:
     """The plan of a closed `keep`; one that was chosen by hand has nothing else to say."""
     kept = indices_of(table, keep)
-    return Plan(
-        config,
-        config.after(kept),
-        kept,
-        requested or {},
-        achieved or {},
-        protected or {},
-    )
+    if isinstance(given.config, NetShape):
+        after: Config = shape_after(given, table, keep)
+    else:
+        after = given.config.after(kept)
+    return Plan(given.config, after, kept, requested or {}, achieved or {}, protected or {})
+
+
+def planned(model: nn.Module, plan: Plan) -> tuple[Subject, Units, Mask]:
+    """The net that a plan was made for, its units, and those that stay.
+
+    Raises PruningError when the plan was made for a net of another shape, or its parts disagree.
+    """
+    if not isinstance(plan, Plan):
+        raise PruningError(
+            f"the plan is a {type(plan).__name__}; give a Plan, such as Plan.load(path)"
+        )
+    plan = dataclasses.replace(plan)  # its mappings may have changed since it was checked
+    before = plan.config_before
+    inputs = make(before.inputs) if isinstance(before, NetShape) else None
+    if inputs is not None and (is_densenet(model) or isinstance(model, LightCNN)):
+        inputs = None
+    given = subject(model, None, inputs)
+    if given.config != before:
+        raise PruningError(
+            f"this plan was made for {_named(before)} of another shape; make a new plan for this "
+            "model (a plan fits only the net that it was made for, before the cut)"
+        )
+    table = Units(given.graph)
+    return given, table, units_of(table, plan.keep_indices)
+
+
+def _named(config: Config) -> str:
+    if isinstance(config, NetShape):
+        return f"a {config.model.rpartition('.')[2]}"
+    return f"a {type(config).__name__.removesuffix('Config')}"
+
+
+def _config(data: Any) -> Config:
+    """The description of a net that a plan holds, by what only that kind has."""
+    text = json.dumps(data)
+    if isinstance(data, dict) and "tensors" in data:
+        return NetShape.from_json(text)
+    if isinstance(data, dict) and "variant" in data:
+        return LightCNNConfig.from_json(text)
+    return DenseNetConfig.from_json(text)
 
 
 def _digest(data: dict[str, Any]) -> str:

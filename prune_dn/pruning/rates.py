@@ -58,8 +58,7 @@ class Rates:
         return cost
 
     def _filled(self, width: Numbers) -> Numbers:
-        filled: Numbers = -(-width // self.step) * self.step
-        return filled
+        return width if self.step == 1 else -(-width // self.step) * self.step
 
 
 COUNTED = {
@@ -82,7 +81,7 @@ class Costing:
         self.outputs = _Counts(units.size, (outputs for _, outputs, _ in found))
         self.inputs = _Counts(units.size, (inputs for _, _, inputs in found))
         self.taps = np.array([math.prod(ops[name].kernel) for name, _, _ in found], dtype=float)
-        self.pixels = np.array([uses[name] for name, _, _ in found], dtype=float)
+        self.pixels = np.array([uses.get(name, 0) for name, _, _ in found], dtype=float)
         self.conv_groups = np.array([ops[name].groups for name, _, _ in found])
         self.bias = np.array([ops[name].bias for name, _, _ in found], dtype=float)
         of_norms = any(f.is_norm for f in followers)

@@ -86,8 +86,9 @@ def read_ratios(ratios: Ratios, units: Units, kinds: tuple[str, ...]) -> list[Se
             )
         _check_row(where, row)
         group = groups.get(row.name)
-        if group is None or (group.kind, group.size) != (row.kind, row.size):
-            has = "none" if group is None else f"{group.size} {group.kind} units"
+        size = 0 if group is None else group.size // group.blocks
+        if group is None or (group.kind, size) != (row.kind, row.size):
+            has = "none" if group is None else f"{size} {group.kind} units"
             raise _other_net(where, f"{row.size} {row.kind} units in {row.name}, here are {has}")
     if params is not None and params != (here := _params(units)):
         raise _other_net(where, f"{params:,} params, this net has {here:,}")

@@ -80,11 +80,12 @@ def judged(model: nn.Module, units: Units, criterion: str) -> Mask:
     goes = units.source != STAYS
     source, reads = units.source[goes], units.reads[goes]
     found[source] |= found[reads]
-    uses = units.graph.uses()
+    uses, made = units.graph.uses(), ~units.is_channel
     for producer in units.graph.producers:
-        if producer.layer not in uses:
+        if producer.layer in uses:
             mine = units.unit(producer.channels)
-            found[mine[mine != STAYS]] = False
+            made[mine[mine != STAYS]] = True
+    found &= made
     for pairs in (p for p in units.pairs if p.maker is not None):
         found[pairs.group.units] = found[pairs.whole.units][pairs.owner]
     return found

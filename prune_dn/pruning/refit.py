@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from prune_dn.graph.selecting import selected
 from prune_dn.pruning.calibration import PixelSampler
 from prune_dn.pruning.least_squares import Moments, solve
 from prune_dn.pruning.patches import (
@@ -87,8 +88,8 @@ def refit_(
         return hook
 
     def add_mean(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            share = _mean(args[0]) * (len(args[0]) / count)
+        def hook(norm: nn.Module, args: tuple[Any, ...]) -> None:
+            share = _mean(selected(norm, args[0])) * (len(args[0]) / count)
             means[name] = means[name] + share if name in means else share
 
         return hook
@@ -109,7 +110,7 @@ def refit_(
                 done.add(name)
                 wanted = means[name][kept[name]] if name in kept else means[name]
                 mean = norm.get_buffer("running_mean")
-                mean.add_((_mean(args[0]) - wanted).to(mean.dtype))
+                mean.add_((_mean(selected(norm, args[0])) - wanted).to(mean.dtype))
 
         return hook
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from prune_dn.errors import PruningError
 from prune_dn.losses import LossFunction, check_loss
 from prune_dn.pruning.config import PruneConfig
-from prune_dn.pruning.coupled import Norm
 from prune_dn.pruning.parts import Group
 from prune_dn.pruning.ratios import Ratios
 from prune_dn.pruning.units import Units
@@ -53,7 +53,7 @@ def with_defaults(config: PruneConfig, model: nn.Module, calibrated: bool) -> Pr
 
 def usual_criterion(model: nn.Module) -> str:
     """`bn_scale` where norms have scales, else `l2`."""
-    scaled = any(getattr(m, "affine", False) for m in model.modules() if isinstance(m, Norm))
+    scaled = any(m.affine for m in model.modules() if isinstance(m, _NormBase))
     return "bn_scale" if scaled else "l2"
 
 
@@ -76,8 +76,9 @@ def groups_of(table: Units, kinds: tuple[str, ...]) -> list[Group]:
     found = [group for group in table.groups if group.kind in kinds]
     if not found:
         raise PruningError(
-            f"units={list(kinds)}: this net has none of them (a basic layer has no bottleneck, and "
-            "siblings are those of an MFM 2/1)"
+            f"units={list(kinds)}: this net has none of them (a basic layer has no bottleneck, edges need "
+            "a batch norm in front of a layer that reads what others read too, and siblings are those of "
+            "an MFM 2/1)"
         )
     return found
 

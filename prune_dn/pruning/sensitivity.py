@@ -9,34 +9,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from prune_dn.defaults import usual_defaults
 from prune_dn.errors import PruningError
 from prune_dn.losses import LossFunction
-from prune_dn.models import DenseNet
-from prune_dn.models.convert import convert
-from prune_dn.profiling import Cost, ImageSize, count
+from prune_dn.profiling import ImageSize
 from prune_dn.pruning import budget as budgets
-from prune_dn.pruning.config import (
-    KINDS,
-    USUAL_UNITS,
-    check_criterion,
-    check_seed,
-    names_in,
-    units_in,
-)
-from prune_dn.pruning.criteria import CRITERIA, Scores
+from prune_dn.pruning.config import KINDS, USUAL_UNITS, PruneConfig, names_in, units_in
 from prune_dn.pruning.importance import calibration_for, importance
-from prune_dn.pruning.parts import Group, Mask, Positions
-from prune_dn.pruning.plan import plan_of
-from prune_dn.pruning.protect import protected_units
+from prune_dn.pruning.parts import Group, Mask, Positions, Scores
+from prune_dn.pruning.planning import allowed, paired
+from prune_dn.pruning.rates import COUNTED, Costing
 from prune_dn.pruning.ratios import SensitivityRow
 from prune_dn.pruning.request import groups_of
-from prune_dn.pruning.siblings import keep_to_competing
-from prune_dn.pruning.surgery import apply_plan
+from prune_dn.pruning.subject import subject
+from prune_dn.pruning.surgery import carried_out
 from prune_dn.pruning.units import Units
-from prune_dn.sound import check_sound
 
 
 class _Cut(NamedTuple):
@@ -51,7 +40,7 @@ class _Cut(NamedTuple):
 @torch.inference_mode(False)
 def sensitivity(
     model: nn.Module,
-    evaluate: Callable[[DenseNet], float],
+    evaluate: Callable[[Any], float],
     *,
     ratios: Sequence[float] = (0.25, 0.5, 0.75),
     criterion: str = "l2",
@@ -61,6 +50,7 @@ def sensitivity(
     loss: str | LossFunction | None = None,
     seed: int = 0,
     input_size: ImageSize | None = None,
+    example_inputs: Any = None,
     higher_is_better: bool = True,
     progress: Callable[[int, int], object] | None = None,
 ) -> list[SensitivityRow]:
@@ -76,7 +66,8 @@ def sensitivity(
     `evaluate` gets a new net in eval mode and returns a number: accuracy, or with
     `higher_is_better=False` a loss. It may change the net, so it can recalibrate it; ratios that
     cut the same units share an evaluation. MACs are for images of `input_size`; `progress` is
-    called with (evaluations done, in all). `calibration`, `loss` and `seed` are those of `make_plan`. The
+    called with (evaluations done, in all). `calibration`, `loss`, `seed` and `example_inputs` are those of
+    `make_plan`. The
     rows come in the order of the net, then by ratio (after arXiv:1608.08710, section 3.2).
 
     Raises PruningError for arguments that are wrong, or when nothing can be cut.
@@ -87,27 +78,29 @@ def sensitivity(
     >>> [(row.name.removeprefix("features."), row.units_cut, row.drop) for row in rows]
     [('conv0', 8, 8.0), ('denseblock1.denselayer1.conv1', 4, 4.0), ('denseblock1.denselayer2.conv1', 4, 4.0)]
     """
-    check_sound(model)
-    net = convert(model, share=True)
     wanted, kinds = _ratios(ratios), units_in(units, KINDS)
-    check_criterion(criterion)
-    seed = check_seed(seed)
+    if calibration is not None and not isinstance(calibration, Tensor):
+        calibration = list(calibration)
+    asked = PruneConfig(
+        0.5, criterion=criterion, units=kinds, protect=names_in(protect, "protect"), seed=seed
+    )
+    given = subject(model, input_size, example_inputs, calibration)
     batches = calibration_for(calibration, criterion, loss)
-    table = Units(net.config.graph())
-    kept_back, _ = protected_units(table, names_in(protect, "protect"))
+    single = Units(given.graph)
+    groups_of(single, kinds)
+    may_go, _ = allowed(given, single, asked)
+    found = importance(given.model, single, criterion, calibration=batches, seed=asked.seed)
+    table, place, scores, may_go = paired(single, found, may_go)
     groups = groups_of(table, kinds)
-    may_go = ~kept_back
-    if CRITERIA[criterion].need == "wins":
-        may_go, _ = keep_to_competing(table, may_go, kinds, criterion)
-    scores = importance(net, table, criterion, calibration=batches, seed=seed)
     cuts = [cut for group in groups for cut in _cuts(table, group, scores, may_go, wanted)]
     if not cuts:
         raise PruningError(
             f"ratios={list(wanted)} cut nothing: every group is protected or too small for them; "
             "give larger ratios, or protect less"
         )
-    whole, total = count(net, input_size), len(cuts) + 1
-    dense = _number(evaluate(copy.deepcopy(net).eval()), "the dense net")
+    costing, total = Costing(table), len(cuts) + 1
+    whole = np.ones(table.size, dtype=bool)
+    dense = _number(evaluate(copy.deepcopy(given.model).eval()), "the dense net")
     if not math.isfinite(dense):
         raise PruningError(f"evaluate gave {dense} for the dense net; it must be a finite number")
     rows = []
@@ -116,12 +109,15 @@ def sensitivity(
             progress(done, total)
         keep = np.ones(table.size, dtype=bool)
         keep[cut.gone] = False
-        plan = plan_of(net.config, table, table.close(keep))
-        small = apply_plan(net, plan)
+        keep = table.close(keep)
+        small = carried_out(given, single, keep[place])
         value = _number(evaluate(small.eval()), cut.group.name)
         drop = dense - value if higher_is_better else value - dense
-        left = count(plan.config_after, input_size)
-        rows += [_row(cut, ratio, (value, dense, drop), whole, left) for ratio in cut.ratios]
+        saved = [
+            int(costing.total(whole, rates) - costing.total(keep, rates))
+            for rates in (COUNTED["params"], COUNTED["macs"])
+        ]
+        rows += [_row(cut, ratio, (value, dense, drop), saved) for ratio in cut.ratios]
     if progress is not None:
         progress(total, total)
     return rows
@@ -147,7 +143,7 @@ def _cuts(
 
 
 def _row(
-    cut: _Cut, ratio: float, values: tuple[float, float, float], whole: Cost, left: Cost
+    cut: _Cut, ratio: float, values: tuple[float, float, float], saved: Sequence[int]
 ) -> SensitivityRow:
     return SensitivityRow(
         cut.group.name,
@@ -156,8 +152,7 @@ def _row(
         cut.group.size,
         len(cut.gone),
         *values,
-        whole.params - left.params,
-        whole.macs - left.macs,
+        *saved,
     )
 
 

@@ -10,14 +10,13 @@ from torch import nn
 from prune_dn.defaults import usual_defaults
 from prune_dn.errors import PruningError
 from prune_dn.losses import LossFunction
-from prune_dn.models.convert import convert
 from prune_dn.pruning.budget import losers
 from prune_dn.pruning.config import check_criterion, check_seed
 from prune_dn.pruning.importance import calibration_for, importance
 from prune_dn.pruning.plan import Plan, plan_of
 from prune_dn.pruning.siblings import contests
+from prune_dn.pruning.subject import subject
 from prune_dn.pruning.units import Units
-from prune_dn.sound import check_sound
 
 
 @usual_defaults()
@@ -48,11 +47,10 @@ def settling_plan(
     >>> {layer.mfm for layer in plain.config.blocks[0]}, plain.config.classifier_rivals
     ({None}, None)
     """
-    check_sound(model)
-    net = convert(model)
+    given = subject(model)
     check_criterion(criterion)
     seed = check_seed(seed)
-    table = Units(net.config.graph())
+    table = Units(given.graph)
     found = list(contests(table))
     endless = [contest.name for contest in found if contest.group is None]
     if not found or endless:
@@ -63,11 +61,11 @@ def settling_plan(
         )
         raise PruningError(f"nothing to settle: {what}; only an MFM 2/1 has a loser in each pair")
     batches = calibration_for(calibration, criterion, loss)
-    scores = importance(net, table, criterion, calibration=batches, seed=seed)
+    scores = importance(given.model, table, criterion, calibration=batches, seed=seed)
     lose = np.zeros(table.size, dtype=bool)
     for contest in found:
         assert contest.group is not None
         lose[contest.group.units] = True
     keep = table.close(~losers(table, scores, lose))
     requested = {"settle": True, "criterion": criterion, "seed": seed}
-    return plan_of(net.config, table, keep, requested)
+    return plan_of(given, table, keep, requested)

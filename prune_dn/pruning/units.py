@@ -6,7 +6,7 @@ array over it, `keep`, says what stays; `close` draws the exact consequences.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from prune_dn.graph.classes import Classes, channel_classes
 from prune_dn.graph.types import NONE, Competition, Graph, Ids, Reader
 from prune_dn.pruning.config import Kind
-from prune_dn.pruning.parts import STAYS, Block, Group, Mask, Pairs, Positions, Selection
+from prune_dn.pruning.parts import STAYS, Block, Group, Mask, Pairs, Positions, Scores, Selection
 
 
 class Units:
@@ -24,8 +24,9 @@ class Units:
     none. `is_read` marks channel units of which some layer reads all that is left.
     """
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
+    def __init__(self, graph: Graph, places: Mapping[str, Positions] | None = None) -> None:
+        """`places` as `paired` gives them."""
+        self.graph, self._places = graph, places or {}
         self.groups: list[Group] = []
         self.selections: list[Selection] = []
         self.pairs: list[Pairs] = []
@@ -118,6 +119,23 @@ class Units:
         kept = np.flatnonzero(keep[selection.edges.start + selection.edge_at])
         return kept[np.argsort(place[selection.edge_at[kept]], kind="stable")]
 
+    def paired(self, scores: Scores) -> tuple[Units, Positions]:
+        """The units of which each block of a grouped convolution gives up one at a time.
+
+        What has the same place in the order of `scores` in all blocks becomes one unit. Also gives the new
+        unit of each of these, (units,).
+        """
+        places = {}
+        for group in self.groups:
+            if group.blocks > 1:
+                order = np.argsort(scores[group.units].reshape(group.blocks, -1), 1, "stable")
+                places[group.name] = np.argsort(order, axis=1).ravel()
+        if not places:
+            return self, np.arange(self.size)
+        table = Units(self.graph, places)
+        new = [mine.start + places.get(mine.name, np.arange(mine.size)) for mine in table.groups]
+        return table, np.concatenate(new)
+
     @staticmethod
     def _stays(units: Positions, keep: Mask) -> Mask:
         stays: Mask = (units == STAYS) | keep[units]
@@ -164,14 +182,17 @@ class Units:
 
     def _channels(self, classes: Classes, competition: Competition | None, often: Mask) -> None:
         rows, more = classes.rows, {"blocks": len(classes.rows)}
+        place = np.arange(rows.size)
+        if classes.name in self._places:
+            place = self._places[classes.name]
         if competition is not None:
             leads, *others = competition.operands
             more["siblings"], more["survivors"] = len(others) + 1, len(competition.results)
             more["alone"] = int(np.sum(leads == others[0]))
         kind: Kind = "stream" if often[rows].any() or classes.is_tied else "bottleneck"
-        group = self._group(kind, classes.name, rows.size, **more)
+        group = self._group(kind, classes.name, int(place.max()) + 1, **more)
         unit = np.full(len(self._whole), STAYS)
-        unit[rows.ravel()] = np.arange(group.start, self.size)
+        unit[rows.ravel()] = group.start + place
         found = unit[self._whole]
         self.unit_of = np.where(found == STAYS, self.unit_of, found)
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from prune_dn.errors import PruningError
 from prune_dn.graph import NONE, Graph, trace
+from prune_dn.graph.classes import channel_classes
 from prune_dn.graph.flow import Flow
-from prune_dn.graph.groups import free_groups
 from prune_dn.graph.rules import RULES, Call, rule
 
 X = torch.zeros(2, 3, 8, 8)
@@ -350,7 +350,7 @@ def test_volumes_and_sequences(dimensions: int) -> None:
     net = nn.Sequential(conv(1, 4, 3), norm(4), nn.ReLU(), up(4, 5, 2, 2), norm(5), conv(5, 2, 1))
     graph = trace(net, torch.zeros(2, 1, *[6] * dimensions))
     assert [(r.layer, r.select) for r in graph.readers] == [("0", None), ("3", "1"), ("5", "4")]
-    assert [g.root for g in free_groups(graph)] == ["0", "3"]
+    assert [group.name for group in channel_classes(graph)[1]] == ["0", "3"]
 
 
 def test_several_inputs_by_position_and_by_name() -> None:
@@ -436,7 +436,16 @@ def head(net: nn.Module) -> str:
 
 
 def ours(graph: Graph) -> set[object]:
-    return {(g.size, frozenset(m.layer for m in g.members)) for g in free_groups(graph)}
+    """Size and layers of each group."""
+    owner, groups = channel_classes(graph)
+    layers = [(x.layer, x.channels) for x in (*graph.producers, *graph.readers, *graph.followers)]
+    return {
+        (
+            group.rows.size,
+            frozenset(name for name, ids in layers if np.isin(owner[ids], group.rows).any()),
+        )
+        for group in groups
+    }
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "mnasnet0_5", "regnet_y_400mf"])
@@ -452,7 +461,7 @@ def test_grouped_convolutions_keep_their_groups_equal() -> None:
     net = nn.Sequential(
         nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 12, 1, groups=4), nn.Conv2d(12, 2, 1)
     )
-    groups = {g.root: (g.size, g.blocks) for g in free_groups(trace(net, X))}
+    groups = {g.name: (g.rows.size, len(g.rows)) for g in channel_classes(trace(net, X))[1]}
     assert groups == {"0": (8, 4), "2": (12, 4)}
 
 
@@ -469,10 +478,12 @@ def test_blocks_that_also_lie_elsewhere_are_tied_by_their_place() -> None:
             x = self.stem(x)
             return self.two(x), self.three(x)
 
-    (group,) = [g for g in free_groups(trace(Net(), X)) if g.root == "stem"]
-    assert group.blocks == 1
-    (member,) = [m for m in group.members if m.layer == "three"]
-    units = member.units.reshape(3, 4)
+    graph = trace(Net(), X)
+    owner, groups = channel_classes(graph)
+    (group,) = [g for g in groups if g.name == "stem"]
+    assert len(group.rows) == 1
+    (reader,) = [r for r in graph.readers if r.layer == "three"]
+    units = owner[reader.channels].reshape(3, 4)
     assert all(sorted(row) == sorted(units[0].tolist()) for row in units.tolist()), (
         "equally many in each"
     )

@@ -13,7 +13,8 @@ from torch import nn
 
 import prune_dn
 from prune_dn import prune
-from prune_dn.errors import ConversionError, PruningError
+from prune_dn.errors import PruningError
+from prune_dn.graph.selecting import SelectingBatchNorm2d
 from prune_dn.models import densenet, light_cnn_9
 
 
@@ -266,11 +267,15 @@ def test_variants_of_densenets_keep_their_class(change) -> None:
     assert distance(small, net, "resnet") < distance(cut, net, "resnet")
 
 
-def test_what_is_for_densenets_alone_says_why_a_variant_is_none() -> None:
-    with pytest.raises(ConversionError, match="classifier is Sequential, not Linear"):
-        prune(variant(other_head), 0.4, units=["edge"], criterion="l2")
+def test_a_variant_of_a_densenet_has_edges_too() -> None:
+    model = randomise_(variant(other_head), 0)
+    small = prune(model, 0.4, unit="macs", units=["edge"], criterion="l2", input_size=64)
+    assert type(small) is type(model)
+    assert sum(isinstance(m, SelectingBatchNorm2d) for m in small.modules()) > 2
     with pytest.raises(PruningError, match="size of images is needed"):
-        prune(variant(other_head), 0.4)
+        prune(model, 0.4)
+    with pytest.raises(PruningError, match="a latency budget is for DenseNets and Light CNNs"):
+        prune(model, 0.4, unit="latency", input_size=64)
 
 
 class Halves(nn.Module):

@@ -196,7 +196,7 @@ def test_prune_takes_it_all_in_one_call() -> None:
         input_size=8,
     )
     assert small.config == plan.config_after
-    plain = prune(net, 0.4, compensate="mean", calibration=iter(batches))
+    plain = prune(net, 0.4, criterion="bn_scale", compensate="mean", calibration=iter(batches))
     assert plain.config == prune(net, 0.4).config
 
 

@@ -19,6 +19,7 @@ from prune_dn.models import DenseNet, DenseNetConfig, LayerConfig, TransitionCon
 from prune_dn.pruning import CRITERIA, Plan, apply_plan, make_plan
 from prune_dn.pruning.config import KINDS
 from prune_dn.pruning.plan import plan_of
+from prune_dn.pruning.subject import subject
 from prune_dn.pruning.units import Units
 
 
@@ -187,7 +188,7 @@ def test_masked_equals_pruned_whatever_goes(config, seed, shares, data) -> int:
         keep = cut_of(units, data.draw(st.sampled_from([*kinds, None])), share, seed)
         if keep is None:
             return done
-        plan = plan_of(net.config, units, keep)
+        plan = plan_of(subject(net), units, keep)
         small = apply_plan(net, plan)
         torch.testing.assert_close(small(x), masked(net, plan)(x), rtol=1e-9, atol=1e-9)
         assert Plan.from_json(plan.to_json()) == plan

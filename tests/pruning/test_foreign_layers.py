@@ -209,7 +209,7 @@ def test_a_net_that_rounds_to_float32_inside_is_checked_as_well_as_that_allows()
     net = head_of(Call(half_way))
     net[1] = Call(lambda x: x * x.shape[1])
     with pytest.raises(PruningError, match=r"outputs of 0 depends"):
-        prune(net, 0.3, unit="params", input_size=16)
+        prune(net, 0.7, unit="params", input_size=16)
 
 
 # -- computed weights ----------------------------------------------------------------------------

@@ -161,7 +161,7 @@ def test_what_disagrees_is_named() -> None:
     )
     fails(f"{first} are not in the order of", keep_indices={**kept, first: kept[first][::-1]})
     fails("keep_indices is None; it must be a mapping", keep_indices=None)
-    fails("two DenseNetConfigs, not a DenseNet", config_before=net)
+    fails("two descriptions of nets, not a DenseNet", config_before=net)
     classes = dataclasses.replace(plan.config_after, num_classes=3)
     fails("config_after is not .*: num_classes is 3, it must be 4", config_after=classes)
     layers = plan.config_after.blocks[1]

@@ -21,7 +21,7 @@ from properties import counted, feasible
 from torch import nn
 
 import prune_dn
-from prune_dn.errors import ConversionError, PruningError
+from prune_dn.errors import PruningError
 from prune_dn.models import (
     LightCNN,
     LightCNNConfig,
@@ -179,13 +179,12 @@ def test_refusals() -> None:
             {"criterion": "reconstruction"},
             "'reconstruction' needs calibration images: give calibration=",
         ),
-        ({"unit": "latency"}, "latency budget is for DenseNets"),
-        ({"units": ["edge"]}, r"units=\['edge'\] is for DenseNets; leave it out for a LightCNN"),
+        ({"units": ["edge"]}, r"units=\['edge'\]: this net has none of them"),
         ({"compensate": "mean"}, "compensate='mean' needs calibration images"),
         ({"unit": "macs", "min_channels": 6}, "cannot bring macs from"),
         ({"protect": ["nowhere"]}, "'nowhere'"),
     ):
         with pytest.raises(PruningError, match=message):
             prune_dn.prune(net, 0.9, **options)
-    with pytest.raises(ConversionError, match=r"LightCNN is no DenseNet; .* `prune` takes other"):
-        prune_dn.make_plan(net, 0.5)
+    plan = prune_dn.make_plan(net, 0.5, unit="macs")
+    assert prune_dn.apply_plan(net, plan).config == plan.config_after

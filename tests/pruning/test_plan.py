@@ -220,7 +220,7 @@ def test_impossible_ratios(net, ratio, text) -> None:
         ({"min_channels": 0}, "min_channels is 0"),
         ({"round_to": 2.0}, "round_to is 2.0"),
         ({"round_to": 1000}, "larger than every width"),
-        ({"protect": ["features"]}, "cannot bring"),
+        ({"protect": ["features"]}, "leaves no channels of this DenseNet"),
         ({"min_channels": 1000}, "cannot bring"),
     ],
 )
@@ -254,7 +254,9 @@ def test_all_scales_zero_or_tied_still_meets_the_budget(net) -> None:
 
 
 def test_other_models_are_refused() -> None:
-    with pytest.raises(ConversionError, match="DenseNet"):
+    with pytest.raises(PruningError, match="size of images is needed for a Sequential"):
         make_plan(nn.Sequential(nn.Conv2d(3, 4, 3)), 0.5)
+    with pytest.raises(PruningError, match="0 stays: an output of the net"):
+        make_plan(nn.Sequential(nn.Conv2d(3, 4, 3)), 0.5, input_size=8)
     with pytest.raises(ConversionError, match=r"model\.module"):
         make_plan(nn.DataParallel(densenet40()), 0.5)

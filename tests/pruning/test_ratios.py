@@ -231,5 +231,5 @@ def test_ratios_that_cannot_be_used(net, tmp_path) -> None:
     basic = randomise_(densenet([2], 8, bn_size=None, stem="cifar", num_classes=5), 1)
     rows = measured(basic, uneven, ("stream",))
     assert make_plan(basic, 0.1, ratios=rows)  # the default units, of which it has no bottleneck
-    with pytest.raises(PruningError, match="ratios are for DenseNets; leave them out for a ResNet"):
+    with pytest.raises(PruningError, match="was measured on another net: 16 stream units in"):
         prune(resnet18(), 0.3, ratios=path, input_size=32)

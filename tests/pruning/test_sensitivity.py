@@ -11,13 +11,14 @@ import torch
 from oracle import masked, randomise_
 from torch import nn
 
-from prune_dn.errors import ConversionError, PruningError
+from prune_dn.errors import PruningError
 from prune_dn.models import DenseNet, densenet
 from prune_dn.profiling import count
 from prune_dn.pruning import apply_plan
 from prune_dn.pruning.plan import plan_of
 from prune_dn.pruning.ratios import SensitivityRow, ratios_within
 from prune_dn.pruning.sensitivity import sensitivity
+from prune_dn.pruning.subject import subject
 from prune_dn.pruning.units import Units
 
 KINDS = ("stream", "bottleneck", "edge")
@@ -81,7 +82,7 @@ def test_every_value_is_that_of_a_net_masked_by_hand(net) -> None:
         keep = np.ones(table.size, dtype=bool)
         group = next(g for g in table.groups if g.name == row.name)
         keep[[group.start + i for i in least]] = False
-        plan = plan_of(net.config, table, table.close(keep))
+        plan = plan_of(subject(net), table, table.close(keep))
         assert row.units_cut == len(least) > 0
         assert row.value == pytest.approx(answer(masked(net, plan)), rel=1e-9)
         assert row.value == pytest.approx(answer(apply_plan(net, plan)), rel=1e-12)
@@ -153,7 +154,7 @@ def test_a_reader_of_one_producer_keeps_a_channel() -> None:
     keep = np.ones(table.size, dtype=bool)
     edges = next(g for g in table.groups if g.name == "features.norm5")
     keep[edges.start : edges.start + 24] = False
-    net = apply_plan(net, plan_of(net.config, table, table.close(keep)))
+    net = apply_plan(net, plan_of(subject(net), table, table.close(keep)))
     assert set(net.config.classifier_indices) == set(range(24, 32))
     rows = sensitivity(net, answer, ratios=[0.99], units=KINDS)
     last = [r for r in rows if r.name == "features.denseblock2.denselayer2.conv2"]
@@ -222,7 +223,7 @@ def test_input_size_counts(net) -> None:
         ({"units": ["edges"]}, "units 'edges' is unknown; choose from stream"),
         ({"units": []}, "units is empty"),
         ({"protect": ["nobody"]}, "protect pattern 'nobody' matches no module"),
-        ({"protect": ["features"]}, "cut nothing: every group is protected or too small"),
+        ({"protect": ["features"]}, "leaves no channels of this DenseNet that could be cut"),
         ({"ratios": [0.01]}, r"ratios=\[0.01\] cut nothing"),
     ],
 )
@@ -245,7 +246,7 @@ def test_evaluate_must_give_a_number(net) -> None:
         sensitivity(net, lambda _: None)
     with pytest.raises(PruningError, match="evaluate gave nan for the dense net"):
         sensitivity(net, lambda _: math.nan)
-    with pytest.raises(ConversionError):
+    with pytest.raises(PruningError, match="this Linear has no convolution"):
         sensitivity(nn.Linear(2, 2), answer)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from oracle import randomise_
@@ -9,11 +10,10 @@ from torch import nn
 
 from prune_dn import prune
 from prune_dn.batches import Batches, read_batches
-from prune_dn.graph import trace
 from prune_dn.models import light_cnn_9, light_cnn_29_v2
-from prune_dn.pruning.coupled import find_groups
-from prune_dn.pruning.coupled_importance import importance
-from prune_dn.pruning.light_cnn import light_cnn_groups, light_cnn_scores
+from prune_dn.pruning.importance import importance
+from prune_dn.pruning.subject import subject
+from prune_dn.pruning.units import Units
 
 DATA_DRIVEN = ("activation", "taylor", "fisher")
 Size = tuple[int, int]
@@ -50,8 +50,8 @@ def test_a_linear_layer_chooses_what_its_conv_does(criterion: str, size: Size, s
     data = labelled(size, seed)
     flat, conv = pair(size, seed)
     torch.testing.assert_close(flat(data[0][0]), conv(data[0][0]))
-    scores = [scored(net, criterion, size, read_batches(data))[0] for net in (flat, conv)]
-    torch.testing.assert_close(scores[0], scores[1], rtol=1e-4, atol=1e-9)
+    scores = [scored(net, criterion, size, read_batches(data)) for net in (flat, conv)]
+    np.testing.assert_allclose(scores[0], scores[1], rtol=1e-4, atol=1e-9)
     kept = [
         prune(net, 0.5, criterion=criterion, compensate="none", calibration=data)[0].bias
         for net in (flat, conv)
@@ -59,9 +59,9 @@ def test_a_linear_layer_chooses_what_its_conv_does(criterion: str, size: Size, s
     assert 0 < len(kept[0]) < 12 and torch.equal(*kept)
 
 
-def scored(net: nn.Module, criterion: str, size: Size, batches: Batches) -> list[torch.Tensor]:
-    groups = find_groups(net, trace(net, torch.zeros(1, 3, *size)))
-    return importance(net, groups, criterion, batches, torch.Generator())
+def scored(net: nn.Module, criterion: str, size: Size, batches: Batches | None) -> np.ndarray:
+    given = subject(net, size)
+    return importance(given.model, Units(given.graph), criterion, calibration=batches)
 
 
 class Read(nn.Module):
@@ -92,8 +92,8 @@ def test_a_map_that_two_layers_read(criterion: str) -> None:
             slope = gradient.flatten()
             value = {"activation": seen, "taylor": slope.abs(), "fisher": slope.square() / 2}
             expected += value[criterion] / 16
-    (found,) = scored(net, criterion, (4, 4), read_batches(data))
-    torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=1e-9)
+    found = scored(net, criterion, (4, 4), read_batches(data))
+    np.testing.assert_allclose(found, expected.double(), rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.parametrize("criterion", DATA_DRIVEN)
@@ -114,17 +114,14 @@ def test_the_linear_layer_of_a_light_cnn(build, criterion: str) -> None:
         means.append(seen[0].detach().abs().reshape(units).mean(2))
     slope, mean = torch.cat(slopes), torch.cat(means)
     expected = {"activation": mean, "taylor": slope.abs(), "fisher": slope.square() / 2}[criterion]
-    groups = light_cnn_groups(net.config)
+    units = Units(net.config.graph())
     name = "fc1.filter" if build is light_cnn_9 else "fc"
-    (number,) = [
-        i
-        for i, group in enumerate(groups)
-        if [m.layer for m in group.members if len(m.sides) == 1 and m.sides[0] == 1] == [name]
-    ]
-    scores = light_cnn_scores(
-        net, groups, criterion, read_batches(data), torch.Generator(), siblings=False
+    reader = next(r for r in units.graph.readers if r.layer == name)
+    read = units.unit(reader.channels)[:: net.config.side**2]
+    scores = importance(net, units, criterion, calibration=read_batches(data))
+    np.testing.assert_allclose(
+        scores[read], expected.double().mean(0).detach(), rtol=1e-4, atol=1e-9
     )
-    torch.testing.assert_close(scores[number], expected.double().mean(0), rtol=1e-4, atol=1e-9)
 
 
 def test_a_norm_on_a_flattened_map_counts_like_one_on_the_map() -> None:
@@ -133,5 +130,5 @@ def test_a_norm_on_a_flattened_map_counts_like_one_on_the_map() -> None:
     with torch.no_grad():
         net[1].weight.copy_(torch.arange(6.0))
         net[4].weight.copy_(torch.tensor([1.0, -2.0, 3.0, 6.0]).repeat(6))
-    (scores,) = scored(net, "bn_scale", (2, 2), Batches((), None))
-    torch.testing.assert_close(scores, torch.arange(6.0).double() + 3)
+    scores = scored(net, "bn_scale", (2, 2), None)
+    np.testing.assert_allclose(scores, np.arange(6.0) + 3)
