@@ -7,17 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from prune_dn.data import Datasets
-from prune_dn.latency import Runtime, compare_latency
-from prune_dn.models import Net
+from prune_dn.latency import compare_latency
 from prune_dn.profiling import count
 from prune_dn.pruning.config import LATENCY
-from prune_dn.pruning.latency_model import RUNTIME
 from prune_dn.recipe import Recipe
+from prune_dn.runtimes import Runtime
 from prune_dn.training import evaluate
 
 
-def stage_figures(model: Net, data: Datasets) -> dict[str, Any]:
+def stage_figures(model: nn.Module, data: Datasets) -> dict[str, Any]:
     """Accuracy on test and validation images, params and MACs."""
     test, val = evaluate(model, data.test), evaluate(model, data.val)
     return {
@@ -32,14 +33,13 @@ def stage_figures(model: Net, data: Datasets) -> dict[str, Any]:
 
 def asked_latency(recipe: Recipe) -> tuple[Runtime, int] | None:
     """Runtime and batch size of the latency that a recipe asks for; None where it asks for none."""
-    cut = recipe.prune
-    if cut is None or cut.unit != LATENCY:
+    if recipe.prune is None or recipe.prune.unit != LATENCY:
         return None
-    return cut.runtime or RUNTIME, cut.batch_size or 1
+    return recipe.prune.request().timed
 
 
 def latency_rows(
-    recipe: Recipe, nets: Mapping[str, Net], image_size: int, exported: Path
+    recipe: Recipe, nets: Mapping[str, nn.Module], image_size: int, exported: Path
 ) -> dict[str, list[dict[str, Any]]]:
     """Rows of each net, all nets timed in turns: eager, and in the runtime that the recipe asks for.
 

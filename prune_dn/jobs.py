@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from prune_dn.building import load_data
 from prune_dn.checkpoint import load, save, save_state_dict
 from prune_dn.data import Datasets, calibration_batches, calibration_loader
 from prune_dn.data_options import DataOptions, refuse_calibration
@@ -22,7 +23,6 @@ from prune_dn.losses import USUAL
 from prune_dn.models import LightCNN, Net
 from prune_dn.models.convert import convert, is_densenet
 from prune_dn.opened import open_checkpoint
-from prune_dn.phases import load_data
 from prune_dn.pixels import (
     GUESSED,
     check_fit,

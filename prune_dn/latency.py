@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,9 +26,9 @@ from prune_dn.export import export_onnx
 from prune_dn.graph.inference import arguments
 from prune_dn.profiling import ImageSize
 from prune_dn.profiling import in_channels as channels_of
+from prune_dn.runtimes import RUNTIMES, Runtime
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-Runtime = Literal["eager", "onnxruntime"]
 Timed = nn.Module | Callable[..., Any]
 
 
@@ -113,8 +113,8 @@ def compare_latency(
     ):
         if value < least:
             raise PruneDNError(f"{what} is {value}; it must be at least {least}")
-    if runtime not in ("eager", "onnxruntime"):
-        raise PruneDNError(f"runtime is {runtime!r}; choose 'eager' or 'onnxruntime'")
+    if runtime not in RUNTIMES:
+        raise PruneDNError(f"runtime is {runtime!r}; choose {' or '.join(map(repr, RUNTIMES))}")
     if (image_size is None) == (example_inputs is None):
         raise PruneDNError("give image_size in pixels, or example_inputs")
     if onnx_paths is not None and runtime != "onnxruntime":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import platform
 import shlex
@@ -17,31 +16,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from prune_dn.checkpoint import load, save, save_state_dict
-from prune_dn.data import Datasets, calibration_loader, load_datasets
+from prune_dn.data import Datasets, calibration_loader
 from prune_dn.errors import PruneDNError
 from prune_dn.export import export_onnx, export_torch
 from prune_dn.figures import asked_latency, latency_rows, stage_figures
 from prune_dn.intervals import fell
 from prune_dn.latency import machine
 from prune_dn.losses import USUAL
-from prune_dn.models import DenseNet, LightCNN, Net
-from prune_dn.opened import ours
-from prune_dn.pixels import check_fit, warn_of_other_pixels
+from prune_dn.models import Net
+from prune_dn.pixels import warn_of_other_pixels
 from prune_dn.processes import process_state
+from prune_dn.profiling import example_image
 from prune_dn.pruning import (
     Plan,
     apply_plan,
     compensate_plan,
     recalibrate_batch_norm_,
 )
-from prune_dn.pruning.ratios import read_ratios
-from prune_dn.pruning.units import Units
-from prune_dn.recipe import DataSection, ModelSection, PruneSection, Recipe
+from prune_dn.recipe import PruneSection, Recipe
 from prune_dn.report import write_report
-from prune_dn.rounds import calibration, plan_round, seed_of
+from prune_dn.rounds import calibration, plan_round
 from prune_dn.run_folder import RunFolder
 from prune_dn.training import fit
 
@@ -51,47 +49,18 @@ PACKAGE = Path(__file__).parent
 PACKAGES = ("prune_dn", "torch", "torchvision", "accelerate", "numpy", "onnxruntime")
 
 
-def load_data(section: DataSection, *, seed: int) -> Datasets:
-    """The data that a recipe names."""
-    return load_datasets(**section.model_dump(), seed=seed)
-
-
-def build_model(section: ModelSection, data: Datasets, *, seed: int) -> Net:
-    """A new net for these data, with weights from `seed`, or the one in the checkpoint.
-
-    Raises DataError when a checkpoint's classes, channels or image size are not those of the data.
-    """
-    spec = data.spec
-    if section.checkpoint is not None:
-        model = ours(load(section.checkpoint), section.checkpoint).to(process_state().device)
-        check_fit(model, spec, section.checkpoint)
-        return model
-    with torch.device("meta"):
-        shape = section.build(spec.num_classes)
-    torch.manual_seed(seed)
-    net: Net
-    if isinstance(shape, LightCNN):
-        size, channels = spec.image_size, spec.in_channels
-        net = LightCNN(dataclasses.replace(shape.config, image_size=size, in_channels=channels))
-    else:
-        net = DenseNet(dataclasses.replace(shape.config, in_channels=spec.in_channels))
-    return net.to(process_state().device)
-
-
-def check_measured(recipe: Recipe, model: Net) -> None:
-    """Raise PruningError, before any work, where `prune.ratios` are not for this net."""
-    if recipe.prune is not None and recipe.prune.ratios is not None:
-        read_ratios(recipe.prune.ratios, Units(model.config.graph()), recipe.prune.units)
-
-
 @dataclass
 class Phases:
-    """The phases, each: read what is there, or make it, write it, record it."""
+    """The phases, each: read what is there, or make it, write it, record it.
+
+    `built` is the net as `build_model` gave it, of which files of other nets than ours are instances.
+    """
 
     recipe: Recipe
     data: Datasets
     folder: RunFolder
     progress: bool
+    built: nn.Module
 
     def __post_init__(self) -> None:
         metrics, spec = self.folder.metrics, self.data.spec
@@ -105,9 +74,9 @@ class Phases:
         self.environment = environment(self.recipe.seed)
         self.folder.write_json("environment.json", self.environment)
 
-    def train(self, model: Net) -> Net:
+    def train(self) -> nn.Module:
         """The dense net, trained unless the recipe only reads a checkpoint."""
-        file = "dense.safetensors"
+        file, model = "dense.safetensors", self.built
         if self.folder.done("train", [file]):
             return self._load(file)
         with self._phase("train") as notices:
@@ -120,20 +89,20 @@ class Phases:
         return model
 
     def prune(
-        self, model: Net, dense: Net, section: PruneSection, number: int
-    ) -> tuple[dict[str, Any], Net]:
+        self, model: nn.Module, dense: nn.Module, section: PruneSection, number: int
+    ) -> tuple[dict[str, Any], nn.Module]:
         """One round, and what the report tells of the cut. The budget is against `dense`."""
         plan, small = self._prune(model, dense, section, number)
         return {"layers": plan.layers, **json.loads(plan.to_json())}, small
 
     def _prune(
-        self, model: Net, dense: Net, section: PruneSection, number: int
-    ) -> tuple[Plan, Net]:
+        self, model: nn.Module, dense: nn.Module, section: PruneSection, number: int
+    ) -> tuple[Plan, nn.Module]:
         """Plan, cut, compensate, recalibrate; each step is scored."""
         ending = "" if section.rounds == 1 else f"-{number}"
         plan_file = f"plan{ending}.json"
         has_norms = any(isinstance(module, _BatchNorm) for module in model.modules())
-        batches = section.recalibrate_batches if has_norms else 0
+        batches = (section.recalibrate_batches or 0) if has_norms else 0
         done = "recalibrated" if batches else "cut"
         file = f"{done}{ending}.safetensors"
         if self.folder.done(f"prune-{number}", [plan_file, file]):
@@ -143,11 +112,11 @@ class Phases:
         with self._phase(f"prune-{number}"):
             plan = self._plan(model, dense, number)
             self.folder.write(plan_file, plan.to_json() + "\n")
-            small = ours(apply_plan(model, plan), file)
+            small = apply_plan(model, plan)
             stages = ["pruned"]
             self._score(small, "pruned")
             if section.compensate != "none":
-                small = self._compensate(small, model, plan, section.compensate)
+                small = self._compensate(small, model, plan)
                 stages.append("compensated")
                 self._score(small, "compensated")
             if batches:
@@ -172,7 +141,9 @@ class Phases:
             row["runtime"], row["batch_size"] = asked
         self.folder.metrics["rounds"][number - 1 :] = [row]
 
-    def finetune(self, model: Net, dense: Net, section: PruneSection, number: int) -> Net:
+    def finetune(
+        self, model: nn.Module, dense: nn.Module, section: PruneSection, number: int
+    ) -> nn.Module:
         """Train the cut net; after the last round it becomes pruned.safetensors."""
         last = number == section.rounds
         file = "pruned.safetensors" if last else f"finetuned-{number}.safetensors"
@@ -195,7 +166,7 @@ class Phases:
             notices += [] if worse is None else [worse]
         return model
 
-    def measure(self, nets: dict[str, Net]) -> None:
+    def measure(self, nets: dict[str, nn.Module]) -> None:
         """Latency of all nets, measured in turns; of the exported file where that is asked for."""
         if self.folder.done("latency", []):
             return
@@ -206,7 +177,7 @@ class Phases:
                 rows = latency_rows(self.recipe, nets, size, exported)
             self.folder.metrics["latency"] = self.folder.agree(rows)
 
-    def export(self, model: Net) -> None:
+    def export(self, model: nn.Module) -> None:
         """The files that the recipe asks for, each verified before it gets its name."""
         spec, wish = self.data.spec, self.recipe.export
         files = {
@@ -255,9 +226,10 @@ class Phases:
     def _path(self, name: str) -> Path:
         return self.folder.path / name
 
-    def _load(self, name: str) -> Net:
+    def _load(self, name: str) -> nn.Module:
         with self._readable(name):
-            return ours(load(self._path(name)), self._path(name)).to(process_state().device)
+            dense = None if isinstance(self.built, Net) else self.built
+            return load(self._path(name), model=dense).to(process_state().device)
 
     @contextmanager
     def _readable(self, name: str) -> Iterator[None]:
@@ -272,7 +244,7 @@ class Phases:
     def _bytes(self, name: str) -> int:
         return int(self.folder.agree(self._path(name).stat().st_size if self.folder.is_main else 0))
 
-    def _fit(self, model: Net, config: Any, name: str, **teacher: Any) -> list[str]:
+    def _fit(self, model: nn.Module, config: Any, name: str, **teacher: Any) -> list[str]:
         result = fit(
             model,
             self.data,
@@ -286,33 +258,35 @@ class Phases:
         self.folder.metrics["history"][name] = result.history
         return result.notices
 
-    def _plan(self, model: Net, dense: Net, number: int) -> Plan:
+    def _plan(self, model: nn.Module, dense: nn.Module, number: int) -> Plan:
         """Decided by the main process, so that all cut the same."""
         text = None
         if self.folder.is_main:
             text = plan_round(self.recipe, model, dense, self.data, number).to_json()
         return Plan.from_json(self.folder.agree(text))
 
-    def _compensate(self, small: Net, model: Net, plan: Plan, method: str) -> Net:
+    def _compensate(self, small: nn.Module, model: nn.Module, plan: Plan) -> nn.Module:
         """Refitted by the main process, so that all have the same weights."""
         weights = None
         if self.folder.is_main:
-            images = calibration(self.recipe, self.data)
-            loss = (self.recipe.prune and self.recipe.prune.loss) or USUAL
+            images, asked = calibration(self.recipe, self.data), self.recipe.request()
+            assert asked.compensate is not None
             fitted = compensate_plan(
-                small, model, plan, images, method, loss=loss, seed=seed_of(self.recipe)
+                *(small, model, plan, images, asked.compensate),
+                loss=asked.loss or USUAL,
+                seed=asked.seed,
             )
             weights = {name: tensor.cpu() for name, tensor in fitted.state_dict().items()}
         small.load_state_dict(self.folder.agree(weights))
         return small
 
-    def _recalibrate(self, model: Net, batches: int) -> None:
+    def _recalibrate(self, model: nn.Module, batches: int) -> None:
         size = 64 if self.recipe.finetune is None else self.recipe.finetune.batch_size
         train = self.data.train
         loader = calibration_loader(train, size, augment=train.augment, seed=self.recipe.seed)
         recalibrate_batch_norm_(model, loader, max_batches=batches)
 
-    def _save(self, model: Net, file: str) -> None:
+    def _save(self, model: nn.Module, file: str) -> None:
         history = {
             name: [{key: row[key] for key in KEPT_HISTORY} for row in rows]
             for name, rows in self.folder.metrics["history"].items()
@@ -320,9 +294,19 @@ class Phases:
         spec, augment = self.data.spec.to_dict(), self.data.train.augment
         info = {"data": spec, "augment": augment, "history": history}
         if self.folder.is_main:
-            save(model, self._path(file), info=info)
+            save(model, self._path(file), info=info, **self._origin(model))
 
-    def _score(self, model: Net, stage: str, file: str | None = None) -> None:
+    def _origin(self, model: nn.Module) -> dict[str, Any]:
+        """What `save` is told of a net that is not ours: who made it, and an image that it takes."""
+        if isinstance(model, Net):
+            return {}
+        spec, told = self.data.spec, {}
+        named = self.recipe.model.named(spec.num_classes, spec.in_channels)
+        if named is not None:
+            told = {"name": named.name, "options": named.options}
+        return {"example_inputs": example_image(model, spec.image_size), **told}
+
+    def _score(self, model: nn.Module, stage: str, file: str | None = None) -> None:
         size = None if file is None else self._bytes(file)
         figures = {**stage_figures(model, self.data), "file_bytes": size}
         self.folder.metrics["stages"][stage] = figures

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prune_dn.data import Datasets
-from prune_dn.errors import RecipeError
-from prune_dn.models import LightCNN, Net
-from prune_dn.phases import Phases, build_model, check_measured, load_data
+from torch import nn
+
+from prune_dn.building import load_data, start
+from prune_dn.phases import Phases
 from prune_dn.pixels import warn_of_other_pixels
 from prune_dn.profiling import count
 from prune_dn.pruning import apply_plan
@@ -25,7 +25,7 @@ class RunResult:
 
     output_dir: Path
     metrics: dict[str, Any]
-    model: Net
+    model: nn.Module
 
 
 def run(
@@ -40,12 +40,11 @@ def run(
     not fit, and what training, pruning and export raise.
     """
     data = load_data(recipe.data, seed=recipe.seed)
-    model = _model(recipe, data)
-    check_measured(recipe, model)
+    model = start(recipe, data)
     folder = RunFolder(recipe, data.contents, overwrite=overwrite)
     try:
-        phases = Phases(recipe, data, folder, progress)
-        dense = model = phases.train(model)
+        phases = Phases(recipe, data, folder, progress, built=model)
+        dense = model = phases.train()
         plans: list[dict[str, Any]] = []
         if recipe.prune is not None and not only_train:
             for number in range(1, recipe.prune.rounds + 1):
@@ -68,17 +67,6 @@ def run(
         folder.close()
 
 
-def _model(recipe: Recipe, data: Datasets) -> Net:
-    """The net to begin with. Raises RecipeError where the rest of the recipe is not for it."""
-    model = build_model(recipe.model, data, seed=recipe.seed)
-    if isinstance(model, LightCNN) and (foreign := recipe.foreign_to_light_cnns()):
-        raise RecipeError(
-            f"{recipe.model.name or recipe.model.checkpoint} is a Light CNN, which cannot be "
-            f"trained or cut with {foreign}"
-        )
-    return model
-
-
 def dry_run(recipe: Recipe) -> dict[str, Any]:
     """What `run` would work on: data, net, budget. Nothing is trained or written.
 
@@ -86,11 +74,11 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
     be met and what sizes it gives. Raises what `run` would raise for the same mistakes.
     """
     data = load_data(recipe.data, seed=recipe.seed)
-    model = _model(recipe, data)
+    model = start(recipe, data)
     if recipe.model.checkpoint is not None:
         warn_of_other_pixels(recipe.data, data.spec, recipe.model.checkpoint)
     facts: dict[str, Any] = {
-        "model": recipe.model.name or recipe.model.checkpoint,
+        "model": recipe.model.title,
         "data": data.spec.to_dict(),
         "images": {"train": len(data.train), "val": len(data.val), "test": len(data.test)},
         "dense": dataclasses.asdict(count(model, data.spec.image_size)),

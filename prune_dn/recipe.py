@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
-import math
-from collections.abc import Mapping
-from functools import partial
-from typing import Annotated, Any, Literal
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
 
 import torch
 from pydantic import (
@@ -16,48 +14,41 @@ from pydantic import (
     WithJsonSchema,
     model_validator,
 )
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from prune_dn import limits
 from prune_dn.augment import AUGMENTATIONS
-from prune_dn.errors import ConfigError, PruningError
-from prune_dn.files import wrong_name
+from prune_dn.errors import PruningError
 from prune_dn.images import RESIZES
-from prune_dn.latency import Runtime
 from prune_dn.losses import LOSSES
-from prune_dn.models import BUILDERS, LIGHT_CNNS, Net
+from prune_dn.models import BUILDERS
 from prune_dn.pruning import CRITERIA
 from prune_dn.pruning.config import (
+    BOUNDS,
     Compensation,
     PruneConfig,
     Scope,
     Unit,
     UnitKind,
+    check_ratio,
     units_in,
 )
 from prune_dn.pruning.criteria import follows_loss, reads_images
 from prune_dn.pruning.request import check_ratios
+from prune_dn.recipe_model import FilePath, ModelSection
+from prune_dn.runtimes import Runtime
 from prune_dn.sources import DATASETS
 from prune_dn.training import FitConfig
 from prune_dn.training.config import Pixels, Share, Strict
+from prune_dn.unfit import unfit
 from prune_dn.yaml_lines import dump
 
-Channels = Annotated[int, Field(ge=1, le=limits.CHANNELS)]
-Layers = Annotated[int, Field(ge=1, le=limits.LAYERS)]
 Images = Annotated[int, Field(ge=1, le=limits.IMAGES)]
 BatchSize = Annotated[int, Field(ge=1, le=limits.BATCH_SIZE)]
 Seed = Annotated[int, Field(ge=0, le=limits.SEED)]
 RECALIBRATE_BATCHES = 50
-FROM_DATA = ("num_classes", "in_channels", "image_size")  # of a builder's arguments
-# What prune.settle may stand beside.
-SETTLING = {
-    "settle",
-    "criterion",
-    "compensate",
-    "calibration",
-    "loss",
-    "recalibrate_batches",
-    "seed",
-}
+REQUEST = {field.name for field in dataclasses.fields(PruneConfig)}
 
 
 def _choice(kind: str, registry: Mapping[str, Any]) -> Any:
@@ -73,106 +64,17 @@ def _choice(kind: str, registry: Mapping[str, Any]) -> Any:
     ]
 
 
-def _check_path(value: str) -> str:
-    if problem := wrong_name(value):
-        raise ValueError(problem)
-    return value
-
-
-def _check_ratio(value: Any) -> Any:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return value
-    if math.isnan(value):
-        raise ValueError("is not a number; give the fraction to remove, such as 0.5")
-    if value == 0:
-        raise ValueError("would remove nothing, a call with no effect; give a fraction such as 0.5")
-    if not 0 < value < 1:
-        raise ValueError("must lie between 0 and 1: it is the fraction to remove, such as 0.5")
-    return value
-
-
-def _check_mfm(kinds: tuple[str, ...], value: Any) -> Any:
-    is_mapping = isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
-    if value is None or value == "middle_and_last" or is_mapping:
-        return value
-    raise ValueError(
-        "must be null, middle_and_last, or a mapping of names or patterns to "
-        f"{' or '.join(kinds)}, such as {{transition1: 2/1}}"
-    )
-
-
-def _mfm_schema(*kinds: str) -> WithJsonSchema:
-    names = {"type": "object", "additionalProperties": {"enum": list(kinds)}}
-    return WithJsonSchema({"anyOf": [{"type": "null"}, {"const": "middle_and_last"}, names]})
-
-
 def _check_augment(value: Any) -> Any:
     if value is None or isinstance(value, bool) or value in list(AUGMENTATIONS):
         return value
     raise ValueError(f"is no augmentation; choose {', '.join(sorted(AUGMENTATIONS))}")
 
 
-FilePath = Annotated[str, Field(min_length=1), AfterValidator(_check_path)]
-Ratio = Annotated[float, BeforeValidator(_check_ratio)]
-Mfm = Annotated[
-    Any, BeforeValidator(partial(_check_mfm, ("2/1", "3/2"))), _mfm_schema("2/1", "3/2")
-]
-MfmSkipped = Annotated[Any, BeforeValidator(partial(_check_mfm, ("2/1",))), _mfm_schema("2/1")]
 Augment = Annotated[
     Any,
     BeforeValidator(_check_augment),
     WithJsonSchema({"enum": [None, True, False, *sorted(AUGMENTATIONS)]}),
 ]
-
-
-class ModelSection(Strict):
-    """A builder by its name and the builder's own arguments, or a checkpoint."""
-
-    name: _choice("model", BUILDERS) | None = None  # type: ignore[valid-type]
-    checkpoint: FilePath | None = None
-    block_config: Annotated[tuple[Layers, ...], Field(min_length=1)] | None = None
-    growth_rate: Channels | None = None
-    num_init_features: Channels | None = None
-    bn_size: Channels | None = None
-    compression: float | None = None
-    stem: Literal["cifar", "imagenet"] | None = None
-    drop_rate: float | None = None
-    mfm: Mfm = None
-    mfm_skipped: MfmSkipped = None
-    widths: Annotated[tuple[Channels, ...], Field(min_length=1)] | None = None
-    embedding: Channels | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> ModelSection:
-        if (self.name is None) == (self.checkpoint is None):
-            raise ValueError("give either name (a builder) or checkpoint (a file)")
-        if self.checkpoint is not None:
-            extra = sorted(self.model_fields_set - {"checkpoint"})
-            if extra:
-                raise ValueError(f"a checkpoint brings its own shape; remove {', '.join(extra)}")
-            return self
-        known = inspect.signature(BUILDERS[self.name]).parameters  # type: ignore[index]
-        foreign = sorted(set(self._arguments()) - set(known))
-        if foreign:
-            takes = ", ".join(k for k in known if k not in FROM_DATA)
-            raise ValueError(f"{self.name} takes no {', '.join(foreign)}; it takes {takes}")
-        try:
-            with torch.device("meta"):
-                params = sum(p.numel() for p in self.build().parameters())
-        except (ConfigError, TypeError) as error:  # TypeError: null where a number must be
-            raise ValueError(str(error)) from error
-        if params > limits.PARAMS:
-            raise ValueError(f"it has {params:,} params; nets have at most {limits.PARAMS:,}")
-        return self
-
-    def _arguments(self) -> dict[str, Any]:
-        given = self.model_fields_set - {"name", "checkpoint"}
-        return {key: getattr(self, key) for key in type(self).model_fields if key in given}
-
-    def build(self, num_classes: int = 10) -> Net:
-        """The net that `name` and the arguments describe, with new random weights."""
-        assert self.name is not None
-        return BUILDERS[self.name](num_classes=num_classes, **self._arguments())
 
 
 class DataSection(Strict):
@@ -191,58 +93,99 @@ class DataSection(Strict):
     std: tuple[Annotated[float, Field(ge=limits.STD[0], le=limits.STD[1])], ...] | None = None
 
 
-def _usual_recalibration(data: dict[str, Any]) -> int:
-    return RECALIBRATE_BATCHES if data.get("compensate") == "none" else 0
+def _limited(name: str) -> Any:
+    """A whole number within the bounds that a request has for it."""
+    least, most = BOUNDS[name]
+    return Annotated[int, Field(ge=least, le=most)]
+
+
+def _checked(check: Callable[[Any], Any]) -> AfterValidator:
+    """A check of a request's field, as pydantic calls it."""
+
+    def checked(value: Any) -> Any:
+        try:
+            return check(value)
+        except PruningError as error:
+            raise ValueError(str(error)) from error
+
+    return AfterValidator(checked)
 
 
 class PruneSection(Strict):
-    """What `prune_dn.prune` takes, and how often to prune.
+    """A `PruneConfig`, how often to prune, and what goes with it.
 
-    `calibration` is how many training images the criterion and the compensation see (None = 512, see
-    `data.calibration_batches`), drawn by `seed`; `loss` is what the outputs mean to both (None =
-    `softmax`: the data have classes). `runtime` (None = onnxruntime) and `batch_size` (None = 1)
-    are those of the unit `latency`. `criterion` None is `usual_criterion` of the net. `settle` takes
-    the place of the ratio: every loser of an MFM goes, and nothing
-    else (`settling_plan`). `ratios` is the path of a sensitivity.json of the net before the cut.
-    After a cut `recalibrate_batches` refresh the norms, where there are any: 50, but none where
+    The fields of `PruneConfig` are its own, with its defaults. `calibration` is how many training images
+    criterion and compensation see (None = 512, see `data.calibration_batches`), drawn by `seed`; where it
+    is given and neither criterion nor compensation is, both are those of `PruneConfig.counting`. `loss`
+    None is `softmax`: the data have classes. `ratios` is the path of a sensitivity.json of the net before
+    the cut. After a cut `recalibrate_batches` refresh the norms, where there are any: 50, but none where
     the cut was compensated, which fits the norms too and would be undone in part.
     """
 
-    pruning_ratio: Ratio | None = None
-    settle: bool = False
+    pruning_ratio: Annotated[float, _checked(check_ratio)] | None = None
+    settle: bool = PruneConfig.settle
     unit: Unit = PruneConfig.unit
     runtime: Runtime | None = PruneConfig.runtime
-    batch_size: BatchSize | None = PruneConfig.batch_size
+    batch_size: _limited("batch_size") | None = PruneConfig.batch_size  # type: ignore[valid-type]
     criterion: _choice("criterion", CRITERIA) | None = PruneConfig.criterion  # type: ignore[valid-type]
     scope: Scope = PruneConfig.scope
     ratios: FilePath | None = None
-    units: Annotated[tuple[UnitKind, ...], Field(min_length=1), AfterValidator(units_in)] = (
+    units: Annotated[tuple[UnitKind, ...], Field(min_length=1), _checked(units_in)] = (
         PruneConfig.units
     )
-    compensate: Compensation = "none"
+    compensate: Compensation | None = PruneConfig.compensate
     calibration: Images | None = None
     loss: _choice("loss", LOSSES) | None = PruneConfig.loss  # type: ignore[valid-type]
     protect: tuple[str, ...] = PruneConfig.protect
-    min_channels: Channels = PruneConfig.min_channels
-    round_to: Channels = PruneConfig.round_to
+    min_channels: _limited("min_channels") = PruneConfig.min_channels  # type: ignore[valid-type]
+    round_to: _limited("round_to") = PruneConfig.round_to  # type: ignore[valid-type]
     rounds: Annotated[int, Field(ge=1, le=limits.ROUNDS)] = 1
-    recalibrate_batches: Annotated[int, Field(ge=0, le=limits.STEPS)] = Field(
-        default_factory=_usual_recalibration
-    )
+    recalibrate_batches: Annotated[int, Field(ge=0, le=limits.STEPS)] | None = None
     seed: Seed | None = None
 
     @model_validator(mode="after")
     def _check(self) -> PruneSection:
         if not self.settle and self.pruning_ratio is None:
             raise ValueError("pruning_ratio is missing: give the fraction to remove, such as 0.5")
-        fields = type(self).model_fields
-        given = [name for name in fields if getattr(self, name) != fields[name].default]
-        extra = sorted(set(given) - SETTLING)
-        if self.settle and extra:
+        try:
+            asked = self.request().counting(self.calibration)
+            check_ratios(self.ratios, self.scope, self.units)
+        except PruningError as error:
+            raise ValueError(str(error)) from error
+        for key in ("rounds", "ratios"):
+            if self.settle and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"{key} has no effect beside settle, which has no ratio; leave it out"
+                )
+        if self.ratios is not None and self.rounds > 1:
             raise ValueError(
-                f"settle cuts every loser of an MFM and nothing else; remove {', '.join(extra)}"
+                "rounds above 1 and ratios do not go together: these were measured on the net before "
+                "the first round"
             )
+        usual = RECALIBRATE_BATCHES if asked.compensate == "none" else 0
+        batches = usual if self.recalibrate_batches is None else self.recalibrate_batches
+        for key, value in (
+            ("criterion", asked.criterion),
+            ("compensate", asked.compensate),
+            ("recalibrate_batches", batches),
+        ):
+            object.__setattr__(self, key, value)  # as it is when all is said
+        for key, reads in (("calibration", self.reads_images), ("loss", self.follows_loss)):
+            if getattr(self, key) is not None and not reads:
+                what = (
+                    "reads only the weights"
+                    if key == "calibration"
+                    else ("does not depend on what the outputs mean")
+                )
+                raise ValueError(
+                    f"{key} has no effect: the criterion {what} and compensate is none; leave it out"
+                )
         return self
+
+    def request(self, **others: Any) -> PruneConfig:
+        """The request, with `others` in place of its own fields. Raises PruningError."""
+        mine = {key: getattr(self, key) for key in type(self).model_fields if key in REQUEST}
+        return PruneConfig(**{**mine, "seed": self.seed or 0, **others})
 
     @property
     def reads_images(self) -> bool:
@@ -295,50 +238,34 @@ class Recipe(Strict):
             raise ValueError("there is nothing to do: add train or prune")
         if self.prune is None and self.finetune is not None:
             raise ValueError("finetune without prune: move its settings to train, or add prune")
-        if self.prune is not None and self.prune.calibration and not self.prune.reads_images:
-            raise ValueError(
-                "prune.calibration has no effect: the criterion reads only the weights and "
-                "compensate is none; leave it out"
-            )
-        if self.prune is not None and self.prune.loss and not self.prune.follows_loss:
-            raise ValueError(
-                "prune.loss has no effect: the criterion does not depend on what the outputs mean and "
-                "compensate is none; leave it out"
-            )
-        if self.prune is not None and self.prune.unit != "latency":
-            for key in ("runtime", "batch_size"):
-                if getattr(self.prune, key) is not None:
-                    raise ValueError(f"prune.{key} has no effect: prune.unit is not latency")
-        if self.prune is not None and self.prune.ratios is not None:
-            if self.prune.rounds > 1:
-                raise ValueError(
-                    "prune.rounds above 1 and prune.ratios do not go together: they were measured on "
-                    "the net before the first round"
-                )
-            try:
-                check_ratios(self.prune.ratios, self.prune.scope, self.prune.units)
-            except PruningError as error:
-                raise ValueError(f"prune: {error}") from error
-        if self.model.name in LIGHT_CNNS and (foreign := self.foreign_to_light_cnns()):
-            raise ValueError(f"{self.model.name} cannot be trained or cut with {foreign}")
         if self.prune is not None and self.prune.rounds > 1 and self.finetune is None:
             raise ValueError("prune.rounds above 1 fine-tunes between the rounds; add finetune")
+        if self.model.name in BUILDERS and self.model.checkpoint is None:
+            with torch.device("meta"):
+                shape = self.model.build()
+            for norm in (m for m in shape.modules() if isinstance(m, _NormBase)):
+                norm.to_empty(device="cpu").reset_parameters()  # their scales are looked at
+            self.check_net(shape)
         return self
 
-    def foreign_to_light_cnns(self) -> str:
-        """What a Light CNN has no use for, with what to do instead; empty = nothing."""
-        wrong = []
-        for name, fit in (("train", self.train), ("finetune", self.finetune)):
-            if fit is not None and fit.resolutions:
-                wrong.append(f"{name}.resolutions (its linear layer fits one size; leave them out)")
-            if fit is not None and fit.sparsity is not None:
-                wrong.append(f"{name}.sparsity (it has no norms; leave it out)")
-        if (cut := self.prune) is not None:
-            if cut.criterion == "bn_scale":
-                wrong.append("prune.criterion bn_scale (it has no norms; choose l2, or taylor)")
-            none = [unit for unit in ("edge", "layer") if unit in cut.units]
-            wrong += [f"prune.units {unit} (it has none; leave it out)" for unit in none]
-        return ", ".join(wrong)
+    def request(self, image_size: int | None = None, number: int | None = None) -> PruneConfig:
+        """The request of one round (None: the last): `number`/`rounds` of the ratio in all."""
+        cut = self.prune
+        assert cut is not None
+        asked: dict[str, Any] = {"input_size": image_size}
+        if cut.seed is None:
+            asked["seed"] = self.seed
+        if cut.pruning_ratio is not None and number is not None:
+            asked["pruning_ratio"] = cut.pruning_ratio * number / cut.rounds
+        return cut.request(**asked)
+
+    def check_net(self, model: nn.Module, image_size: int | None = None) -> None:
+        """Raise ValueError for all that this net has no use for or cannot do, with what to do instead."""
+        fits = {"train": self.train, "finetune": self.finetune}
+        request = None if self.prune is None else self.request(image_size)
+        ratios = None if self.prune is None else self.prune.ratios
+        if wrong := list(unfit(model, fits, request, ratios, image_size)):
+            raise ValueError(f"{self.model.title} does not fit the rest: {'; '.join(wrong)}")
 
 
 def to_yaml(recipe: Recipe) -> str:

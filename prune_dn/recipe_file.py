@@ -49,6 +49,7 @@ _KINDS = {
 # Keys that people look for in the wrong section.
 _ELSEWHERE: dict[KeyPath, str] = {
     ("model", "num_classes"): "the number of classes comes from the data",
+    ("model", "in_chans"): "the number of channels comes from the data",
     ("model", "in_channels"): "the number of channels comes from the data",
     ("model", "image_size"): "the size of images comes from the data: see data.image_size",
 }
@@ -141,14 +142,21 @@ def _messages(error: ValidationError, data: Any, where: Mapping[KeyPath, str]) -
             continue  # said with the unknown key
         path = _real_path(detail["loc"], data, detail["type"])
         text = _text(path, detail)
+        if detail["type"] == "value_error" and isinstance(detail["input"], dict):
+            field = text.partition(" ")[0]  # what it is about, where it is a key of this section
+            path = (*path, field) if field in detail["input"] else path
         texts = found.setdefault(path, [])
         if text not in texts:
             texts.append(text)
     lines = []
     for path, texts in sorted(found.items(), key=lambda item: _order(item[0], where)):
         place = next(where[path[:n]] for n in range(len(path), -1, -1) if path[:n] in where)
-        dotted = f"{'.'.join(map(str, path))}: " if path else ""
-        lines.append(f"{place}: {plain(dotted + '; or '.join(texts))}")
+        said, section = "; or ".join(texts), ".".join(map(str, path[:-1]))
+        if path and isinstance(path[-1], str) and said.startswith(f"{path[-1]} "):
+            said = f"{section}.{said}".removeprefix(".")
+        elif path:
+            said = f"{'.'.join(map(str, path))}: {said}"
+        lines.append(f"{place}: {plain(said)}")
     return lines
 
 
@@ -183,7 +191,7 @@ def _text(path: KeyPath, detail: ErrorDetails) -> str:
     context = detail.get("ctx", {})
     if kind == "value_error":
         message = str(context["error"])
-        if isinstance(value, dict):
+        if isinstance(value, dict) or message.startswith(f"{path[-1]} is "):
             return message
         return f"{_show(value)} {message}{_guess(value, message)}"
     message = _KINDS[kind].format(**context) if kind in _KINDS else detail["msg"]

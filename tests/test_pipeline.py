@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from prune_dn import figures, phases, pipeline
+from prune_dn import figures, pipeline
+from prune_dn.building import load_data
 from prune_dn.checkpoint import load, read_info, save, save_state_dict
 from prune_dn.cli import main
 from prune_dn.data import calibration_batches, load_datasets, make_loader
@@ -99,7 +100,7 @@ def test_what_is_left(finished: pipeline.RunResult) -> None:
 def test_figures_are_those_of_the_files(finished: pipeline.RunResult) -> None:
     folder, stages = finished.output_dir, finished.metrics["stages"]
     assert json.loads((folder / "metrics.json").read_text()) == finished.metrics
-    test = phases.load_data(tiny(folder).data, seed=0).test
+    test = load_data(tiny(folder).data, seed=0).test
     for stage, name in (
         ("dense", "dense"),
         ("recalibrated", "recalibrated"),
@@ -232,9 +233,7 @@ def test_from_a_checkpoint_without_training(tmp_path: Path, finished: pipeline.R
     stages, reference = result.metrics["stages"], finished.metrics["stages"]
     assert stages["dense"]["test_accuracy"] == reference["dense"]["test_accuracy"]
     assert list(stages) == ["dense", "pruned", "recalibrated"]  # nothing was fine-tuned
-    pruned = accuracy(
-        result.output_dir / "pruned.safetensors", phases.load_data(recipe.data, seed=0).test
-    )
+    pruned = accuracy(result.output_dir / "pruned.safetensors", load_data(recipe.data, seed=0).test)
     assert stages["recalibrated"]["test_accuracy"] == pytest.approx(pruned)
 
 
@@ -307,7 +306,7 @@ def test_a_refitted_net_has_its_row_and_is_not_recalibrated(tmp_path: Path) -> N
     stages = result.metrics["stages"]
     assert list(stages) == ["dense", "pruned", "compensated", "fine-tuned"]
     cut = load(tmp_path / "cut.safetensors")
-    data = phases.load_data(tiny(tmp_path).data, seed=0)
+    data = load_data(tiny(tmp_path).data, seed=0)
     assert stages["compensated"]["test_loss"] == evaluate(cut, data.test).loss
     assert stages["compensated"]["file_bytes"] == (tmp_path / "cut.safetensors").stat().st_size
     dense, plan = load(tmp_path / "dense.safetensors"), Plan.load(tmp_path / "plan.json")

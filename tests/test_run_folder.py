@@ -99,8 +99,8 @@ def test_other_data_is_refused(trained: Recipe, change: Callable[[], object], ma
 
 def test_other_data_in_the_middle_of_training_is_refused_by_fit_too(trained: Recipe) -> None:
     """Without a run folder: `fit` alone keeps a digest in its state."""
+    from prune_dn.building import build_model, load_data
     from prune_dn.errors import TrainingError
-    from prune_dn.phases import build_model, load_data
     from prune_dn.training import fit
 
     def go() -> None:

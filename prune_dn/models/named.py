@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -44,6 +45,7 @@ _OPTIONS: dict[str, dict[str, tuple[type, ...]]] = {
         "features_only": (bool,),
     },
 }
+LIBRARIES = tuple(_OPTIONS)
 _MOST = {"num_classes": limits.CHANNELS, "in_chans": limits.CHANNELS, "output_stride": 32}
 _SILENT = {"training", "inplace", "memory_efficient", "grad_checkpointing"}
 
@@ -77,13 +79,15 @@ class Named:
             if not right or (key in _MOST and not 0 <= value <= _MOST[key]):  # type: ignore[operator]
                 raise ConversionError(f"{key} of {self.name} is {value!r:.100}")
 
-    def build(self) -> nn.Module:
-        """The net, its large weights on the meta device: they are to come from a file.
+    def build(self, *, filled: bool = False) -> nn.Module:
+        """The net with random weights where `filled`; else, as they are to come from a file, with large
+        ones on the meta device.
 
         Raises ConversionError where the library cannot build it so.
         """
         library, _, name = self.name.partition("/")
-        with warnings.catch_warnings(), torch.random.fork_rng([]), _Unfilled():
+        unfilled = nullcontext() if filled else _Unfilled()
+        with warnings.catch_warnings(), torch.random.fork_rng([]), unfilled:
             warnings.simplefilter("ignore")
             try:
                 if library == "timm":

@@ -8,15 +8,13 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from prune_dn import limits
 from prune_dn.errors import PruningError
-
-if TYPE_CHECKING:
-    from prune_dn.latency import Runtime
+from prune_dn.runtimes import RUNTIMES, Runtime
 
 Unit = Literal["channels", "params", "macs", "latency"]
 Scope = Literal["global", "local"]
@@ -29,6 +27,18 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 UNITS: tuple[UnitKind, ...] = get_args(UnitKind)
 USUAL_UNITS: tuple[UnitKind, ...] = ("stream", "bottleneck")
 SIBLINGS: tuple[UnitKind, ...] = ("sibling",)
+# The best that is known with calibration images: criterion and compensation.
+CALIBRATED: tuple[str, Compensation] = ("reconstruction", "least_squares")
+# What may stand beside `settle`.
+SETTLING = {"settle", "criterion", "loss", "compensate", "input_size", "seed"}
+TIMED: tuple[Runtime, int] = ("onnxruntime", 1)  # runtime and batch size of latencies by default
+# The least and the most of each whole number in a request.
+BOUNDS: dict[str, tuple[int, int]] = {
+    "min_channels": (1, limits.CHANNELS),
+    "round_to": (1, limits.CHANNELS),
+    "batch_size": (1, limits.BATCH_SIZE),
+    "seed": (0, limits.SEED),
+}
 
 
 @dataclass(frozen=True)
@@ -45,7 +55,8 @@ class PruneConfig:
     all the same), and no width falls below `min_channels`. Modules whose names, or whose parents'
     names, match a pattern in `protect` keep all weights: neither what they make nor what they read
     is cut. `loss` is the name of what the net's outputs mean (`softmax`, `sigmoid`, `mse`).
-    `runtime` (None: onnxruntime) and `batch_size` (None: 1) are those of the unit `latency`.
+    `settle` takes the place of the ratio, which is None: every loser of an MFM goes, nothing else
+    (`settling_plan`). `runtime` and `batch_size` are those of the unit `latency` (None: as `TIMED`).
 
     `criterion` and `compensate` None stand for the best that is known (`with_defaults`): with
     calibration images `reconstruction` and `least_squares`; without, `bn_scale` where norms have
@@ -62,7 +73,7 @@ class PruneConfig:
     prune_dn.errors.PruningError: batch_size has no effect with unit 'channels'; use unit 'latency'
     """
 
-    pruning_ratio: float
+    pruning_ratio: float | None
     unit: Unit = "channels"
     criterion: str | None = None
     loss: str | None = None
@@ -76,18 +87,18 @@ class PruneConfig:
     batch_size: int | None = None
     input_size: int | tuple[int, int] | None = None
     seed: int = 0
+    settle: bool = False
 
     def __post_init__(self) -> None:
         plain: dict[str, Any] = {
-            "pruning_ratio": check_ratio(self.pruning_ratio),
+            "pruning_ratio": self.pruning_ratio if self.settle else check_ratio(self.pruning_ratio),
             "units": units_in(self.units),
             "protect": names_in(self.protect, "protect"),
-            "min_channels": whole_number("min_channels", self.min_channels),
-            "round_to": whole_number("round_to", self.round_to),
-            "seed": check_seed(self.seed),
         }
-        if self.batch_size is not None:
-            plain["batch_size"] = whole_number("batch_size", self.batch_size, 1, limits.BATCH_SIZE)
+        for name, bounds in BOUNDS.items():
+            value = getattr(self, name)
+            is_open = name == "batch_size" and value is None
+            plain[name] = None if is_open else whole_number(name, value, *bounds)
         if self.input_size is not None:
             from prune_dn.profiling import sides
 
@@ -95,6 +106,8 @@ class PruneConfig:
             plain["input_size"] = height if height == width else (height, width)
         for name, value in plain.items():
             object.__setattr__(self, name, value)
+        if self.settle:
+            self._check_settling()
         check_choice("unit", self.unit, get_args(Unit))
         check_choice("scope", self.scope, get_args(Scope))
         if self.criterion is not None:
@@ -106,9 +119,7 @@ class PruneConfig:
 
             check_loss(self.loss)
         if self.runtime is not None:
-            from prune_dn import latency
-
-            check_choice("runtime", self.runtime, get_args(latency.Runtime))
+            check_choice("runtime", self.runtime, RUNTIMES)
         if "layer" in self.units and ("stream" not in self.units or self.scope != "global"):
             raise PruningError("units 'layer' needs 'stream' among the units, and scope 'global'")
         for name in ("runtime", "batch_size"):
@@ -116,6 +127,35 @@ class PruneConfig:
                 raise PruningError(
                     f"{name} has no effect with unit {self.unit!r}; use unit {LATENCY!r}"
                 )
+
+    def _check_settling(self) -> None:
+        usual = {field.name: field.default for field in fields(self)} | {"pruning_ratio": None}
+        beside = [n for n in usual if n not in SETTLING and getattr(self, n) != usual[n]]
+        if beside:
+            raise PruningError(
+                f"settle cuts every loser of an MFM and nothing else; remove {', '.join(beside)}"
+            )
+
+    @property
+    def timed(self) -> tuple[Runtime, int]:
+        """Runtime and batch size of the unit `latency`."""
+        runtime, batch_size = TIMED
+        return self.runtime or runtime, self.batch_size or batch_size
+
+    def counting(self, images: int | None) -> PruneConfig:
+        """The request of a recipe or a command that gives so many calibration images (None: unsaid).
+
+        Where images are given and neither criterion nor compensation, these are the best that is known, as
+        in Python. Else nothing is compensated unless it is said.
+
+        >>> PruneConfig(0.5).counting(512).criterion, PruneConfig(0.5).counting(None).compensate
+        ('reconstruction', 'none')
+        >>> PruneConfig(0.5, criterion="taylor").counting(512).compensate
+        'none'
+        """
+        if images is not None and self.criterion is None and self.compensate is None:
+            return replace(self, criterion=CALIBRATED[0], compensate=CALIBRATED[1])
+        return self if self.compensate is not None else replace(self, compensate="none")
 
     @staticmethod
     def of(request: float | PruneConfig, given: Mapping[str, Any]) -> PruneConfig:
@@ -178,7 +218,7 @@ def whole_number(name: str, value: Any, least: int = 1, most: int | None = None)
 
 def check_seed(seed: Any) -> int:
     """A seed as a plain integer."""
-    return whole_number("seed", seed, 0, limits.SEED)
+    return whole_number("seed", seed, *BOUNDS["seed"])
 
 
 def units_in(values: Iterable[str], allowed: tuple[str, ...] = UNITS) -> tuple[Any, ...]:

@@ -12,19 +12,20 @@ from torch import nn
 
 from prune_dn.defaults import usual_defaults
 from prune_dn.errors import PruningError
-from prune_dn.latency import Runtime, compare_latency
+from prune_dn.latency import compare_latency
 from prune_dn.models import DenseNet, DenseNetConfig, LightCNN, LightCNNConfig
 from prune_dn.profiling import ImageSize, default_image_size
 from prune_dn.pruning.budget import Budget, choose
+from prune_dn.pruning.config import TIMED
 from prune_dn.pruning.kept import indices_of
 from prune_dn.pruning.parts import Mask
 from prune_dn.pruning.prices import Scores
 from prune_dn.pruning.rates import Costing, Rates
 from prune_dn.pruning.subject import NetShape, subject
 from prune_dn.pruning.units import Units
+from prune_dn.runtimes import Runtime
 
 OwnConfig = DenseNetConfig | LightCNNConfig
-RUNTIME: Runtime = "onnxruntime"  # unless another is asked for
 TRIES = 4
 TOLERANCE = 0.03
 # Above these a plan is doubtful: shares of the predicted, the asked and the median time.
@@ -79,8 +80,8 @@ class LatencyModel:
 def fit_latency_model(
     model: nn.Module,
     *,
-    runtime: Runtime = RUNTIME,
-    batch_size: int = 1,
+    runtime: Runtime = TIMED[0],
+    batch_size: int = TIMED[1],
     image_size: ImageSize | None = None,
     nets: int = 16,
     repeats: int = 30,

@@ -21,7 +21,6 @@ from prune_dn.pruning.config import LATENCY, PruneConfig
 from prune_dn.pruning.criteria import CRITERIA, follows_loss
 from prune_dn.pruning.importance import calibration_for, importance
 from prune_dn.pruning.latency_model import (
-    RUNTIME,
     LatencyModel,
     doubts,
     fit_latency_model,
@@ -34,6 +33,7 @@ from prune_dn.pruning.rates import COUNTED, Costing
 from prune_dn.pruning.ratios import Ratios, measured_drops, read_ratios
 from prune_dn.pruning.readings import judged
 from prune_dn.pruning.request import check_ratios, check_rounding, request_of, with_defaults
+from prune_dn.pruning.settle import settled
 from prune_dn.pruning.siblings import keep_to_competing
 from prune_dn.pruning.subject import NetShape, Subject, subject
 from prune_dn.pruning.units import Units
@@ -140,8 +140,12 @@ def decide(
     assert criterion is not None
     check_ratios(ratios, asked.scope, asked.units)
     follows = follows_loss(criterion) or asked.compensate in (None, "none")
-    batches = calibration_for(calibration, criterion, loss if follows else None)
-    table = Units(given.graph)
+    heeded, table = loss if follows else None, Units(given.graph)
+    if asked.settle:
+        keep, requested = settled(given, table, asked, calibration, heeded)
+        return table, keep, (requested, {}, {})
+    assert asked.pruning_ratio is not None
+    batches = calibration_for(calibration, criterion, heeded)
     rows = None if ratios is None else read_ratios(ratios, table, asked.units)
     check_rounding(table, asked.units, asked.round_to)
     may_go, protected = allowed(given, table, asked)
@@ -326,10 +330,11 @@ def _latency_model(
     size = asked.input_size
     assert size is not None
     if given_model is None:
+        runtime, batch_size = asked.timed
         return fit_latency_model(
             given.model,
-            runtime=asked.runtime or RUNTIME,
-            batch_size=asked.batch_size or 1,
+            runtime=runtime,
+            batch_size=batch_size,
             image_size=size,
             seed=asked.seed,
         )

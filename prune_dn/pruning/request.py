@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from prune_dn.errors import PruningError
 from prune_dn.losses import LossFunction, check_loss
-from prune_dn.pruning.config import PruneConfig
+from prune_dn.pruning.config import CALIBRATED, PruneConfig
 from prune_dn.pruning.parts import Group
 from prune_dn.pruning.ratios import Ratios
 from prune_dn.pruning.units import Units
@@ -45,9 +45,9 @@ def with_defaults(config: PruneConfig, model: nn.Module, calibrated: bool) -> Pr
     """
     criterion, compensate = config.criterion, config.compensate
     if criterion is None:
-        criterion = "reconstruction" if calibrated else usual_criterion(model)
+        criterion = CALIBRATED[0] if calibrated else usual_criterion(model)
     if compensate is None:
-        compensate = "least_squares" if calibrated else "none"
+        compensate = CALIBRATED[1] if calibrated else "none"
     return dataclasses.replace(config, criterion=criterion, compensate=compensate)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -11,11 +12,12 @@ from prune_dn.defaults import usual_defaults
 from prune_dn.errors import PruningError
 from prune_dn.losses import LossFunction
 from prune_dn.pruning.budget import losers
-from prune_dn.pruning.config import check_criterion, check_seed
+from prune_dn.pruning.config import PruneConfig
 from prune_dn.pruning.importance import calibration_for, importance
+from prune_dn.pruning.parts import Mask
 from prune_dn.pruning.plan import Plan, plan_of
-from prune_dn.pruning.siblings import contests
-from prune_dn.pruning.subject import subject
+from prune_dn.pruning.siblings import Contest, contests
+from prune_dn.pruning.subject import Subject, subject
 from prune_dn.pruning.units import Units
 
 
@@ -47,10 +49,33 @@ def settling_plan(
     >>> {layer.mfm for layer in plain.config.blocks[0]}, plain.config.classifier_rivals
     ({None}, None)
     """
+    asked = PruneConfig(None, criterion=criterion, seed=seed, settle=True)
     given = subject(model)
-    check_criterion(criterion)
-    seed = check_seed(seed)
     table = Units(given.graph)
+    return plan_of(given, table, *settled(given, table, asked, calibration, loss))
+
+
+def settled(
+    given: Subject,
+    table: Units,
+    asked: PruneConfig,
+    calibration: Iterable[object] | None,
+    loss: str | LossFunction | None,
+) -> tuple[Mask, dict[str, Any]]:
+    """The units that stay, and what a plan says of the request, which has a criterion."""
+    found, criterion = settled_contests(table), str(asked.criterion)
+    batches = calibration_for(calibration, criterion, loss)
+    scores = importance(given.model, table, criterion, calibration=batches, seed=asked.seed)
+    lose = np.zeros(table.size, dtype=bool)
+    for contest in found:
+        assert contest.group is not None
+        lose[contest.group.units] = True
+    keep = table.close(~losers(table, scores, lose))
+    return keep, {"settle": True, "criterion": criterion, "seed": asked.seed}
+
+
+def settled_contests(table: Units) -> list[Contest]:
+    """What competes in a net. Raises PruningError where there is nothing, or some have no loser."""
     found = list(contests(table))
     endless = [contest.name for contest in found if contest.group is None]
     if not found or endless:
@@ -60,12 +85,4 @@ def settling_plan(
             else ("this net has no MFM")
         )
         raise PruningError(f"nothing to settle: {what}; only an MFM 2/1 has a loser in each pair")
-    batches = calibration_for(calibration, criterion, loss)
-    scores = importance(given.model, table, criterion, calibration=batches, seed=seed)
-    lose = np.zeros(table.size, dtype=bool)
-    for contest in found:
-        assert contest.group is not None
-        lose[contest.group.units] = True
-    keep = table.close(~losers(table, scores, lose))
-    requested = {"settle": True, "criterion": criterion, "seed": seed}
-    return plan_of(given, table, keep, requested)
+    return found

@@ -60,7 +60,7 @@ class FitConfig(Strict):
     precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_accumulation: Annotated[int, Field(ge=1, le=limits.STEPS)] = 1
     channels_last: bool = True
-    memory_efficient: bool | Literal[1, 2] = True
+    memory_efficient: bool | Literal[1, 2] | None = None  # None: True for a DenseNet
     sparsity: Sparsity | None = None
     distillation: Distillation | None = None
     resolutions: tuple[tuple[Share, Pixels], ...] = ()

@@ -84,7 +84,8 @@ class Run:
     def __enter__(self) -> None:
         config, device = self.config, self.accelerator.device
         if isinstance(self.model, DenseNet):
-            self.model.memory_efficient = config.memory_efficient
+            efficient = config.memory_efficient
+            self.model.memory_efficient = True if efficient is None else efficient
         self.model.to(device)
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model.to(memory_format=layout)

@@ -74,7 +74,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("pruning_ratio", np.int64(50), r"must lie in \(0, 1\); did you mean 0.5"),
     ("pruning_ratio", 0.5j, "it must be a number"),
     *(
-        (name, value, f"{name} is .*; it must be an integer of at least 1")
+        (name, value, f"{name} is .*; it must be an integer from 1 to")
         for name in ("min_channels", "round_to")
         for value in (0, -1, 2.0, "2", True, None, Decimal(2), torch.tensor(2), np.float64(2))
     ),
