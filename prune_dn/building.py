@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
 
 from prune_dn.checkpoint import load
 from prune_dn.data import Datasets, DataSpec, load_datasets
-from prune_dn.errors import ConversionError, DataError, RecipeError
+from prune_dn.errors import DataError, RecipeError
 from prune_dn.models import BUILDERS, DenseNet, LightCNN, Net
-from prune_dn.models.convert import convert, is_densenet
+from prune_dn.opened import as_ours
 from prune_dn.pixels import check_fit
 from prune_dn.processes import process_state
 from prune_dn.profiling import in_channels
@@ -54,10 +53,7 @@ def build_model(section: ModelSection, data: Datasets, *, seed: int) -> nn.Modul
         model = load(section.checkpoint, model=given)
     else:
         model = section.build(spec.num_classes, spec.in_channels)
-    if is_densenet(model) and not isinstance(model, DenseNet):
-        with suppress(ConversionError):  # a variant is followed as any other net
-            model = convert(model)
-    model = model.to(device)
+    model = as_ours(model).to(device)
     if section.checkpoint is None and (has := in_channels(model)) != spec.in_channels:
         raise DataError(
             f"{section.title} is built for {has} input channels, the data set {spec.name!r} has "

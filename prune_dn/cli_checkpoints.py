@@ -13,7 +13,8 @@ from prune_dn.cli_options import example, read_recipe, words
 from prune_dn.console import show as _show
 from prune_dn.errors import RecipeError
 from prune_dn.intervals import percent
-from prune_dn.pruning.config import COMPENSATIONS, PruneConfig, Unit
+from prune_dn.pruning.config import CALIBRATED, COMPENSATIONS, TIMED, PruneConfig, Unit
+from prune_dn.runtimes import RUNTIMES
 
 
 @example(
@@ -33,20 +34,20 @@ def prune(
         str, typer.Option(help=f"What the ratio counts: {', '.join(get_args(Unit))}.")
     ] = PruneConfig.unit,
     runtime: Annotated[
-        str | None, typer.Option(help="For latency: onnxruntime or eager.  [default: onnxruntime]")
-    ] = None,
+        str | None,
+        typer.Option(help=f"For latency: {' or '.join(RUNTIMES)}.  [default: {TIMED[0]}]"),
+    ] = PruneConfig.runtime,
     batch_size: Annotated[
         int | None,
-        typer.Option(
-            min=1, max=limits.BATCH_SIZE, help="For latency: images at once.  [default: 1]"
-        ),
-    ] = None,
+        options.bounded("batch_size", f"For latency: images at once.  [default: {TIMED[1]}]"),
+    ] = PruneConfig.batch_size,
     criterion: Annotated[
         str | None,
         typer.Option(
-            help="See `prune-dn criteria`.  [default: bn_scale where norms have scales, else l2]"
+            help="See `prune-dn criteria`.  [default: bn_scale where norms have scales, else l2; "
+            f"{CALIBRATED[0]} with --calibration and no --compensate]"
         ),
-    ] = None,
+    ] = PruneConfig.criterion,
     scope: Annotated[
         str, typer.Option(help="Rank over the whole net: global; or local.")
     ] = PruneConfig.scope,
@@ -56,10 +57,10 @@ def prune(
     units: options.UnitKinds = options.USUAL,
     protect: options.Protect = None,
     min_channels: Annotated[
-        int, typer.Option(min=1, max=limits.CHANNELS, help="No width falls below.")
+        int, options.bounded("min_channels", "No width falls below.")
     ] = PruneConfig.min_channels,
     round_to: Annotated[
-        int, typer.Option(min=1, max=limits.CHANNELS, help="Cut widths become a multiple of.")
+        int, options.bounded("round_to", "Cut widths become a multiple of.")
     ] = PruneConfig.round_to,
     image_size: options.ImageSize = None,
     seed: options.Seed = PruneConfig.seed,
@@ -74,8 +75,12 @@ def prune(
         ),
     ] = 0,
     compensate: Annotated[
-        str, typer.Option(help=f"Refit what stays: {', '.join(COMPENSATIONS)}.")
-    ] = "none",
+        str | None,
+        typer.Option(
+            help=f"Refit what stays: {', '.join(COMPENSATIONS)}.  [default: none; {CALIBRATED[1]} with "
+            "--calibration and no --criterion]"
+        ),
+    ] = PruneConfig.compensate,
     calibration: Annotated[
         int | None,
         typer.Option(
@@ -99,28 +104,28 @@ def prune(
     from prune_dn import jobs
     from prune_dn.data_options import DataOptions
 
+    fields: dict[str, Any] = {
+        "unit": unit,
+        "criterion": criterion,
+        "loss": loss,
+        "scope": scope,
+        "units": words(units),
+        "protect": tuple(protect or ()),
+        "min_channels": min_channels,
+        "round_to": round_to,
+        "compensate": compensate,
+        "runtime": runtime,
+        "batch_size": batch_size,
+        "seed": seed,
+    }
     figures = jobs.prune_checkpoint(
         checkpoint,
         output,
-        ratio,
-        {
-            "unit": unit,
-            "criterion": criterion,
-            "scope": scope,
-            "ratios": ratios,
-            "units": words(units),
-            "protect": tuple(protect or ()),
-            "min_channels": min_channels,
-            "round_to": round_to,
-            "seed": seed,
-        },
+        PruneConfig(ratio, **fields),
+        ratios=ratios,
         plan_out=plan_out,
         recalibrate=recalibrate,
-        compensate=compensate,
         calibration=calibration,
-        loss=loss,
-        runtime=runtime,
-        batch_size=batch_size,
         data=DataOptions(data, data_root, image_size, resize, mean, std, normalize, seed=seed),
         ema=ema,
         named=model,

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from prune_dn import limits
-from prune_dn.pruning.config import UNITS, USUAL_UNITS
+from prune_dn.pruning.config import BOUNDS, UNITS, USUAL_UNITS
 from prune_dn.signals import stoppable
 
 app = typer.Typer(
@@ -77,7 +77,16 @@ Resize = Annotated[
 Mean = Annotated[str | None, typer.Option(help="Pixel means, such as 0.4914,0.4822,0.4465.")]
 Std = Annotated[str | None, typer.Option(help="Pixel standard deviations.")]
 Normalize = Annotated[str | None, typer.Option(help="Take mean and std of this data set.")]
-Seed = Annotated[int, typer.Option(min=0, max=limits.SEED, help="Seed of every random choice.")]
+
+
+def bounded(name: str, text: str) -> typer.models.OptionInfo:
+    """A whole number within the bounds that a request has for it."""
+    least, most = BOUNDS[name]
+    found: typer.models.OptionInfo = typer.Option(min=least, max=most, help=text)
+    return found
+
+
+Seed = Annotated[int, bounded("seed", "Seed of every random choice.")]
 
 
 def example(*lines: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

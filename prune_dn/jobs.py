@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,13 @@ from prune_dn.building import load_data
 from prune_dn.checkpoint import load, save, save_state_dict
 from prune_dn.data import Datasets, calibration_batches, calibration_loader
 from prune_dn.data_options import DataOptions, refuse_calibration
-from prune_dn.errors import ConversionError, DataError, ExportError, PruningError, RecipeError
+from prune_dn.errors import DataError, ExportError, PruningError, RecipeError
 from prune_dn.export import export_onnx, export_torch
 from prune_dn.files import same_file
 from prune_dn.intervals import fell, wilson
 from prune_dn.losses import USUAL
 from prune_dn.models import LightCNN, Net
-from prune_dn.models.convert import convert, is_densenet
-from prune_dn.opened import open_checkpoint
+from prune_dn.opened import as_ours, open_checkpoint
 from prune_dn.pixels import (
     GUESSED,
     check_fit,
@@ -35,12 +34,12 @@ from prune_dn.pixels import (
 from prune_dn.processes import process_state
 from prune_dn.profiling import count, example_image
 from prune_dn.pruning import (
+    Plan,
     apply_plan,
     compensate_plan,
     make_plan,
     recalibrate_batch_norm_,
 )
-from prune_dn.pruning.compensate import check_compensation
 from prune_dn.pruning.config import PruneConfig
 from prune_dn.pruning.criteria import follows_loss, reads_images
 from prune_dn.recipe import Recipe
@@ -52,84 +51,75 @@ from prune_dn.training.config import Distillation
 def prune_checkpoint(
     checkpoint: Path,
     output: Path,
-    ratio: float,
-    arguments: Mapping[str, Any],
+    request: PruneConfig,
     *,
+    ratios: Path | None,
     plan_out: Path | None,
     recalibrate: int,
-    compensate: str,
     calibration: int | None,
-    loss: str | None,
-    runtime: str | None,
-    batch_size: int | None,
     data: DataOptions,
     ema: bool = False,
     named: str | None = None,
     export: Path | None = None,
 ) -> dict[str, Any]:
-    """Cut a checkpoint by `ratio`; `arguments` are those of `make_plan`.
+    """Cut a checkpoint as `request` says.
 
-    `named` is what net a training script's weights are of; with `export` the result is written there too,
-    in the format of its ending. `calibration` is how many training images the criterion and `compensate` see (None = 512), `loss`
-    what the outputs mean to them (None = `softmax`: the data have classes); `runtime` and
-    `batch_size` are those of the unit `latency`.
+    `ratios` is the file of a sensitivity, `named` what net a training script's weights are of; with `export`
+    the result is written there too, in the format of its ending. `calibration` is how many training images the
+    criterion and the compensation see (None = 512; see `PruneConfig.counting`); a loss of None is
+    `softmax`: the data have classes.
     """
-    read = {"the checkpoint": checkpoint, "the file of --ratios": arguments.get("ratios")}
+    asked = request.counting(calibration)
+    read = {"the checkpoint": checkpoint, "the file of --ratios": ratios}
     _output(output, ".safetensors", **read)
     _apart("--plan-out", plan_out, **read, **{"--output": output})
     _apart("--export", export, **read, **{"--output": output, "--plan-out": plan_out})
     if export is not None:
         check_exported(export)
-    arguments = {**arguments, "runtime": runtime, "batch_size": batch_size}
-    PruneConfig(ratio, **{key: value for key, value in arguments.items() if key != "ratios"})
     model, info = open_checkpoint(checkpoint, ema, named)
-    if is_densenet(model):
-        with suppress(ConversionError):  # a variant is cut as any other net
-            model = convert(model)
+    model = as_ours(model)
     if recalibrate and not any(isinstance(m, _BatchNorm) for m in model.modules()):
         raise PruningError(
             f"--recalibrate has no effect: a {_kind(model)} has no batch norms; leave it out"
         )
     inputs, inputs_from = inputs_for(model, info, data.image_size, checkpoint)
-    check_compensation(compensate, True)
-    reads = reads_images(arguments["criterion"])
-    if not reads and compensate == "none":
-        refuse_calibration(calibration, arguments["criterion"], " and --compensate is none")
-    scored = loss if follows_loss(arguments["criterion"]) else None
-    if loss is not None and scored is None and compensate == "none":
+    method, reads = str(asked.compensate), reads_images(asked.criterion)
+    if not reads and method == "none":
+        refuse_calibration(calibration, asked.criterion, " and --compensate is none")
+    if asked.loss is not None and not follows_loss(asked.criterion) and method == "none":
         raise PruningError(
             "--loss has no effect: the criterion does not depend on what the outputs mean, and "
             "--compensate is none; leave it out"
         )
     images: list[Any] = []
     pixels: dict[str, Any] = {**describe_inputs(inputs), "image_size_from": inputs_from}
-    if recalibrate or reads or compensate != "none":
+    if recalibrate or reads or method != "none":
         sets, pixels = data.load(info, model, checkpoint)
         info["data"] = sets.spec.to_dict()
     else:
         data.refuse("no images are read", but=("image_size",))
         say_inputs(inputs, inputs_from)
-    if reads or compensate != "none":
+    if reads or method != "none":
         images = calibration_batches(sets.train, calibration, seed=data.seed)
     kept = {**info, "pruned_from": checkpoint.name}
-    example = {"input_size" if k == "image_size" else k: v for k, v in inputs.items()}
     plan = make_plan(
-        model, ratio, calibration=images if reads else None, loss=scored, **example, **arguments
+        model,
+        dataclasses.replace(asked, input_size=inputs.get("image_size")),
+        calibration=images if reads else None,
+        example_inputs=inputs.get("example_inputs"),
+        ratios=ratios,
     )
     small = apply_plan(model, plan)
-    if compensate != "none":
-        small = compensate_plan(
-            small, model, plan, images, compensate, loss=loss or USUAL, seed=data.seed
-        )
+    if method != "none":
+        loss, seed = asked.loss or USUAL, asked.seed
+        small = compensate_plan(small, model, plan, images, method, loss=loss, seed=seed)
     if recalibrate:
         _recalibrate(small, sets, recalibrate, info, data.seed)
     if plan_out is not None:
         plan.save(plan_out)
     _save(small, output, {**kept, "plan": plan.requested}, inputs)
     done = plan.achieved
-    figures = _cut_figures(
-        output, done["unit"], ratio, done["ratio"], done["before"], done["after"], plan.protected
-    )
+    figures = _cut_figures(output, plan)
     warned = list(done.get("warnings", []))
     return {**figures, **_exported(small, export, inputs), "warnings": warned, "images": pixels}
 
@@ -163,24 +153,19 @@ def _exported(model: nn.Module, path: Path | None, inputs: Mapping[str, Any]) ->
     return {"exported": str(path)}
 
 
-def _cut_figures(
-    output: Path,
-    unit: str,
-    requested: float,
-    achieved: float,
-    before: Mapping[str, Any],
-    after: Mapping[str, Any],
-    protected: Mapping[str, str],
-) -> dict[str, Any]:
+def _cut_figures(output: Path, plan: Plan) -> dict[str, Any]:
+    done, told = plan.achieved, plan.requested
     return {
         "output": str(output),
-        "unit": unit,
-        "requested": requested,
-        "achieved": round(achieved, 6),
-        **{f"{key}_before": before[key] for key in before},
-        **{f"{key}_after": after[key] for key in after},
+        "unit": done["unit"],
+        "criterion": told["criterion"],
+        "compensate": told["compensate"],
+        "requested": told["pruning_ratio"],
+        "achieved": round(done["ratio"], 6),
+        **{f"{key}_before": value for key, value in done["before"].items()},
+        **{f"{key}_after": value for key, value in done["after"].items()},
         "file_bytes": output.stat().st_size,
-        "protected": protected,
+        "protected": plan.protected,
     }
 
 

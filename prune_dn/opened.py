@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,8 @@ from torch import nn
 from prune_dn import limits
 from prune_dn.augment import AUGMENTATIONS
 from prune_dn.checkpoint import load, read_info
-from prune_dn.errors import CheckpointError
-from prune_dn.files import StrPath
-from prune_dn.models import Net
+from prune_dn.errors import CheckpointError, ConversionError
+from prune_dn.models.convert import convert, is_densenet
 from prune_dn.processes import process_state
 
 
@@ -37,11 +37,12 @@ def read_known_info(path: Path) -> dict[str, Any]:
     return info
 
 
-def ours(net: nn.Module, path: StrPath) -> Net:
-    """The net, where it is a DenseNet or Light CNN of ours. Raises CheckpointError for any other."""
-    if isinstance(net, Net):
-        return net
-    raise CheckpointError(f"{path} holds a {type(net).__name__}; this takes nets of prune_dn only")
+def as_ours(model: nn.Module) -> nn.Module:
+    """A plain DenseNet of torchvision or timm as ours; any other net, and a variant of one, as it is."""
+    if is_densenet(model):
+        with suppress(ConversionError):
+            return convert(model)
+    return model
 
 
 def _check_info(path: Path, info: dict[str, Any]) -> None:

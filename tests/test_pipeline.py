@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from prune_dn import figures, pipeline
+from prune_dn import figures, phases, pipeline
 from prune_dn.building import load_data
 from prune_dn.checkpoint import load, read_info, save, save_state_dict
 from prune_dn.cli import main
