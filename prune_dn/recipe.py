@@ -263,9 +263,10 @@ class Recipe(Strict):
         """Raise ValueError for all that this net has no use for or cannot do, with what to do instead."""
         fits = {"train": self.train, "finetune": self.finetune}
         request = None if self.prune is None else self.request(image_size)
-        ratios = None if self.prune is None else self.prune.ratios
+        # No file is read before the data are known, on which params depend too.
+        ratios = None if self.prune is None or image_size is None else self.prune.ratios
         if wrong := list(unfit(model, fits, request, ratios, image_size)):
-            raise ValueError(f"{self.model.title} does not fit the rest: {'; '.join(wrong)}")
+            raise ValueError(f"{'; '.join(wrong)} (the net is {self.model.title})")
 
 
 def to_yaml(recipe: Recipe) -> str:

@@ -143,21 +143,32 @@ def _messages(error: ValidationError, data: Any, where: Mapping[KeyPath, str]) -
         path = _real_path(detail["loc"], data, detail["type"])
         text = _text(path, detail)
         if detail["type"] == "value_error" and isinstance(detail["input"], dict):
-            field = text.partition(" ")[0]  # what it is about, where it is a key of this section
-            path = (*path, field) if field in detail["input"] else path
+            path = _named_first(text, path, detail["input"])
         texts = found.setdefault(path, [])
         if text not in texts:
             texts.append(text)
     lines = []
     for path, texts in sorted(found.items(), key=lambda item: _order(item[0], where)):
         place = next(where[path[:n]] for n in range(len(path), -1, -1) if path[:n] in where)
-        said, section = "; or ".join(texts), ".".join(map(str, path[:-1]))
-        if path and isinstance(path[-1], str) and said.startswith(f"{path[-1]} "):
-            said = f"{section}.{said}".removeprefix(".")
-        elif path:
-            said = f"{'.'.join(map(str, path))}: {said}"
+        said = "; or ".join(texts)
+        for depth in range(len(path)):
+            named = ".".join(map(str, path[depth:]))
+            if not named.isdigit() and said.startswith((f"{named} ", f"{named}: ")):
+                said = ".".join((*map(str, path[:depth]), said))
+                break
+        else:
+            said = f"{'.'.join(map(str, path))}: {said}" if path else said
         lines.append(f"{place}: {plain(said)}")
     return lines
+
+
+def _named_first(text: str, path: KeyPath, data: Any) -> KeyPath:
+    """The place that a message about a section begins with, where it is there; else the section."""
+    for key in text.partition(" ")[0].rstrip(":").split("."):
+        if not isinstance(data, dict) or key not in data:
+            break
+        path, data = (*path, key), data[key]
+    return path
 
 
 def _order(path: KeyPath, where: Mapping[KeyPath, str]) -> tuple[int, int]:
