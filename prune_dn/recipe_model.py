@@ -148,7 +148,8 @@ class ModelSection(Strict):
         if self.name is not None and self.factory is not None:
             raise ValueError(f"name and factory are two nets; give one of {SOURCES}")
         if self.checkpoint is not None:
-            beside = {"name"} if self.is_of_a_library else {"factory", "arguments"}
+            beside = {"name"} if self.is_of_a_library else set()
+            beside |= {"factory", "arguments"} if self.factory is not None else set()
             extra = sorted(self.model_fields_set - {"checkpoint"} - beside)
             if extra == ["name"]:
                 raise ValueError(

@@ -525,8 +525,10 @@ def test_every_command_takes_a_light_cnn(run: Run, light: Path) -> None:
     [
         (["prune", "--ratio", 0.5, "--criterion", "bn_scale", "-o", "a.safetensors"],
          "no norm with a scale .* such as l2"),
-        (["prune", "--ratio", 0.5, "--calibration", 9, "-o", "a.safetensors"],
-         "--calibration has no effect: the default criterion reads only the weights"),
+        (["prune", "--ratio", 0.5, "--criterion", "l2", "--calibration", 9, "-o", "a.safetensors"],
+         "--calibration has no effect: criterion 'l2' reads only the weights"),
+        (["prune", "--ratio", 0.5, "--criterion", "l2", "--units", "edge", "-o", "a.safetensors"],
+         "this net has none of them"),
         (["prune", "--ratio", 0.5, "--criterion", "l2", "--recalibrate", 2, "-o", "a.safetensors"],
          "--recalibrate has no effect: a Light CNN has no batch norms"),
         (["prune", "--ratio", 0.5, "--criterion", "l2", "--runtime", "eager", "-o", "a.safetensors"],
@@ -537,7 +539,6 @@ def test_every_command_takes_a_light_cnn(run: Run, light: Path) -> None:
          "has 16 pixels a side, --image-size says 999"),
         (["profile", "--image-size", 999], "has 16 pixels a side, --image-size says 999"),
         (["export", "--image-size", 999, "-o", "a.onnx"], "has 16 pixels a side"),
-        (["sensitivity", "--units", "edge", "--out", "s"], "this net has none of them"),
     ],
 )  # fmt: skip
 def test_what_a_light_cnn_cannot(run: Run, light: Path, arguments: list[Any], message: str) -> None:

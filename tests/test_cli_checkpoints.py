@@ -193,7 +193,8 @@ def test_no_command_writes_over_what_it_reads(run: Run, net: Path) -> None:
          "--normalize has no effect beside --mean and --std"),
         (["evaluate", "--data-root", "nowhere"], "--data-root has no effect: digits come with"),
         (["export", "--image-size", 8, "-o", "o.pt"], "--image-size has no effect: a state dict"),
-        (["prune", "--ratio", 0.5, "--calibration", 8, "-o", "o.safetensors"], "--calibration has no"),
+        (["prune", "--ratio", 0.5, "--criterion", "l1", "--calibration", 8, "-o", "o.safetensors"],
+         "--calibration has no effect: criterion 'l1' reads only the weights and --compensate is none"),
         (["prune", "--ratio", 0.5, "--seed", 2**32, "-o", "o.safetensors"], "in the range|less than or equal"),
         (["finetune", "--epochs", 10**30, "-o", "o.safetensors"], "in the range|less than or equal"),
         (["finetune", "--epochs", 1, "--learning-rate", "inf", "-o", "o.safetensors"],
@@ -216,6 +217,22 @@ def test_a_plan_has_no_averaged_weights(run: Run, net: Path) -> None:
         run("prune", net, "--ratio", 0.5, "--plan-out", "p.json", "-o", "o.safetensors", "--json")
     )
     bad(run("show", "p.json", "--ema"), "--ema has no effect: a plan holds no weights")
+
+
+def test_calibration_images_alone_mean_the_best_that_is_known(run: Run, net: Path) -> None:
+    """As in Python; who says a criterion gets that, and a refit where it is asked for."""
+    each = ("prune", net, "--ratio", 0.4, "--unit", "macs", "-o", "o.safetensors", "--json")
+    images = ("--calibration", 32)
+    both = ("--criterion", "reconstruction", "--compensate", "least_squares")
+    alone, weights = document(run(*each, *images)), load("o.safetensors").state_dict()
+    assert document(run(*each, *images, *both)) == alone
+    for name, tensor in load("o.safetensors").state_dict().items():
+        assert torch.equal(tensor, weights[name])
+    assert (alone["criterion"], alone["compensate"]) == ("reconstruction", "least_squares")
+    taylor = document(run(*each, *images, "--criterion", "taylor"))
+    assert (taylor["criterion"], taylor["compensate"]) == ("taylor", "none")
+    usual = document(run(*each))
+    assert (usual["criterion"], usual["compensate"]) == ("bn_scale", "none")
 
 
 def test_a_teacher_is_distilled_from(run: Run, net: Path, tmp_path: Path) -> None:

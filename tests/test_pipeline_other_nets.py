@@ -13,6 +13,7 @@ from own_nets import Residual, residual
 from torch import nn
 
 from prune_dn import pipeline
+from prune_dn.building import load_data, start
 from prune_dn.checkpoint import load, read_info, save
 from prune_dn.errors import ConfigError, DataError, RecipeError
 from prune_dn.models import DenseNet
@@ -106,17 +107,17 @@ def test_from_checkpoints(tmp_path: Path) -> None:
 
 
 def test_a_plain_densenet_of_a_library_becomes_ours(tmp_path: Path) -> None:
-    overrides = ["model={name: timm/densenet121}", "data.limit=32", "prune=null", "finetune=null"]
-    recipe = tiny(
-        tmp_path / "run", *overrides, "train.max_steps=1", "train.memory_efficient=2", NO_ONNX
-    )
-    facts = pipeline.dry_run(recipe)
-    assert (
-        facts["dense"]["params"]
-        == count(timm.create_model("densenet121", num_classes=10, in_chans=1), 16).params
-    )
-    net = pipeline.start(recipe, pipeline.load_data(recipe.data, seed=0))
-    assert isinstance(net, DenseNet) and net.config.in_channels == 1
+    overrides = [
+        "model={name: timm/densenet121}",
+        "data.image_size=32",
+        "prune.units=[stream, layer]",
+        "prune.unit=latency",
+        "train.memory_efficient=2",
+    ]
+    recipe = tiny(tmp_path / "run", *overrides)
+    net = start(recipe, load_data(recipe.data, seed=0))
+    assert isinstance(net, DenseNet)
+    assert (net.config.in_channels, net.config.num_classes) == (1, 10)
 
 
 @pytest.mark.parametrize(
@@ -150,9 +151,9 @@ def test_a_plain_densenet_of_a_library_becomes_ours(tmp_path: Path) -> None:
             "train.memory_efficient: only DenseNets have",
         ),
         (
-            ["finetune.resolutions=[[0, 0x4000]]"],
+            ["model={factory: 'own_nets:sized'}", "finetune.resolutions=[[0, 16], [0.5, 8]]"],
             RecipeError,
-            "resolutions: at 16384 pixels it fails",
+            "^finetune.resolutions: at 8 pixels it fails: .*; leave them out",
         ),
         (
             ["model.arguments={width: 8, classes: 7}"],
@@ -176,23 +177,17 @@ def test_a_plain_densenet_of_a_library_becomes_ours(tmp_path: Path) -> None:
             DataError,
             "built for 3 input channels.*timm take",
         ),
+        (["model={name: timm/test_vit}"], RecipeError, "prune: .*is a transformer"),
         (
-            ["model={name: timm/test_vit}"],
+            ["model={factory: 'own_nets:sized'}", "data.image_size=8"],
             DataError,
-            "timm/test_vit fails in eval mode on images of 16",
-        ),
-        (
-            ["model={name: timm/test_vit}", "data.image_size=160"],
-            RecipeError,
-            "prune: .*is a transformer",
+            "own_nets:sized fails in eval mode on images of 8 pixels: RuntimeError: .*image_size",
         ),
     ],
 )
 def test_what_is_refused_before_any_work(
     tmp_path: Path, overrides: list[str], error: type[Exception], message: str
 ) -> None:
-    if "resolutions" in overrides[0]:
-        pytest.skip("costs too much memory")
     recipe = tiny(tmp_path / "run", *overrides)
     for job in (pipeline.dry_run, pipeline.run):
         with pytest.raises(error, match=message):

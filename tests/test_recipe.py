@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from prune_dn.errors import RecipeError
-from prune_dn.recipe import Recipe, json_schema, to_yaml
+from prune_dn.pruning.config import BOUNDS, PruneConfig
+from prune_dn.recipe import PruneSection, Recipe, json_schema, to_yaml
 from prune_dn.recipe_file import load_recipe, parse_recipe
 
 GOOD = """\
@@ -236,6 +238,106 @@ def test_a_refitted_net_is_not_recalibrated_unless_asked() -> None:
         assert f"recalibrate_batches: {batches}" in to_yaml(recipe)
         asked = parse_recipe(to_yaml(recipe), overrides=["prune.recalibrate_batches=7"])
         assert asked.prune is not None and asked.prune.recalibrate_batches == 7
+
+
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [
+        ("", (None, "none", 50)),
+        ("calibration: 64", ("reconstruction", "least_squares", 0)),
+        ("calibration: 64, recalibrate_batches: 3", ("reconstruction", "least_squares", 3)),
+        ("calibration: 64, criterion: taylor", ("taylor", "none", 50)),
+        ("criterion: taylor", ("taylor", "none", 50)),
+        ("calibration: 64, compensate: mean", (None, "mean", 0)),
+        (
+            "calibration: 64, criterion: reconstruction, compensate: none",
+            ("reconstruction", "none", 50),
+        ),
+    ],
+)
+def test_what_calibration_images_mean_where_little_is_said(
+    said: str, found: tuple[str | None, str, int]
+) -> None:
+    """Alone they mean the best that is known; a recipe that says more does what it did."""
+    recipe = parse_recipe(GOOD, overrides=[f"prune={{pruning_ratio: 0.5, {said}}}"])
+    cut = recipe.prune
+    assert cut is not None and (cut.criterion, cut.compensate, cut.recalibrate_batches) == found
+    assert parse_recipe(to_yaml(recipe)) == recipe
+    alone = PruneConfig(0.5, criterion=cut.criterion, compensate=cut.compensate)  # type: ignore[arg-type]
+    assert recipe.request() == alone
+
+
+def test_a_recipe_asks_for_what_a_request_may_hold() -> None:
+    """Each field with the same default and bounds; the seed is the recipe's unless it has its own."""
+    section = PruneSection.model_fields
+    for field in dataclasses.fields(PruneConfig):
+        if field.name not in ("pruning_ratio", "input_size", "seed"):
+            assert section[field.name].default == field.default, field.name
+    schema = json_schema()["$defs"]["PruneSection"]["properties"]
+    for name, bounds in BOUNDS.items():
+        told = schema[name].get("anyOf", [schema[name]])[0]
+        assert (told["minimum"], told["maximum"]) == bounds
+    recipe = parse_recipe(GOOD, overrides=["seed=3", "prune.rounds=4", "prune.unit=macs"])
+    assert recipe.request(32, 1) == PruneConfig(
+        0.125, unit="macs", compensate="none", input_size=32, seed=3
+    )
+    assert parse_recipe(GOOD, overrides=["seed=3", "prune.seed=0"]).request().seed == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            "{name: torchvision/resnet19}",
+            "model.name: 'torchvision/resnet19' cannot be built: torchvision",
+        ),
+        ("{name: timm/nothing}", "timm lists no net 'nothing'"),
+        ("{name: keras/resnet}", "'keras/resnet' is no model; choose densenet, "),
+        (
+            "{name: timm/resnet18, num_classes: 3}",
+            "unknown key; the number of classes comes from the",
+        ),
+        (
+            "{name: timm/resnet18, arguments: {in_chans: 1}}",
+            "arguments: in_chans comes from the data",
+        ),
+        (
+            "{name: timm/resnet18, arguments: {pretrained: true}}",
+            "'pretrained' is no option of timm/res",
+        ),
+        (
+            "{name: timm/resnet18, growth_rate: 3}",
+            "takes no growth_rate; write arguments: {KEY: VALUE}",
+        ),
+        ("{name: timm/resnet18, mfm: middle_and_last}", "timm/resnet18 takes no mfm"),
+        ("{factory: os.path}", "model.factory: 'os.path' is not written package.module:function"),
+        ("{factory: 'a:b', name: densenet40}", "name and factory are two nets; give one of"),
+        ("{factory: 'a:b', arguments: {x: .inf}}", "is not a finite number"),
+        ("{factory: 'a:b', arguments: 3}", "model.arguments: 3 is not a mapping"),
+        ("{factory: 'a:b', stem: cifar}", "a:b takes no stem; write arguments"),
+        ("{name: densenet40, arguments: {growth_rate: 3}}", "arguments are those of a factory, or"),
+        ("{checkpoint: a, arguments: {x: 3}}", "its own shape; remove arguments"),
+        (
+            "{checkpoint: a, name: timm/resnet18, arguments: {drop_rate: 0.1}}",
+            "its own shape; remove arg",
+        ),
+    ],
+)
+def test_nets_of_others_that_are_written_wrong(model: str, message: str) -> None:
+    (found,) = problems("data:" + GOOD.partition("data:")[2], f"model={model}")
+    assert message in found
+
+
+def test_nets_of_others_read_back_equal_and_import_nothing() -> None:
+    for model in (
+        "{name: torchvision/googlenet, arguments: {aux_logits: false}}",
+        "{factory: 'no_such.module:f', arguments: {widths: [3, 4], deep: {a: null}}}",
+        "{checkpoint: a, name: timm/resnet18}",
+        "{checkpoint: a, factory: 'no_such.module:f'}",
+    ):
+        text = "data:" + GOOD.partition("data:")[2]
+        recipe = parse_recipe(text, overrides=[f"model={model}"])
+        assert parse_recipe(to_yaml(recipe)) == recipe
 
 
 def test_all_mistakes_at_once_in_order() -> None:

@@ -27,6 +27,7 @@ NAMES = {
     "densenet_bc40_cifar10_cpu",
     "mfm_cifar10",
     "densenet121_imagefolder",
+    "resnet18_imagefolder",
     "light_cnn_9_digits",
 }
 MFM_TABLE = {
@@ -80,7 +81,7 @@ def test_recipe_is_valid_and_explained(path: Path) -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_runs_to_the_end(path: Path, images: Path, tmp_path: Path) -> None:
-    size = 32 if "121" in path.stem else 16
+    size = 32 if "imagefolder" in path.stem else 16
     given = load_recipe(path)
     overrides = [
         f"output_dir={json.dumps(str(tmp_path / 'run'))}",
