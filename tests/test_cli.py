@@ -539,6 +539,7 @@ def test_every_command_takes_a_light_cnn(run: Run, light: Path) -> None:
          "has 16 pixels a side, --image-size says 999"),
         (["profile", "--image-size", 999], "has 16 pixels a side, --image-size says 999"),
         (["export", "--image-size", 999, "-o", "a.onnx"], "has 16 pixels a side"),
+        (["sensitivity", "--units", "edge", "--out", "s"], "this net has none of them"),
     ],
 )  # fmt: skip
 def test_what_a_light_cnn_cannot(run: Run, light: Path, arguments: list[Any], message: str) -> None:
