@@ -1,4 +1,4 @@
-"""prune_dn: channel pruning for DenseNets.
+"""prune_dn: channel pruning for DenseNets and other convolutional nets.
 
 The names below, and the modules, are loaded when they are first used, so that the command line starts
 at once.
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from prune_dn.checkpoint import load, read_info, read_plan, save, save_state_dict
     from prune_dn.export import export_onnx, export_torch
+    from prune_dn.graph import trace
     from prune_dn.latency import compare_latency, measure_latency
     from prune_dn.models import DenseNet, DenseNetConfig
     from prune_dn.models.convert import convert
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
         Plan,
         PruneConfig,
         apply_plan,
+        compensate_plan,
         fit_latency_model,
         make_plan,
         prune,
@@ -36,6 +38,7 @@ __all__ = [
     "apply_plan",
     "compare_latency",
     "compare_pruners",
+    "compensate_plan",
     "convert",
     "count",
     "count_per_layer",
@@ -53,11 +56,13 @@ __all__ = [
     "save",
     "save_state_dict",
     "settling_plan",
+    "trace",
 ]
 
 _HOMES = {
     "checkpoint": ("load", "read_info", "read_plan", "save", "save_state_dict"),
     "export": ("export_onnx", "export_torch"),
+    "graph": ("trace",),
     "latency": ("compare_latency", "measure_latency"),
     "models": ("DenseNet", "DenseNetConfig"),
     "models.convert": ("convert",),
@@ -66,6 +71,7 @@ _HOMES = {
         "Plan",
         "PruneConfig",
         "apply_plan",
+        "compensate_plan",
         "fit_latency_model",
         "make_plan",
         "prune",
