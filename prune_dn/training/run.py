@@ -78,7 +78,7 @@ class Run:
             "data": datasets.spec.to_dict(),
             "images": len(datasets.train),
             "contents": _digest(datasets.contents),
-            "model": model.config.to_json() if isinstance(model, Net) else type(model).__name__,
+            "model": _described(model),
         }
 
     def __enter__(self) -> None:
@@ -264,6 +264,14 @@ class Run:
             data, size, shuffle=True, seed=seed, num_workers=workers, drop_last=True
         )
         return self.accelerator.prepare(loader), size * processes
+
+
+def _described(model: nn.Module) -> str:
+    """The config of a net of ours; of any other the class, and a digest of its tensors' shapes."""
+    if isinstance(model, Net):
+        return model.config.to_json()
+    shapes = {name: str(tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
+    return f"{type(model).__name__} {_digest(shapes)}"
 
 
 def _digest(contents: Mapping[str, str]) -> str:

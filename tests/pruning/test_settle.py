@@ -9,7 +9,7 @@ from oracle import masked, randomise_
 from prune_dn.batches import read_batches
 from prune_dn.errors import PruningError
 from prune_dn.models import DenseNet, MaxFeatureMap, densenet
-from prune_dn.pruning import apply_plan, settling_plan
+from prune_dn.pruning import PruneConfig, apply_plan, make_plan, prune, settling_plan
 from prune_dn.pruning.calibration import collect
 
 
@@ -51,6 +51,20 @@ def test_a_clear_winner_changes_nothing() -> None:
     small = apply_plan(net, settling_plan(net, [x]))
     assert small.features.transition1.mfm is None
     torch.testing.assert_close(small(x), net(x))
+
+
+def test_a_request_to_settle_is_the_same_everywhere() -> None:
+    net, images = net_with(mfm=BOTH["mfm"]), IMAGES.split(4)
+    plan = settling_plan(net, images)
+    asked = PruneConfig(None, settle=True, criterion="mfm_win_rate", compensate="none")
+    assert make_plan(net, asked, calibration=images) == plan
+    small, weights = apply_plan(net, plan), prune(net, asked, calibration=images).state_dict()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in small.state_dict().items())
+    for wrong, beside in (({"unit": "macs"}, "unit"), ({"pruning_ratio": 0.5}, "pruning_ratio")):
+        with pytest.raises(PruningError, match=f"settle cuts .* nothing else; remove {beside}"):
+            PruneConfig(**{"pruning_ratio": None, "settle": True, **wrong})
+    with pytest.raises(PruningError, match="pruning_ratio is None; it must be a number"):
+        make_plan(net, None)
 
 
 @pytest.mark.parametrize("criterion", ["mfm_win_rate", "l1", "random"])

@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from commands import in_two_processes
+from own_nets import residual
 from PIL import Image
 from torch import Tensor, nn
 
@@ -484,6 +485,11 @@ def test_state_of_another_run_is_refused(data: Datasets, tmp_path: Path) -> None
             go(model, data, output_dir=tmp_path, **how)
     with pytest.raises(TrainingError, match=r"other settings .*model: "):
         go(net(bn_size=2), data, output_dir=tmp_path)
+    go(residual(8), data, output_dir=tmp_path, name="own")
+    with pytest.raises(
+        TrainingError, match=r"other settings .*model: Residual \w+ -> Residual \w+"
+    ):
+        go(residual(6), data, output_dir=tmp_path, name="own")
     other = load_datasets("digits", image_size=8, limit=80)
     with pytest.raises(TrainingError, match=r"other settings .*images: 50 -> "):
         go(model, other, output_dir=tmp_path)
