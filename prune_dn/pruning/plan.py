@@ -16,6 +16,7 @@ from torch import nn
 from prune_dn.errors import PruneDNError, PruningError
 from prune_dn.files import parse_json, write_text
 from prune_dn.models import DenseNetConfig, LightCNN, LightCNNConfig
+from prune_dn.models.answers import path_of
 from prune_dn.models.convert import is_densenet
 from prune_dn.probe import make
 from prune_dn.pruning.config import LATENCY
@@ -23,7 +24,7 @@ from prune_dn.pruning.cuts import shape_after
 from prune_dn.pruning.kept import Kept, channels_of, consistent, indices_of, units_of
 from prune_dn.pruning.parts import Mask
 from prune_dn.pruning.rates import COUNTED
-from prune_dn.pruning.subject import Config, NetShape, Subject, subject
+from prune_dn.pruning.subject import Config, NetShape, Subject, shapes_of, subject
 from prune_dn.pruning.units import Units
 
 FORMAT = "prune_dn.plan/1"
@@ -152,9 +153,11 @@ def planned(model: nn.Module, plan: Plan) -> tuple[Subject, Units, Mask]:
         )
     plan = dataclasses.replace(plan)  # its mappings may have changed since it was checked
     before = plan.config_before
-    inputs = make(before.inputs) if isinstance(before, NetShape) else None
-    if inputs is not None and (is_densenet(model) or isinstance(model, LightCNN)):
-        inputs = None
+    inputs = None
+    if isinstance(before, NetShape):
+        ours = is_densenet(model) or isinstance(model, LightCNN)  # unless it is a variant
+        same = ours and (path_of(type(model)), shapes_of(model)) == (before.model, before.tensors)
+        inputs = make(before.inputs) if same or not ours else None
     given = subject(model, None, inputs)
     if given.config != before:
         raise PruningError(

@@ -16,6 +16,7 @@ from prune_dn import prune
 from prune_dn.errors import PruningError
 from prune_dn.graph.selecting import SelectingBatchNorm2d
 from prune_dn.models import densenet, light_cnn_9
+from prune_dn.pruning import apply_plan, make_plan
 
 
 class UNet(nn.Module):
@@ -265,6 +266,11 @@ def test_variants_of_densenets_keep_their_class(change) -> None:
     assert prune_dn.count(small, 32).macs <= 0.6 * prune_dn.count(net, 32).macs
     cut = prune(net, 0.4, criterion="reconstruction", compensate="none", **options)
     assert distance(small, net, "resnet") < distance(cut, net, "resnet")
+    plan = make_plan(net, 0.4, criterion="reconstruction", compensate="none", **options)
+    planned, expected = apply_plan(net, plan).state_dict(), cut.state_dict()
+    assert all(torch.equal(tensor, planned[name]) for name, tensor in expected.items())
+    with pytest.raises(PruningError, match="this plan was made for a DenseNet of another shape"):
+        apply_plan(zoo.DenseNet(8, (2, 2), 16, 2, num_classes=4), plan)
 
 
 def test_a_variant_of_a_densenet_has_edges_too() -> None:

@@ -487,7 +487,7 @@ def test_state_of_another_run_is_refused(data: Datasets, tmp_path: Path) -> None
         go(net(bn_size=2), data, output_dir=tmp_path)
     go(residual(8), data, output_dir=tmp_path, name="own")
     with pytest.raises(
-        TrainingError, match=r"other settings .*model: Residual \w+ -> Residual \w+"
+        TrainingError, match=r"other settings .*model: 'Residual \w+' -> 'Residual \w+'"
     ):
         go(residual(6), data, output_dir=tmp_path, name="own")
     other = load_datasets("digits", image_size=8, limit=80)
