@@ -25,7 +25,7 @@ from prune_dn.graph.movements import view
 from prune_dn.graph.operations import elementwise, reduction, spatial
 from prune_dn.graph.rules import RULES, Call, Weight, unknown
 from prune_dn.graph.sizes import Sizes
-from prune_dn.graph.types import Graph
+from prune_dn.graph.types import OUTPUT, Graph
 
 _UNKNOWN = -1  # a size that depends on the data
 _KEEPING = (elementwise, view, spatial, reduction)  # rules of what may stand behind a norm
@@ -174,7 +174,7 @@ def _interpret(program: ExportedProgram, build: Builder, names: Mapping[str, str
     given = {spec.arg.name for spec in program.graph_signature.output_specs if spec.target is None}
     for name, value in returned.items():
         if isinstance(value, Flow) and (name in given or not given):
-            build.fix(value.ids, "an output of the net")
+            build.fix(value.ids, OUTPUT)
 
 
 def _run(module: torch.fx.GraphModule, values: dict[str, Any], build: Builder) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 Ids = npt.NDArray[np.int64]
 
+OUTPUT = "an output of the net"  # why the channels that a net returns must stay
 NONE = -1  # in an array of ids: no channel of a layer (the net's input, a constant)
 
 

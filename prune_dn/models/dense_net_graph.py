@@ -9,6 +9,7 @@ import numpy as np
 
 from prune_dn.graph.types import (
     NONE,
+    OUTPUT,
     Block,
     Competition,
     Follower,
@@ -80,7 +81,7 @@ class _Drawing:
             tuple(self.followers),
             tuple(self.ops),
             ties,
-            dict.fromkeys(self.answers.tolist(), "an output of the net"),
+            dict.fromkeys(self.answers.tolist(), OUTPUT),
             (),
             competitions=tuple(self.competitions),
             blocks=tuple(self.blocks),

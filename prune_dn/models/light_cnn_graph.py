@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from prune_dn.graph.types import NONE, Competition, Graph, Ids, Op, Producer, Reader
+from prune_dn.graph.types import NONE, OUTPUT, Competition, Graph, Ids, Op, Producer, Reader
 from prune_dn.models.light_cnn_config import STAGES, LightCNNConfig, MFMConfig
 from prune_dn.models.mfm import maps_left, operands_of
 
@@ -64,7 +64,7 @@ def light_cnn_graph(config: LightCNNConfig) -> Graph:
         (),
         tuple(ops),
         classes,
-        dict.fromkeys(answers.tolist(), "an output of the net"),
+        dict.fromkeys(answers.tolist(), OUTPUT),
         (),
         competitions=tuple(competitions),
     )

@@ -22,7 +22,8 @@ class Budget:
     """How much may stay, of what (`unit` is its name), counted how.
 
     `ranks`, (units,): the smallest goes first, an infinite one never; None = by price. A module that
-    is wider than `block` channels is cut to multiples of that too.
+    is wider than `block` channels is cut to multiples of that too. `rest` is what the net has beside its
+    units, and `stays` says which layers must stay, and why: both for the error.
     """
 
     target: float
@@ -33,6 +34,8 @@ class Budget:
     round_to: int
     whole_layers: bool = False
     block: int = 1
+    rest: float = 0.0
+    stays: str = ""
 
 
 def choose(units: Units, scores: Scores, may_go: Mask, budget: Budget) -> Mask:
@@ -59,7 +62,7 @@ def choose(units: Units, scores: Scores, may_go: Mask, budget: Budget) -> Mask:
         if budget.ranks is not None and not np.isfinite(budget.ranks).all():
             others = "the largest measured ratios, " + others
         amounts = (ranking.remains(whole), budget.target, ranking.remains(least))
-        raise unreachable(budget.unit, amounts, budget.min_channels, budget.round_to, others)
+        raise _unreachable(budget, amounts, others)
     keep = whole
     for _ in range(ROUNDS if budget.ranks is None else 0):
         costs = ranking.costs(keep)
@@ -278,14 +281,13 @@ def shares(units: Units, scores: Scores, may_go: Mask) -> Scores:
     return value
 
 
-def unreachable(
-    unit: str, amounts: tuple[float, float, float], min_channels: int, round_to: int, others: str
-) -> PruningError:
+def _unreachable(budget: Budget, amounts: tuple[float, float, float], others: str) -> PruningError:
     """The error for a target below the least; `amounts` are those of the whole net, target, least."""
-    whole, target, least = amounts
+    whole, target, least = (amount + budget.rest for amount in amounts)
     digits = 0 if float(whole).is_integer() else 3
+    stays = f" ({budget.stays})" if budget.stays else ""
     return PruningError(
-        f"cannot bring {unit} from {whole:,.{digits}f} down to {target:,.{digits}f}: the least that "
-        f"min_channels={min_channels}, round_to={round_to}, {others} allow is "
-        f"{least:,.{digits}f} ({1 - least / whole:.1%} fewer); ask for less, or allow more"
+        f"cannot bring {budget.unit} from {whole:,.{digits}f} down to {target:,.{digits}f}: the least that "
+        f"min_channels={budget.min_channels}, round_to={budget.round_to}, {others} allow is "
+        f"{least:,.{digits}f} ({1 - least / whole:.1%} fewer){stays}; ask for less, or allow more"
     )

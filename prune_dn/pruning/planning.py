@@ -13,8 +13,11 @@ from torch import Tensor, nn
 
 from prune_dn.defaults import usual_defaults
 from prune_dn.errors import PruningError, PruningWarning
+from prune_dn.graph import Graph
+from prune_dn.graph.types import OUTPUT
 from prune_dn.losses import LossFunction, loss_name
 from prune_dn.models import DenseNetConfig, LightCNN, LightCNNConfig
+from prune_dn.models.weights import shorten
 from prune_dn.profiling import Cost, count, default_image_size, module_rows, sides, total
 from prune_dn.pruning import budget as budgets
 from prune_dn.pruning.config import LATENCY, PruneConfig
@@ -171,7 +174,17 @@ def decide(
         ranks = measured_drops(whole_units, summed, all_may, rows)
     rates = COUNTED[unit] if latency is None else latency.rates
     least, multiple, layers = asked.min_channels, asked.round_to, "layer" in asked.units
-    budget = budgets.Budget(target - measure.rest, unit, rates, ranks, least, multiple, layers)
+    budget = budgets.Budget(
+        target - measure.rest,
+        unit,
+        rates,
+        ranks,
+        least,
+        multiple,
+        layers,
+        rest=measure.rest,
+        stays=_what_stays(given.graph),
+    )
     times: dict[str, float] = {}
     if latency is None:
         keep = budgets.choose(whole_units, summed, all_may, budget)[place]
@@ -240,6 +253,13 @@ def paired(table: Units, scores: Scores, may_go: Mask) -> tuple[Units, Positions
     np.logical_and.at(all_may, place, may_go)
     summed = np.bincount(place, scores, whole.size).astype(np.float64, copy=False)
     return whole, place, summed, all_may
+
+
+def _what_stays(graph: Graph) -> str:
+    """The first layers that keep all their channels though none is an output of the net, and why."""
+    reasons = {p.layer: graph.why_fixed(p.layer) for p in graph.producers}
+    found = [f"{layer} stays: {why}" for layer, why in reasons.items() if why not in (None, OUTPUT)]
+    return shorten(found, 2)
 
 
 def _sized(given: Subject, config: PruneConfig) -> PruneConfig:

@@ -358,7 +358,7 @@ LABELLED = [(torch.randn(2, 3, 64, 64), torch.tensor([0, 9]))]
             {"unit": "latency"},
             "latency budget is for DenseNets and Light CNNs; for a ResNet choose",
         ),
-        ({"min_channels": 0}, "min_channels is 0; it must be an integer of at least 1"),
+        ({"min_channels": 0}, "min_channels is 0; it must be an integer from 1 to"),
         (
             {"protect": ["layer9"]},
             "'layer9' matches no module; names look like conv1, layer1.0.conv1",
@@ -443,6 +443,18 @@ def test_a_net_without_norms_is_cut_by_l2_and_its_filters_count() -> None:
 def test_an_image_that_the_net_cannot_take() -> None:
     with pytest.raises(PruningError, match=r"does not run on inputs of shape \(1, 3, 5, 5\)"):
         prune(zoo.alexnet(), 0.3, unit="macs", criterion="l1", input_size=5)
+
+
+def test_what_cannot_be_met_names_what_stays() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.LayerNorm([8, 8, 8]), nn.Conv2d(8, 8, 3, padding=1),
+        nn.ReLU(), nn.Conv2d(8, 4, 1),
+    )  # fmt: skip
+    with pytest.raises(PruningError, match=r"cannot bring macs from .* \(0 stays: a layer norm takes"):
+        prune(net, 0.9, unit="macs", input_size=8)
+    whole = sum(p.numel() for p in net.parameters())
+    with pytest.raises(PruningError, match=f"cannot bring params from {whole:,} down to"):
+        prune(net, 0.95, unit="params", input_size=8)
 
 
 def test_a_plan_is_data_for_any_net(tmp_path) -> None:
