@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 
@@ -59,7 +61,8 @@ def select_inputs_(norm: nn.Module, indices: Tensor | None) -> None:
             del norm._buffers[INDEX]
         return
     norm.__class__ = _SELECTING.get(type(norm), type(norm))
-    norm.register_buffer(INDEX, indices.to(device=next(norm.buffers()).device, dtype=torch.long))
+    like = next(itertools.chain(norm.parameters(), norm.buffers()), indices)
+    norm.register_buffer(INDEX, indices.to(device=like.device, dtype=torch.long))
 
 
 def selected(norm: nn.Module, x: Tensor) -> Tensor:

@@ -450,7 +450,9 @@ def test_what_cannot_be_met_names_what_stays() -> None:
         nn.Conv2d(3, 8, 3, padding=1), nn.LayerNorm([8, 8, 8]), nn.Conv2d(8, 8, 3, padding=1),
         nn.ReLU(), nn.Conv2d(8, 4, 1),
     )  # fmt: skip
-    with pytest.raises(PruningError, match=r"cannot bring macs from .* \(0 stays: a layer norm takes"):
+    with pytest.raises(
+        PruningError, match=r"cannot bring macs from .* \(0 stays: a layer norm takes"
+    ):
         prune(net, 0.9, unit="macs", input_size=8)
     whole = sum(p.numel() for p in net.parameters())
     with pytest.raises(PruningError, match=f"cannot bring params from {whole:,} down to"):

@@ -98,6 +98,14 @@ def test_edges_are_refitted() -> None:
     assert near < 0.5 * far
 
 
+def test_a_norm_without_tensors_selects() -> None:
+    norm = nn.BatchNorm2d(2, affine=False, track_running_stats=False)
+    select_inputs_(norm, torch.tensor([1, 0]))
+    torch.testing.assert_close(
+        norm(X), nn.functional.batch_norm(X[:, [1, 0]], None, None, training=True)
+    )
+
+
 def test_a_norm_selects_and_takes_all_again() -> None:
     norm = randomise_(nn.BatchNorm2d(3), 1).eval()
     x = torch.randn(2, 5, 4, 4)
