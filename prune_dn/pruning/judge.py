@@ -18,19 +18,14 @@ EVERY, ENOUGH = 10, 128  # a tenth costs the refit 1 to 3 % more error at 128 im
 
 
 def split_images(images: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """What is fitted on, in turn even and odd images, and what is judged on.
+    """What is fitted on, and what is judged on.
 
     The latter is one image of EVERY; all of them where there are fewer than ENOUGH.
     """
     number = torch.arange(sum(map(len, images))).split([len(x) for x in images])
     enough = sum(map(len, images)) >= ENOUGH
     held = [n % EVERY == EVERY - 1 if enough else n < 0 for n in number]
-    fitted = [
-        part
-        for x, n, out in zip(images, number, held, strict=True)
-        for half in (0, 1)
-        if len(part := x[~out & (n % 2 == half)])
-    ]
+    fitted = [part for x, out in zip(images, held, strict=True) if len(part := x[~out])]
     return fitted, [x[out] for x, out in zip(images, held, strict=True)] if enough else images
 
 

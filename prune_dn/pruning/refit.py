@@ -50,6 +50,7 @@ def refit_(
     shiftable: Collection[str],
     images: Sequence[Tensor],
     *,
+    rivals: Mapping[str, Tensor] | None = None,
     weights: bool = True,
     seed: int = 0,
 ) -> None:
@@ -58,7 +59,8 @@ def refit_(
     `kept` are the outputs of `dense` that are left, by layer, in their new order (absent = all).
     What a layer of `shiftable` makes on average goes through norms or its own bias, so that only
     differences from the mean have to be fitted. With `weights` False only means are moved: into norms'
-    running means and biases. A layer that runs several times in one forward stays as it is. An operand of a
+    running means and biases. `rivals` are, for layers under MFM, the output of `dense` with which each of `kept`
+    competed where that went, or itself: it is refitted to the larger of both. A layer that runs several times in one forward stays as it is. An operand of a
     sum (see `find_summands`) is fitted to what the sum lacks, so that it also makes up for the other operand.
 
     Both nets are in eval mode; `small` is changed in place. Memory: all images' live feature maps in
@@ -67,7 +69,7 @@ def refit_(
     like = next(dense.parameters())
     images = [x.to(like.device, like.dtype) for x in images]
     count = sum(map(len, images))
-    sampler = PixelSampler(count, seed)
+    samplers: dict[str, PixelSampler] = {}  # one each: how images are batched makes no difference
     seen: dict[str, _Seen] = {}
     means: dict[str, Tensor] = {}
     done: set[str] = set()
@@ -80,10 +82,14 @@ def refit_(
             entry = seen.setdefault(name, _Seen())
             entry.calls += is_first
             if entry.calls == 1:
-                where = sampler(layer, output)
+                drawn = seed + len(samplers)
+                where = samplers.setdefault(name, PixelSampler(count, drawn))(layer, output)
                 rows = at_positions(layer, output, where)
                 entry.positions.append(where)
-                entry.targets.append(rows[:, kept[name]] if name in kept else rows)
+                left = rows[:, kept[name]] if name in kept else rows
+                if rivals is not None and name in rivals:
+                    left = torch.maximum(left, rows[:, rivals[name]])
+                entry.targets.append(left)
 
         return hook
 
@@ -125,26 +131,20 @@ def refit_(
         if number in sums and (entry := seen.pop(sums[number].layer, None)) is not None:
             _fit_sum_(small, sums[number], operands, entry, count)
 
-    layers = {k: m for k, m in dense.named_modules() if is_fitted(m)}
-    norms = {
-        k: m
-        for k, m in dense.named_modules()
-        if isinstance(m, _BatchNorm) and m.track_running_stats
-    }
+    left = dict(small.named_modules())  # a block that went whole is not among them
+    both = [(name, module) for name, module in dense.named_modules() if name in left]
+    layers = {name: m for name, m in both if is_fitted(m)}
+    norms = {name: m for name, m in both if isinstance(m, _BatchNorm) and m.track_running_stats}
     if weights:
         sums = find_summands(dense, layers, images[0][:1])
     summed = {summand.layer for summand in sums.values()}
     with torch.no_grad(), ExitStack() as stack:
         for name, layer in layers.items():
             stack.callback(layer.register_forward_hook(unseen(look(name))).remove)
-            stack.callback(
-                small.get_submodule(name).register_forward_pre_hook(unseen(fit(name))).remove
-            )
+            stack.callback(left[name].register_forward_pre_hook(unseen(fit(name))).remove)
         for name, norm in norms.items():
             stack.callback(norm.register_forward_pre_hook(unseen(add_mean(name))).remove)
-            stack.callback(
-                small.get_submodule(name).register_forward_pre_hook(unseen(move(name))).remove
-            )
+            stack.callback(left[name].register_forward_pre_hook(unseen(move(name))).remove)
         for part in images:
             with AtSums(look_at_sum):
                 dense(part)
@@ -158,11 +158,11 @@ def _fit_layer_(
 ) -> None:
     """Fit weight and bias to what the layer lacks of the dense net's outputs, group by group."""
     rows = _rows(layer, x, entry)
-    targets = torch.cat(entry.targets).float()
+    targets = _wide(torch.cat(entry.targets))
     bias = layer.bias if isinstance(layer.bias, Tensor) else None
     if bias is not None:
-        targets = targets - bias.float()
-    matrix = kernel_matrix(layer).float()
+        targets = targets - _wide(bias)
+    matrix = _wide(kernel_matrix(layer))
     lacks = targets - torch.cat(
         [p @ w for p, w in zip(_by_group(rows, len(matrix)), matrix, strict=True)], 1
     )
@@ -191,13 +191,13 @@ def _fit_sum_(
     total = at_positions(
         layer, operands[0] + operands[1], torch.cat(positions) if positions else None
     )
-    lacks = torch.cat(entry.sums).float() - total.float()
-    matrix = kernel_matrix(layer).float()
+    lacks = _wide(torch.cat(entry.sums)) - _wide(total)
+    matrix = _wide(kernel_matrix(layer))
     scale = torch.ones_like(lacks[0])
     if norm is not None:
         assert isinstance(norm, _BatchNorm) and norm.running_var is not None
-        scale = norm.running_var.float().add(norm.eps).rsqrt()
-        scale = scale * norm.weight.float() if norm.affine else scale
+        scale = _wide(norm.running_var).add(norm.eps).rsqrt()
+        scale = scale * _wide(norm.weight) if norm.affine else scale
     bias = layer.bias if norm is None else norm.bias
     rows = _rows(layer, x, entry)
     change, left = _solved(matrix, rows, lacks, count, bias is not None, True)
@@ -214,7 +214,12 @@ def _fit_sum_(
 
 def _rows(layer: nn.Module, x: Tensor, entry: _Seen) -> Tensor:
     some = [where for where in entry.positions if where is not None]
-    return patches_of(layer, x, torch.cat(some) if some else None).float()
+    return _wide(patches_of(layer, x, torch.cat(some) if some else None))
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32 or better."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _by_group(rows: Tensor, groups: int) -> tuple[Tensor, ...]:

@@ -15,12 +15,12 @@ from prune_dn.models import densenet
 from prune_dn.pruning import (
     Plan,
     apply_plan,
-    compensate,
     compensate_plan,
     judge,
     least_squares,
     make_plan,
     prune,
+    refit,
     settling_plan,
 )
 from prune_dn.pruning.judge import split_images
@@ -158,7 +158,7 @@ def test_mean_makes_the_means_of_bottlenecks_right() -> None:
     assert (means[0] - means[2]).abs().max() < 0.02 * (means[0] - means[1]).abs().max()
 
 
-def test_a_mean_is_not_moved_through_a_maximum() -> None:
+def test_the_mean_behind_a_maximum_is_that_of_the_dense_net() -> None:
     """Of 15 channels that layer 3 reads, 7 pairs and one of layer 1's, which stands alone."""
     net = densenet([3], 6, num_init_features=3, bn_size=2, stem="cifar", num_classes=5,
                    mfm_skipped={"*3": "2/1"})  # fmt: skip
@@ -167,10 +167,17 @@ def test_a_mean_is_not_moved_through_a_maximum() -> None:
     plan = make_plan(net, 0.05, criterion="l2", units=["bottleneck"], scope="local")
     assert f"{first}.conv1" in plan.keep_indices
     cut = apply_plan(net, plan)
-    fixed = compensate_plan(cut, net, plan, [torch.randn(32, 3, 8, 8) for _ in range(2)], "mean")
-    before, after = (n.features.denseblock1.denselayer3.norm1.running_mean for n in (cut, fixed))
-    moved = (before != after).tolist()
-    assert moved == [False] * 7 + [True]
+    images = [torch.randn(32, 3, 8, 8) for _ in range(2)]
+    fixed = compensate_plan(cut, net, plan, images, "mean")
+    seen = {}
+    for name, model in (("dense", net), ("fixed", fixed)):
+        norm = model.features.denseblock1.denselayer3.norm1
+        hook = norm.register_forward_hook(
+            lambda _, args, out, name=name: seen.update({name: out.mean((0, 2, 3))})
+        )
+        model(torch.cat(images))
+        hook.remove()
+    torch.testing.assert_close(seen["fixed"], seen["dense"], rtol=1e-4, atol=1e-4)
 
 
 def test_training_flags_dtype_and_repeatability() -> None:
@@ -256,8 +263,7 @@ def test_few_images_are_fitted_and_judged_all(monkeypatch: pytest.MonkeyPatch) -
     for batches in ([images], list(images.split(1)), list(images.split(50))):
         fitted, judged = split_images(batches)
         assert torch.equal(torch.cat(list(judged)), images)
-        assert torch.equal(torch.cat(fitted).sort(0).values, images)
-        assert torch.equal(torch.cat(fitted[::2]) % 2, torch.zeros(64, 1))
+        assert torch.equal(torch.cat(list(fitted)), images)
     images = torch.arange(128.0)[:, None]
     for batches in ([images], list(images.split(1)), list(images.split(50))):
         fitted, judged = split_images(batches)
@@ -326,7 +332,7 @@ def test_answers_that_are_no_numbers() -> None:
     ):
         compensate_plan(cut, broken, plan, batches)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compensate, "solve", lambda halves, both, **_: both.cross * float("nan"))
+        patch.setattr(refit, "solve", lambda halves, both, **_: both.cross * float("nan"))
         with pytest.warns(
             UserWarning, match=r"distance from the dense net is \S+, compensated nan;"
         ):
