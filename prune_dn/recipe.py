@@ -48,7 +48,8 @@ Images = Annotated[int, Field(ge=1, le=limits.IMAGES)]
 BatchSize = Annotated[int, Field(ge=1, le=limits.BATCH_SIZE)]
 Seed = Annotated[int, Field(ge=0, le=limits.SEED)]
 RECALIBRATE_BATCHES = 50
-REQUEST = {field.name for field in dataclasses.fields(PruneConfig)}
+# A recipe's own rounds fine-tune in between.
+REQUEST = {field.name for field in dataclasses.fields(PruneConfig)} - {"rounds"}
 
 
 def _choice(kind: str, registry: Mapping[str, Any]) -> Any:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -72,14 +73,57 @@ def compensate_plan(
     if method == "none":
         return small
     given, table, keep = planned(dense, plan)
-    return compensate(given, table, keep, small, calibration, method, loss=loss, seed=seed)
+    kept = kept_of(table, keep)
+    return compensate(given, kept, small, calibration, method, loss=loss, seed=seed)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is left of a net's layers, by name: outputs in their new order (absent = all), and of layers under
+    MFM 2/1 for each filter that stays what it competed with, if that went; else itself."""
+
+    outputs: Mapping[str, Tensor]
+    rivals: Mapping[str, Tensor]
+
+    def then(self, after: Kept) -> Kept:
+        """What is left of the first net when `after` is left of what these left."""
+        outputs = {**self.outputs, **after.outputs}
+        for name in self.outputs.keys() & after.outputs.keys():
+            outputs[name] = self.outputs[name][after.outputs[name]]
+        rivals = {}
+        for name in {**self.rivals, **after.rivals}:
+            before = self.outputs.get(name)
+            width = len(self.rivals[name]) if name in self.rivals else len(after.rivals[name])
+            left = after.outputs.get(name, torch.arange(width))
+            against = after.rivals.get(name, left)  # in numbers of what was left before
+            mine = self.rivals.get(name, before)
+            alone = left if mine is None else mine[left]
+            other = against if before is None else before[against]
+            rivals[name] = torch.where(against == left, alone, other)
+        return Kept(outputs, rivals)
+
+
+KEPT_ALL = Kept({}, {})
+
+
+def kept_of(table: Units, keep: Mask) -> Kept:
+    """What a closed `keep` leaves of each layer."""
+    outputs = {n: c.outputs for n, c in cuts(table, keep).items() if c.outputs is not None}
+    rivals = {}
+    for pairs in table.pairs:
+        if pairs.maker is not None:
+            firsts, seconds = pairs.left(keep)
+            alone, own = firsts == seconds, pairs.owner[firsts]
+            other = np.where(firsts == own, pairs.second[own], own)
+            partner = np.where(alone, other, firsts)
+            rivals[pairs.maker] = torch.from_numpy(np.append(partner, seconds[~alone]))
+    return Kept(outputs, rivals)
 
 
 @torch.inference_mode(False)
 def compensate(
     given: Subject,
-    table: Units,
-    keep: Mask,
+    kept: Kept,
     small: AnyNet,
     calibration: Iterable[object],
     method: str,
@@ -87,18 +131,17 @@ def compensate(
     loss: str | LossFunction | None,
     seed: int,
 ) -> AnyNet:
-    """`compensate_plan` for a net that was cut to what `keep` leaves of the units of `given`."""
+    """`compensate_plan` for a net of which `kept` is left."""
     refit = method == "least_squares"
 
     def fit_(net: nn.Module, teacher: nn.Module, images: Sequence[Tensor]) -> None:
-        kept = {n: c.outputs for n, c in cuts(table, keep).items() if c.outputs is not None}
         refit_(
             net,
             teacher,
-            kept,
+            kept.outputs,
             shiftable(given.graph),
             images,
-            rivals=_rivals(table, keep),
+            rivals=kept.rivals,
             weights=refit,
             seed=seed,
         )
@@ -159,16 +202,3 @@ def check_compensation(method: str, has_images: bool) -> None:
         raise PruningError(
             f"compensate={method!r} needs calibration images: give calibration=batches of images"
         )
-
-
-def _rivals(table: Units, keep: Mask) -> dict[str, Tensor]:
-    """For each layer under an MFM 2/1 what each filter that stays competed with, if that went; else itself."""
-    found = {}
-    for pairs in table.pairs:
-        if pairs.maker is not None:
-            firsts, seconds = pairs.left(keep)
-            alone, own = firsts == seconds, pairs.owner[firsts]
-            other = np.where(firsts == own, pairs.second[own], own)
-            kept = np.where(alone, other, firsts)
-            found[pairs.maker] = torch.from_numpy(np.append(kept, seconds[~alone]))
-    return found

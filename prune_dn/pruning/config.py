@@ -38,6 +38,7 @@ BOUNDS: dict[str, tuple[int, int]] = {
     "round_to": (1, limits.CHANNELS),
     "batch_size": (1, limits.BATCH_SIZE),
     "seed": (0, limits.SEED),
+    "rounds": (1, limits.ROUNDS),
 }
 
 
@@ -55,6 +56,7 @@ class PruneConfig:
     all the same), and no width falls below `min_channels`. Modules whose names, or whose parents'
     names, match a pattern in `protect` keep all weights: neither what they make nor what they read
     is cut. `loss` is the name of what the net's outputs mean (`softmax`, `sigmoid`, `mse`).
+    `rounds` above 1 are for `prune`, which then scores, cuts and refits in as many equal steps, without training.
     `settle` takes the place of the ratio, which is None: every loser of an MFM goes, nothing else
     (`settling_plan`). `runtime` and `batch_size` are those of the unit `latency` (None: as `TIMED`).
 
@@ -88,6 +90,7 @@ class PruneConfig:
     input_size: int | tuple[int, int] | None = None
     seed: int = 0
     settle: bool = False
+    rounds: int = 1
 
     def __post_init__(self) -> None:
         plain: dict[str, Any] = {

@@ -104,6 +104,11 @@ def make_plan(
     ('layer1.0.conv1', 'bottleneck', 64)
     """
     config, loss = request_of(pruning_ratio, fields, loss)
+    if config.rounds > 1:
+        raise PruningError(
+            f"rounds={config.rounds}: a plan is of one round, and the next is scored on what it leaves; "
+            "use prune, or plan each round against baseline"
+        )
     if calibration is not None and not isinstance(calibration, Tensor):
         calibration = list(calibration)
     given = subject(model, config.input_size, example_inputs, calibration)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from prune_dn.defaults import usual_defaults
+from prune_dn.errors import PruningError
 from prune_dn.losses import LossFunction
-from prune_dn.pruning.compensate import check_compensation, compensate
+from prune_dn.pruning.compensate import KEPT_ALL, check_compensation, compensate, kept_of
 from prune_dn.pruning.config import PruneConfig
 from prune_dn.pruning.criteria import reads_images
 from prune_dn.pruning.cuts import cut_net
@@ -49,6 +51,9 @@ def prune(
     criterion is `bn_scale` where norms have scales, else `l2`, and nothing is compensated: fine-tune the
     result, or at least `recalibrate_batch_norm_` it.
 
+    With `rounds` above 1 the ratio is reached in as many equal steps: what a cut and refit left is scored anew, and
+    every refit has the given net as its target. It pays where most of a DenseNet goes.
+
     A DenseNet of ours, torchvision or timm becomes our `DenseNet`; any other CNN, and a variant of torchvision's
     or timm's DenseNet, such as one with another head, becomes a smaller one of its own class. What goes is
     what `make_plan` decides, which also takes the other arguments and says what was achieved; `apply_plan`
@@ -67,19 +72,31 @@ def prune(
     config = with_defaults(config, given.model, calibration is not None)
     method, alone = str(config.compensate), config.compensate == "none"
     check_compensation(method, calibration is not None)
-    table, keep, _ = decide(
-        given,
-        config,
-        calibration=calibration if reads_images(config.criterion) or alone else None,
-        loss=loss,
-        ratios=ratios,
-        baseline=None,
-        latency_model=latency_model,
-    )
-    small = carried_out(given, table, keep)
-    if calibration is None or alone:
-        return small
-    return compensate(given, table, keep, small, calibration, method, loss=loss, seed=config.seed)
+    if config.rounds > 1 and ratios is not None:
+        raise PruningError(
+            "rounds above 1 and ratios do not go together: these were measured on the net before the first"
+        )
+    current, small, kept = given, given.model, KEPT_ALL
+    for number in range(1, config.rounds + 1):
+        if number > 1:
+            current = subject(small, config.input_size, given.inputs, calibration)
+        first = given.model if isinstance(given.config, NetShape) else given.config
+        share = config.pruning_ratio
+        if share is not None:
+            share = share * number / config.rounds
+        table, keep, _ = decide(
+            current,
+            dataclasses.replace(config, pruning_ratio=share),
+            calibration=calibration if reads_images(config.criterion) or alone else None,
+            loss=loss,
+            ratios=ratios,
+            baseline=None if number == 1 else first,
+            latency_model=latency_model,
+        )
+        small, kept = carried_out(current, table, keep), kept.then(kept_of(table, keep))
+        if calibration is not None and not alone:
+            small = compensate(given, kept, small, calibration, method, loss=loss, seed=config.seed)
+    return small
 
 
 @usual_defaults()
