@@ -52,7 +52,7 @@ def prune(
     result, or at least `recalibrate_batch_norm_` it.
 
     With `rounds` above 1 the ratio is reached in as many equal steps: what a cut and refit left is scored anew, and
-    every refit has the given net as its target. It pays where most of a DenseNet goes.
+    every refit has the given net as its target. Whether that pays differs from net to net: measure it.
 
     A DenseNet of ours, torchvision or timm becomes our `DenseNet`; any other CNN, and a variant of torchvision's
     or timm's DenseNet, such as one with another head, becomes a smaller one of its own class. What goes is
