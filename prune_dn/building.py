@@ -1,4 +1,4 @@
-"""What a run begins with: the data, and the net that the recipe names, checked against each other."""
+"""The data and the net that a recipe names, checked against each other."""
 
 from __future__ import annotations
 

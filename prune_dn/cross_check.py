@@ -19,7 +19,7 @@ from prune_dn.profiling import ImageSize, count, example_image, inference_copy
 
 @dataclass(frozen=True)
 class CrossCheck:
-    """What thop counts for one example, and how much more that is than `macs`, our own count.
+    """The count of thop for one example, and how much more that is than `macs`, our own count.
 
     `thop_layers` is what it counts for convolutions and linear layers alone, as we do; it counts a
     transposed convolution by its output positions instead of those of its input, which differs with a

@@ -35,7 +35,7 @@ Inputs = Callable[[int], Any]  # the inputs of a batch of this size
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written, and how far its answers are from the model's on random or given inputs."""
+    """The file that was written, and how far its answers are from the model's on random or given inputs."""
 
     path: Path
     size_bytes: int

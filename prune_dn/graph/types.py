@@ -77,7 +77,7 @@ class Competition:
 
 @dataclass(frozen=True)
 class Block:
-    """What may go whole: a dense layer. `layers` are its convolutions, in the order in which they run."""
+    """A part that may go whole: a dense layer. `layers` are its convolutions, in the order in which they run."""
 
     name: str
     layers: tuple[str, ...]
