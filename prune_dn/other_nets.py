@@ -1,4 +1,4 @@
-"""What a checkpoint says of a net that is not ours, and the net from it.
+"""The part of a checkpoint about a net that is not ours, and the net from it.
 
 The file holds the tensors under their names; their shapes say what was cut. A net of torchvision or timm
 is rebuilt by the name of its constructor (see `models.named`), anybody else's is given. A probe (see
@@ -170,7 +170,7 @@ def _select_(net: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _unsavable(model: nn.Module) -> Any:
-    """What tensors under names do not hold."""
+    """Parts of a net that tensors under names do not hold."""
     yield from computed_weights(model)
     for name, module in model.named_modules():
         if type(module).get_extra_state is not nn.Module.get_extra_state:

@@ -297,7 +297,7 @@ class Phases:
             save(model, self._path(file), info=info, **self._origin(model))
 
     def _origin(self, model: nn.Module) -> dict[str, Any]:
-        """What `save` is told of a net that is not ours: who made it, and an image that it takes."""
+        """Arguments of `save` for a net that is not ours: who made it, and an image that it takes."""
         if isinstance(model, Net):
             return {}
         spec, told = self.data.spec, {}

@@ -85,7 +85,7 @@ def check_fit(model: nn.Module, spec: DataSpec, where: str) -> None:
 def inputs_for(
     model: nn.Module, info: Mapping[str, Any], given: int | None, where: Path
 ) -> tuple[dict[str, Any], str]:
-    """What a net is run on, as arguments `image_size` or `example_inputs`, and where that comes from.
+    """The inputs that a net is run on, as arguments `image_size` or `example_inputs`, and where that comes from.
 
     Inputs that are no square images are those that the net was saved with.
     """

@@ -93,7 +93,7 @@ def probe(model: nn.Module, example_inputs: Any = None) -> Probe | None:
 
 
 def differs(model: nn.Module, known: Probe) -> str | None:
-    """How the answers of `model` are others than those of the probe beyond rounding; None = they are not."""
+    """The way in which the answers of `model` are others than those of the probe beyond rounding; None = they are not."""
     try:
         found = _answers(model, known.inputs, known.dtype, 0)
     except Exception as error:  # whatever a foreign forward raises

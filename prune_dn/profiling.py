@@ -109,7 +109,7 @@ def count_per_layer(
 def weight_uses(
     model: nn.Module, image_size: ImageSize | None, *, example_inputs: Any = None
 ) -> Mapping[str, int]:
-    """How often each conv and linear layer applies its weight to one example: its output positions.
+    """Counts of how often each conv and linear layer applies its weight to one example: its output positions.
 
     Of a transposed conv, its input positions. Raises ConfigError when the net cannot run.
     """

@@ -98,7 +98,7 @@ Indices = npt.NDArray[np.int64]
 
 
 def operands_of(filters: Indices, kind: str, alone: tuple[int, ...]) -> Indices:
-    """What competes in each unit, (siblings, units), of the `filters` of a layer under MFM.
+    """The operands of each unit, (siblings, units), of the `filters` of a layer under MFM.
 
     A unit that stands alone competes with itself.
 
@@ -122,7 +122,7 @@ def owners(units: int, paired: Indices) -> Indices:
 def maps_left(
     maps: int, kind: str | None, alone: tuple[int, ...], kept: Indices
 ) -> tuple[Indices, str | None, tuple[int, ...]]:
-    """What filters that stay make of `maps`: the maps, the MFM, and its units that stand alone.
+    """The result of filters that stay, of `maps`: the maps, the MFM, and its units that stand alone.
 
     `kept` are filters in their new order: of each unit the first that stays, then the seconds. There is
     no MFM when all units stand alone.

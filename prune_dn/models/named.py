@@ -139,7 +139,7 @@ def candidates(model: nn.Module) -> Iterator[Named]:
 
 
 def other_make(model: nn.Module, built: nn.Module) -> str | None:
-    """What differs in the modules of two nets of the same tensors: classes and plain options.
+    """The differences between the modules of two nets of the same tensors: classes and plain options.
 
     The widths must have been made the same before.
     """

@@ -151,7 +151,7 @@ def _unknown(name: str, module: nn.Module) -> str | None:
 
 
 def _misfits(mine: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Iterator[str]:
-    """How the tensors differ from the model's own beyond their widths, in the model's order."""
+    """The differences of the tensors from the model's own beyond their widths, in the model's order."""
     for name, own in mine.items():
         if name not in given:
             yield f"{name}, of shape {_shape(own)} in the model, is not in the file"
@@ -170,7 +170,7 @@ def _misfits(mine: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Iterato
 
 
 def _places(model: nn.Module, also: Container[str] = ()) -> dict[str, list[_Place]]:
-    """Where each parameter and persistent buffer is held, by its first name, and buffers in `also`."""
+    """The places of each parameter and persistent buffer, by its first name, and buffers in `also`."""
     first: dict[int, str] = {}
     found: dict[str, list[_Place]] = {}
     for owner, module in model.named_modules():

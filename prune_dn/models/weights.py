@@ -124,7 +124,7 @@ def clean_state_dict(
 
 
 def unusable(tensors: Mapping[str, Tensor]) -> Iterator[str]:
-    """What no net of ours can compute with: see `not_plain`; other dtypes, NaN, negative variances."""
+    """Tensors that no net of ours can compute with: see `not_plain`; other dtypes, NaN, negative variances."""
     dtypes: dict[torch.dtype, str] = {}
     sound: list[tuple[str, Tensor]] = []
     odd = dict(_layouts(tensors))

@@ -77,10 +77,10 @@ def prune(
             "rounds above 1 and ratios do not go together: these were measured on the net before the first"
         )
     current, small, kept = given, given.model, KEPT_ALL
+    first = given.model if isinstance(given.config, NetShape) else given.config
     for number in range(1, config.rounds + 1):
         if number > 1:
             current = subject(small, config.input_size, given.inputs, calibration)
-        first = given.model if isinstance(given.config, NetShape) else given.config
         share = config.pruning_ratio
         if share is not None:
             share = share * number / config.rounds
@@ -93,8 +93,9 @@ def prune(
             baseline=None if number == 1 else first,
             latency_model=latency_model,
         )
-        small, kept = carried_out(current, table, keep), kept.then(kept_of(table, keep))
+        small = carried_out(current, table, keep)
         if calibration is not None and not alone:
+            kept = kept.then(kept_of(table, keep))
             small = compensate(given, kept, small, calibration, method, loss=loss, seed=config.seed)
     return small
 

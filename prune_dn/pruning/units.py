@@ -7,7 +7,6 @@ array over it, `keep`, says what stays; `close` draws the exact consequences.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 
 import numpy as np
 
@@ -177,7 +176,9 @@ class Units:
             sides = self._pairs(competition, edges, paired)
         positions = np.array([where[int(c)] for c in read], dtype=np.int64)
         self.selections.append(
-            Selection(reader, edges, sides, positions, self.unit(read), reader.stream, edge_at)
+            Selection(
+                reader, edges, sides, positions, self.unit(read), self.unit(reader.stream), edge_at
+            )
         )
 
     def _channels(self, classes: Classes, competition: Competition | None, often: Mask) -> None:
@@ -218,9 +219,6 @@ class Units:
 
     def _index(self, graph: Graph) -> None:
         """Flat arrays over all units."""
-        self.selections = [
-            replace(s, stream=self.unit(s.stream), sources=s.sources) for s in self.selections
-        ]
         reads = [np.arange(s.readings.start, s.readings.units.stop) for s in self.selections]
         empty = [np.zeros(0, dtype=np.int64)]
         self.reads = np.concatenate([*reads, *empty])  # what reads one channel each
