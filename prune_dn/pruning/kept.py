@@ -143,6 +143,12 @@ def _check_modules_agree(
     """Raise PruningError where what goes in one module does not go in another that it belongs to."""
     lost = keep & ~table.close(keep)
     for group in table.groups:
+        left = keep[group.units].reshape(group.blocks, -1).sum(axis=1).tolist()
+        if len(set(left)) > 1:
+            raise PruningError(
+                f"keep_indices of {group.name} leave {left} channels in the {group.blocks} groups of a grouped "
+                "convolution, which needs equally many in each"
+            )
         if lost[group.units].any():
             raise PruningError(
                 f"keep_indices disagree: {group.name} keeps what goes with what other modules lose, "

@@ -445,6 +445,20 @@ def test_an_image_that_the_net_cannot_take() -> None:
         prune(zoo.alexnet(), 0.3, unit="macs", criterion="l1", input_size=5)
 
 
+def test_a_plan_that_leaves_groups_unequal_is_refused() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 12, 3, padding=1), nn.ReLU(), nn.Conv2d(12, 8, 3, padding=1, groups=4),
+        nn.ReLU(), nn.Conv2d(8, 2, 1),
+    )  # fmt: skip
+    plan = prune_dn.make_plan(net, 0.3, unit="macs", input_size=6)
+    assert prune_dn.apply_plan(net, plan)
+    odd = dataclasses.replace(plan, keep_indices={"0": tuple(range(11))})
+    with pytest.raises(
+        PruningError, match=r"keep_indices of 0 leave \[3, 3, 3, 2\] channels in the 4"
+    ):
+        prune_dn.apply_plan(net, odd)
+
+
 def test_what_cannot_be_met_names_what_stays() -> None:
     net = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1), nn.LayerNorm([8, 8, 8]), nn.Conv2d(8, 8, 3, padding=1),
