@@ -33,7 +33,7 @@ $(PORTABLE): $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -p no:cacheprovider -m numbers $(PORTABLE_TESTS)
 
 test-nightly: $(VENV)/.installed
-	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/pruning/test_exactness.py tests/models tests/test_hostile_files.py
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/pruning/test_exactness.py tests/models tests/checkpoints/test_hostile_files.py
 
 test-wild: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[wild]'

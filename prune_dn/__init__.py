@@ -9,13 +9,13 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prune_dn.checkpoint import load, read_info, read_plan, save, save_state_dict
-    from prune_dn.export import export_onnx, export_torch
+    from prune_dn.checkpoints.checkpoint import load, read_info, read_plan, save, save_state_dict
+    from prune_dn.deploy.export import export_onnx, export_torch
     from prune_dn.graph import trace
-    from prune_dn.latency import compare_latency, measure_latency
+    from prune_dn.measure.latency import compare_latency, measure_latency
+    from prune_dn.measure.profiling import count, count_per_layer
     from prune_dn.models import DenseNet, DenseNetConfig
     from prune_dn.models.convert import convert
-    from prune_dn.profiling import count, count_per_layer
     from prune_dn.pruning import (
         Plan,
         PruneConfig,
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
         register_criterion,
         settling_plan,
     )
-    from prune_dn.rivals import compare_pruners
+    from prune_dn.run.rivals import compare_pruners
 
 __all__ = [
     "DenseNet",
@@ -60,13 +60,13 @@ __all__ = [
 ]
 
 _HOMES = {
-    "checkpoint": ("load", "read_info", "read_plan", "save", "save_state_dict"),
-    "export": ("export_onnx", "export_torch"),
+    "checkpoints.checkpoint": ("load", "read_info", "read_plan", "save", "save_state_dict"),
+    "deploy.export": ("export_onnx", "export_torch"),
     "graph": ("trace",),
-    "latency": ("compare_latency", "measure_latency"),
+    "measure.latency": ("compare_latency", "measure_latency"),
+    "measure.profiling": ("count", "count_per_layer"),
     "models": ("DenseNet", "DenseNetConfig"),
     "models.convert": ("convert",),
-    "profiling": ("count", "count_per_layer"),
     "pruning": (
         "Plan",
         "PruneConfig",
@@ -79,7 +79,7 @@ _HOMES = {
         "register_criterion",
         "settling_plan",
     ),
-    "rivals": ("compare_pruners",),
+    "run.rivals": ("compare_pruners",),
 }
 
 

@@ -1,4 +1,4 @@
-"""What tests of the command line ask of a result (exit code, stdout, stderr), and two processes."""
+"""What tests of the command line share: fixtures, what they ask of a result, and two processes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,57 @@ import re
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
+import torch
+
+from prune_dn.checkpoints.checkpoint import save
+from prune_dn.cli import app as cli
+from prune_dn.data.datasets import load_datasets
+from prune_dn.models import densenet
+
+RECIPE = """\
+model: {name: densenet, block_config: [2, 2], growth_rate: 4, bn_size: 2, stem: cifar}
+data: {name: digits, image_size: 8, limit: 64}
+train: {epochs: 1, batch_size: 16, learning_rate: 0.05}
+prune: {pruning_ratio: 0.4, unit: macs, recalibrate_batches: 2}
+finetune: {epochs: 1, batch_size: 16, learning_rate: 0.05}
+export: {onnx: false}
+report: {batch_sizes: [1], repeats: 2}
+"""
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run `prune-dn` in a folder of its own; gives (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = cli.main([str(a) for a in arguments])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    (tmp_path / "tiny.yaml").write_text(RECIPE)
+    return tmp_path / "tiny.yaml"
+
+
+@pytest.fixture
+def net(tmp_path: Path) -> Path:
+    """A checkpoint that knows its data."""
+    torch.manual_seed(1)
+    model = densenet((2, 2), 4, bn_size=2, stem="cifar", num_classes=10, in_channels=1)
+    spec = load_datasets("digits", image_size=8).spec
+    save(model, tmp_path / "net.safetensors", info={"data": spec.to_dict()})
+    return tmp_path / "net.safetensors"
 
 
 def bad(result: tuple[int, str, str], message: str) -> None:

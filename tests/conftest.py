@@ -51,7 +51,7 @@ def _compares(path: Path) -> bool:
 @pytest.fixture
 def made_up_times(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the model of latency see times that depend on the nets alone, not on the machine."""
-    from prune_dn.profiling import count
+    from prune_dn.measure.profiling import count
     from prune_dn.pruning import latency_model
 
     def measure(configs, runtime, batch_size, image_size, repeats):

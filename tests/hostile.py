@@ -93,9 +93,9 @@ def make_files(folder: Path) -> None:
     """Good files of every kind that is read."""
     import dataclasses
 
-    from prune_dn.checkpoint import save, save_state_dict
+    from prune_dn.checkpoints.checkpoint import save, save_state_dict
+    from prune_dn.measure.profiling import count
     from prune_dn.models import DenseNet, light_cnn_9
-    from prune_dn.profiling import count
     from prune_dn.pruning import make_plan, prune
     from prune_dn.pruning.ratios import FORMAT
     from prune_dn.pruning.sensitivity import sensitivity
@@ -140,8 +140,8 @@ def digest(model: nn.Module) -> str:
 
 
 def read_checkpoint(path: Path) -> str:
-    from prune_dn.checkpoint import load
-    from prune_dn.opened import read_known_info
+    from prune_dn.checkpoints.checkpoint import load
+    from prune_dn.checkpoints.opened import read_known_info
 
     read_known_info(path)
     return digest(load(path))
@@ -156,8 +156,8 @@ def read_plan(path: Path) -> str:
 
 
 def read_recipe(path: Path) -> str:
-    from prune_dn.recipe import to_yaml
-    from prune_dn.recipe_file import load_recipe, parse_recipe
+    from prune_dn.run.recipe import to_yaml
+    from prune_dn.run.recipe_file import load_recipe, parse_recipe
 
     recipe = load_recipe(path)
     assert parse_recipe(to_yaml(recipe), name=path.stem) == recipe
@@ -173,8 +173,8 @@ def read_sensitivity(path: Path) -> str:
 
 def read_run(path: Path) -> str:
     """As a run that goes on: its figures are read, and reported."""
-    from prune_dn.report import below_table, render, stage_table
-    from prune_dn.run_metrics import read_metrics
+    from prune_dn.run.metrics import read_metrics
+    from prune_dn.run.report import below_table, render, stage_table
 
     metrics = read_metrics(path)
     metrics |= {"name": "run", "data": {"name": "digits", "classes": ["0"], "image_size": 8}}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bench_latency as tool
 
-from prune_dn.latency import machine
+from prune_dn.measure.latency import machine
 
 
 def test_each_cut(capsys) -> None:

@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from prune_dn.checkpoint import load
-from prune_dn.data import load_datasets
+from prune_dn.checkpoints.checkpoint import load
+from prune_dn.data.datasets import load_datasets
 from prune_dn.errors import RecipeError
+from prune_dn.measure.profiling import count
 from prune_dn.models import densenet
-from prune_dn.profiling import count
 from prune_dn.training import evaluate
 
 SHAPE = "name: densenet, block_config: [3, 6], growth_rate: 4, bn_size: null, stem: cifar"

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import prune_dn
-from prune_dn.latency import machine
+from prune_dn.measure.latency import machine
 from prune_dn.models import densenet
 
 

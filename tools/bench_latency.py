@@ -18,8 +18,8 @@ import torchvision
 from torch import nn
 
 import prune_dn
-from prune_dn.latency import compare_latency, machine
-from prune_dn.markdown import markdown_table
+from prune_dn.base.markdown import markdown_table
+from prune_dn.measure.latency import compare_latency, machine
 
 RUNTIMES = ("onnxruntime", "eager")
 CUTS: dict[str, dict[str, Any]] = {

@@ -23,7 +23,7 @@ from results import chosen
 from torch import nn
 
 import prune_dn
-from prune_dn.latency import machine
+from prune_dn.measure.latency import machine
 from prune_dn.models import BUILDERS, LIGHT_CNNS
 
 NETS = ("densenet121", "densenet169", "densenet201", "densenet264")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from prune_dn.graph import trace
 from prune_dn.graph.classes import channel_classes
-from prune_dn.latency import machine
+from prune_dn.measure.latency import machine
 
 
 class UNet(nn.Module):

@@ -45,7 +45,7 @@ from torch import Tensor
 from training_report import exponents, write_report
 from training_variants import PLAIN, VARIANTS, build, cannot, find_net
 
-from prune_dn.latency import in_turns, machine
+from prune_dn.measure.latency import in_turns, machine
 from prune_dn.models import fused
 
 NETS = ("bc40", "bc100", "bc190", "bc250", "densenet121", "densenet201")

@@ -34,15 +34,15 @@ from results import Row, chosen, measured, write_between
 from torch.nn import functional as F
 
 import prune_dn
-from prune_dn import pipeline
-from prune_dn.files import atomic_path, write_text
-from prune_dn.latency import compare_latency, machine
-from prune_dn.markdown import markdown_table
+from prune_dn.base.files import atomic_path, write_text
+from prune_dn.base.markdown import markdown_table
+from prune_dn.base.yaml_lines import parse
+from prune_dn.data.sources import DATASETS
+from prune_dn.measure.latency import compare_latency, machine
 from prune_dn.models import DenseNet
-from prune_dn.recipe import Recipe
-from prune_dn.recipe_file import load_recipe
-from prune_dn.sources import DATASETS
-from prune_dn.yaml_lines import parse
+from prune_dn.run import pipeline
+from prune_dn.run.recipe import Recipe
+from prune_dn.run.recipe_file import load_recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "mfm_table"
 TIMES: tuple[tuple[Any, int], ...] = (("eager", 32), ("onnxruntime", 1))

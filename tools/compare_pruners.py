@@ -36,15 +36,15 @@ from small_nets import NETS
 from torch import nn
 
 import prune_dn
-from prune_dn.augment import AUGMENTATIONS
-from prune_dn.data import Datasets, calibration_batches, calibration_loader, load_datasets
-from prune_dn.data_options import NORMALISATIONS
-from prune_dn.files import atomic_path, write_text
-from prune_dn.latency import compare_latency, machine
-from prune_dn.markdown import markdown_table
-from prune_dn.profiling import example_image
+from prune_dn.base.files import atomic_path, write_text
+from prune_dn.base.markdown import markdown_table
+from prune_dn.data.augment import AUGMENTATIONS
+from prune_dn.data.datasets import Datasets, calibration_batches, calibration_loader, load_datasets
+from prune_dn.measure.latency import compare_latency, machine
+from prune_dn.models.examples import example_image
 from prune_dn.pruning import recalibrate_batch_norm_
-from prune_dn.rivals import macs_of
+from prune_dn.run.data_options import NORMALISATIONS
+from prune_dn.run.rivals import macs_of
 from prune_dn.training import FitConfig, evaluate, fit
 
 ACCURACIES = ("one_shot", "recalibrated", "fine_tuned")

@@ -16,9 +16,9 @@ import numpy as np
 from torch import Tensor, nn
 
 import prune_dn
-from prune_dn.batches import read_batches
+from prune_dn.data.batches import read_batches
 from prune_dn.models import DenseNet, DenseNetConfig
-from prune_dn.profiling import example_image
+from prune_dn.models.examples import example_image
 from prune_dn.pruning import CRITERIA
 from prune_dn.pruning.criteria import reads_images
 from prune_dn.pruning.importance import importance
@@ -28,7 +28,7 @@ from prune_dn.pruning.parts import Mask
 from prune_dn.pruning.plan import plan_of
 from prune_dn.pruning.subject import subject
 from prune_dn.pruning.units import Units
-from prune_dn.rivals import THEIR_CRITERIA, THEIR_SCOPES, macs_of, torch_pruned
+from prune_dn.run.rivals import THEIR_CRITERIA, THEIR_SCOPES, macs_of, torch_pruned
 
 Batches = list[tuple[Tensor, Tensor]]
 Method = Callable[[Any, float, Batches, int, int], nn.Module]

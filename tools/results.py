@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from prune_dn.files import write_text
+from prune_dn.base.files import write_text
 
 Row = dict[str, Any]
 

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from prune_dn.data import load_datasets
-from prune_dn.data_options import NORMALISATIONS
-from prune_dn.latency import machine
+from prune_dn.data.datasets import load_datasets
+from prune_dn.measure.latency import machine
+from prune_dn.run.data_options import NORMALISATIONS
 from prune_dn.training import FitConfig, evaluate, fit
 
 

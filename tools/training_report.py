@@ -9,8 +9,8 @@ import numpy as np
 from results import Row, write_between
 from training_variants import VARIANTS
 
-from prune_dn.files import atomic_path, write_text
-from prune_dn.markdown import markdown_table
+from prune_dn.base.files import atomic_path, write_text
+from prune_dn.base.markdown import markdown_table
 
 
 def exponent(depths: Sequence[float], values: Sequence[float]) -> float:

@@ -39,10 +39,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from wild_nets import KINDS, Net
 
 import prune_dn
+from prune_dn.base.markdown import in_markdown, markdown_table
 from prune_dn.errors import PruneDNError
 from prune_dn.graph import call, tensors, trace
-from prune_dn.latency import machine
-from prune_dn.markdown import in_markdown, markdown_table
+from prune_dn.measure.latency import machine
 
 NETS = {name: net for nets in KINDS.values() for name, net in nets.items()}
 PACKAGES = (

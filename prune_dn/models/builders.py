@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 
-from prune_dn import limits
+from prune_dn.base import limits
 from prune_dn.errors import ConfigError
 from prune_dn.models.config import (
     DenseNetConfig,

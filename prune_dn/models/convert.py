@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from prune_dn.defaults import usual_defaults
+from prune_dn.base.defaults import usual_defaults
 from prune_dn.errors import ConversionError
 from prune_dn.models.answers import path_of, peculiarities
 from prune_dn.models.as_built import as_built, check_same_answers, copy_modes_, refuse_computed

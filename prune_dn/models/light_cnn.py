@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prune_dn import limits
+from prune_dn.base import limits
 from prune_dn.errors import ConfigError
 from prune_dn.models.light_cnn_config import STAGES, LightCNNConfig, MFMConfig, Variant
 from prune_dn.models.mfm import MaxFeatureMap

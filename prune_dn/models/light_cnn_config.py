@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from textwrap import indent
 from typing import Any, Literal, NamedTuple
 
-from prune_dn import limits
+from prune_dn.base import limits
+from prune_dn.base.files import parse_json
 from prune_dn.errors import ConfigError, listed
-from prune_dn.files import parse_json
 from prune_dn.graph.types import Graph
 
 Variant = Literal["9", "29", "29_v2"]

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
-from prune_dn import limits
+from prune_dn.base import limits
 from prune_dn.errors import ConversionError
 from prune_dn.models.answers import path_of
 

@@ -9,7 +9,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from prune_dn import limits
+from prune_dn.base import limits
 from prune_dn.errors import ConfigError, ConversionError
 from prune_dn.models.config import DenseNetConfig, LayerConfig, Stem, TransitionConfig
 from prune_dn.models.dense_net import DenseNet, build_empty

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prune_dn.base.sound import find_unsound
 from prune_dn.errors import ConversionError
-from prune_dn.sound import find_unsound
 
 EXPECTED = (
     "torchvision's DenseNet keys such as features.conv0.weight, "

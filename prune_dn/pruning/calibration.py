@@ -9,10 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from prune_dn.batches import Batches, run_on, working_copy
+from prune_dn.data.batches import Batches, run_on, working_copy
 from prune_dn.errors import DataError, PruningError
 from prune_dn.graph import tensors
-from prune_dn.losses import find_loss
+from prune_dn.models.losses import find_loss
 from prune_dn.pruning.competition import competition
 from prune_dn.pruning.patches import output_positions, patch_width, patches_of
 

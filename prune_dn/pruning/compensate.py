@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prune_dn.batches import read_batches
-from prune_dn.defaults import usual_defaults
+from prune_dn.base.defaults import usual_defaults
+from prune_dn.base.sound import check_sound
+from prune_dn.data.batches import read_batches
 from prune_dn.errors import PruningError
 from prune_dn.graph import Graph
-from prune_dn.losses import LossFunction
+from prune_dn.models.losses import LossFunction
 from prune_dn.pruning.config import COMPENSATIONS, check_choice
 from prune_dn.pruning.cuts import cuts
 from prune_dn.pruning.judge import Judge, split_images
@@ -25,7 +26,6 @@ from prune_dn.pruning.plan import Plan, planned
 from prune_dn.pruning.refit import refit_
 from prune_dn.pruning.subject import Subject
 from prune_dn.pruning.units import Units
-from prune_dn.sound import check_sound
 
 AnyNet = TypeVar("AnyNet", bound=nn.Module)
 

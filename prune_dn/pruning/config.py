@@ -12,9 +12,9 @@ from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
-from prune_dn import limits
+from prune_dn.base import limits
+from prune_dn.base.runtimes import RUNTIMES, Runtime
 from prune_dn.errors import PruningError
-from prune_dn.runtimes import RUNTIMES, Runtime
 
 Unit = Literal["channels", "params", "macs", "latency"]
 Scope = Literal["global", "local"]
@@ -103,7 +103,7 @@ class PruneConfig:
             is_open = name == "batch_size" and value is None
             plain[name] = None if is_open else whole_number(name, value, *bounds)
         if self.input_size is not None:
-            from prune_dn.profiling import sides
+            from prune_dn.models.sizes import sides
 
             height, width = sides(self.input_size)
             plain["input_size"] = height if height == width else (height, width)
@@ -118,7 +118,7 @@ class PruneConfig:
         if self.compensate is not None:
             check_choice("compensate", self.compensate, COMPENSATIONS)
         if self.loss is not None:
-            from prune_dn.losses import check_loss
+            from prune_dn.models.losses import check_loss
 
             check_loss(self.loss)
         if self.runtime is not None:

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from prune_dn.batches import Batches, read_batches
+from prune_dn.data.batches import Batches, read_batches
 from prune_dn.errors import PruningError
-from prune_dn.losses import LossFunction
+from prune_dn.models.losses import LossFunction
 from prune_dn.pruning.criteria import CRITERIA, Reading, Scores, follows_loss, judge, needs_images
 from prune_dn.pruning.parts import STAYS
 from prune_dn.pruning.readings import kernels, observe, of_readers

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from prune_dn.errors import PruningError
 from prune_dn.graph import tensors
-from prune_dn.losses import LossFunction, find_loss
+from prune_dn.models.losses import LossFunction, find_loss
 from prune_dn.pruning.patches import is_fitted
 
 EVERY, ENOUGH = 10, 128  # a tenth costs the refit 1 to 3 % more error at 128 images, 1 % at 512

@@ -10,11 +10,12 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from prune_dn.defaults import usual_defaults
+from prune_dn.base.defaults import usual_defaults
+from prune_dn.base.runtimes import Runtime
 from prune_dn.errors import PruningError
-from prune_dn.latency import compare_latency
+from prune_dn.measure.latency import compare_latency
 from prune_dn.models import DenseNet, DenseNetConfig, LightCNN, LightCNNConfig
-from prune_dn.profiling import ImageSize, default_image_size
+from prune_dn.models.sizes import ImageSize, default_image_size
 from prune_dn.pruning.budget import Budget, choose
 from prune_dn.pruning.config import TIMED
 from prune_dn.pruning.kept import indices_of
@@ -23,7 +24,6 @@ from prune_dn.pruning.prices import Scores
 from prune_dn.pruning.rates import Costing, Rates
 from prune_dn.pruning.subject import NetShape, subject
 from prune_dn.pruning.units import Units
-from prune_dn.runtimes import Runtime
 
 OwnConfig = DenseNetConfig | LightCNNConfig
 TRIES = 4

@@ -13,12 +13,12 @@ from typing import Any
 
 from torch import nn
 
+from prune_dn.base.files import parse_json, write_text
 from prune_dn.errors import PruneDNError, PruningError
-from prune_dn.files import parse_json, write_text
 from prune_dn.models import DenseNetConfig, LightCNN, LightCNNConfig
 from prune_dn.models.answers import path_of
 from prune_dn.models.convert import is_densenet
-from prune_dn.probe import make
+from prune_dn.models.probe import make
 from prune_dn.pruning.config import LATENCY
 from prune_dn.pruning.cuts import shape_after
 from prune_dn.pruning.kept import Kept, channels_of, consistent, indices_of, units_of

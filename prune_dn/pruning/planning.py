@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from prune_dn.defaults import usual_defaults
+from prune_dn.base.defaults import usual_defaults
 from prune_dn.errors import PruningError, PruningWarning
 from prune_dn.graph import Graph
 from prune_dn.graph.types import OUTPUT
-from prune_dn.losses import LossFunction, loss_name
+from prune_dn.measure.profiling import Cost, count, module_rows, total
 from prune_dn.models import DenseNetConfig, LightCNN, LightCNNConfig
+from prune_dn.models.losses import LossFunction, loss_name
+from prune_dn.models.sizes import default_image_size, sides
 from prune_dn.models.weights import shorten
-from prune_dn.profiling import Cost, count, default_image_size, module_rows, sides, total
 from prune_dn.pruning import budget as budgets
 from prune_dn.pruning.config import LATENCY, PruneConfig
 from prune_dn.pruning.criteria import CRITERIA, follows_loss

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from prune_dn.base.files import parse_json, read_text
 from prune_dn.errors import PruningError
-from prune_dn.files import parse_json, read_text
 from prune_dn.pruning.criteria import Scores
 from prune_dn.pruning.parts import Mask
 from prune_dn.pruning.rates import COUNTED, Costing

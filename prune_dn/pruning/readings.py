@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from prune_dn.batches import Batches
+from prune_dn.data.batches import Batches
 from prune_dn.graph.types import NONE, Reader
 from prune_dn.pruning.calibration import Statistics, collect
 from prune_dn.pruning.criteria import CRITERIA, Reading, Scores, check_losses, judge, needs_images

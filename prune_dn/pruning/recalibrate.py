@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from prune_dn.batches import each_batch, run_on, working_copy
-from prune_dn.defaults import usual_defaults
+from prune_dn.base.defaults import usual_defaults
+from prune_dn.base.sound import find_unsound
+from prune_dn.data.batches import each_batch, run_on, working_copy
 from prune_dn.errors import PruningError
-from prune_dn.sound import find_unsound
 
 
 @usual_defaults()

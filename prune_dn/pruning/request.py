@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from prune_dn.errors import PruningError
-from prune_dn.losses import LossFunction, check_loss
+from prune_dn.models.losses import LossFunction, check_loss
 from prune_dn.pruning.config import CALIBRATED, PruneConfig
 from prune_dn.pruning.parts import Group
 from prune_dn.pruning.ratios import Ratios

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prune_dn.defaults import usual_defaults
+from prune_dn.base.defaults import usual_defaults
 from prune_dn.errors import PruningError
-from prune_dn.losses import LossFunction
-from prune_dn.profiling import ImageSize
+from prune_dn.models.losses import LossFunction
+from prune_dn.models.sizes import ImageSize
 from prune_dn.pruning import budget as budgets
 from prune_dn.pruning.config import KINDS, USUAL_UNITS, PruneConfig, names_in, units_in
 from prune_dn.pruning.importance import calibration_for, importance

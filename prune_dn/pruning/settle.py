@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from prune_dn.defaults import usual_defaults
+from prune_dn.base.defaults import usual_defaults
 from prune_dn.errors import PruningError
-from prune_dn.losses import LossFunction
+from prune_dn.models.losses import LossFunction
 from prune_dn.pruning.budget import losers
 from prune_dn.pruning.config import PruneConfig
 from prune_dn.pruning.importance import calibration_for, importance

@@ -10,23 +10,24 @@ from typing import Any
 
 from torch import nn
 
-from prune_dn import limits
-from prune_dn.batches import read_batches
+from prune_dn.base import limits
+from prune_dn.base.files import parse_json
+from prune_dn.base.sound import check_sound
+from prune_dn.data.batches import read_batches
 from prune_dn.errors import ConversionError, PruningError
-from prune_dn.files import parse_json
 from prune_dn.graph import Graph, trace
 from prune_dn.models import DenseNet, DenseNetConfig, LightCNN, LightCNNConfig
 from prune_dn.models.answers import computed_weights, path_of, peculiarities
 from prune_dn.models.as_built import as_built
 from prune_dn.models.convert import check_not_wrapped, convert, is_densenet
+from prune_dn.models.examples import example_image
+from prune_dn.models.probe import describe, make
 from prune_dn.models.shapes import own_tensors
+from prune_dn.models.sizes import ImageSize, default_image_size
 from prune_dn.models.weights import shorten
-from prune_dn.probe import describe, make
-from prune_dn.profiling import ImageSize, default_image_size, example_image
 from prune_dn.pruning.config import KINDS, Kind
 from prune_dn.pruning.patches import Convolution, Transposed
 from prune_dn.pruning.units import Units
-from prune_dn.sound import check_sound
 
 
 @dataclass(frozen=True)

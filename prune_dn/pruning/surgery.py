@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prune_dn.defaults import usual_defaults
+from prune_dn.base.defaults import usual_defaults
+from prune_dn.base.sound import check_filled
 from prune_dn.errors import PruningError
-from prune_dn.losses import LossFunction
+from prune_dn.models.losses import LossFunction
 from prune_dn.pruning.compensate import KEPT_ALL, check_compensation, compensate, kept_of
 from prune_dn.pruning.config import PruneConfig
 from prune_dn.pruning.criteria import reads_images
@@ -25,7 +26,6 @@ from prune_dn.pruning.request import request_of, with_defaults
 from prune_dn.pruning.subject import NetShape, Subject, subject
 from prune_dn.pruning.units import Units
 from prune_dn.pruning.verify import check_exact
-from prune_dn.sound import check_filled
 
 
 @usual_defaults()

@@ -10,13 +10,13 @@ from accelerate.utils import reduce
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from prune_dn.batches import each_batch
-from prune_dn.data import ImageSet, loading, make_loader
-from prune_dn.defaults import usual_defaults
+from prune_dn.base.defaults import usual_defaults
+from prune_dn.base.processes import process_state
+from prune_dn.data.batches import each_batch
+from prune_dn.data.datasets import ImageSet, loading, make_loader
 from prune_dn.errors import DataError
-from prune_dn.losses import LossFunction, describe, find_loss
 from prune_dn.models.answers import eval_mode
-from prune_dn.processes import process_state
+from prune_dn.models.losses import LossFunction, describe, find_loss
 from prune_dn.training.precision import in_float32
 
 

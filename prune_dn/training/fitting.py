@@ -14,10 +14,10 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from prune_dn.data import Datasets
-from prune_dn.defaults import usual_defaults
+from prune_dn.base.defaults import usual_defaults
+from prune_dn.base.files import write_text
+from prune_dn.data.datasets import Datasets
 from prune_dn.errors import TrainingError
-from prune_dn.files import write_text
 from prune_dn.training.config import FitConfig
 from prune_dn.training.precision import in_float32
 from prune_dn.training.progress import display

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from prune_dn.sound import find_unsound
+from prune_dn.base.sound import find_unsound
 
 HALF = (torch.float16, torch.bfloat16)
 

@@ -17,12 +17,12 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from prune_dn.data import Datasets, ImageSet, loading, make_loader
+from prune_dn.base.processes import process_state
+from prune_dn.data.datasets import Datasets, ImageSet, loading, make_loader
 from prune_dn.errors import TrainingError
-from prune_dn.losses import find_loss
 from prune_dn.models import DenseNet, Net
 from prune_dn.models.answers import eval_mode
-from prune_dn.processes import process_state
+from prune_dn.models.losses import find_loss
 from prune_dn.training.config import WITHOUT_EFFECT, FitConfig
 from prune_dn.training.distillation import distillation_loss
 from prune_dn.training.evaluation import check_classes, evaluate

@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from prune_dn.base.pickles import read_pickle, write_pickle
 from prune_dn.errors import CheckpointError, TrainingError
-from prune_dn.pickles import read_pickle, write_pickle
 
 # What a damaged file, or one of something else, raises.
 UNREADABLE = (CheckpointError, RuntimeError, ValueError, LookupError, TypeError, AttributeError)

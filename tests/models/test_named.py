@@ -11,7 +11,7 @@ import torch
 import torchvision
 from oracle import randomise_
 
-from prune_dn.checkpoint import load, save
+from prune_dn.checkpoints.checkpoint import load, save
 from prune_dn.errors import ConversionError
 from prune_dn.models.named import Named, candidates, other_make, usual_image_size
 from prune_dn.pruning import prune

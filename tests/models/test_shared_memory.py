@@ -406,7 +406,7 @@ PROCESSES = """
     import torch.nn.functional as F
     from torch.nn.parallel import DistributedDataParallel
     from prune_dn.models import densenet
-    from prune_dn.processes import process_state
+    from prune_dn.base.processes import process_state
 
     def trained(level):
         torch.manual_seed(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from oracle import randomise_
 
-from prune_dn.batches import read_batches
+from prune_dn.data.batches import read_batches
 from prune_dn.models import densenet
 from prune_dn.pruning.calibration import PixelSampler, collect
 

@@ -10,7 +10,7 @@ from oracle import randomise_
 from strategies import alone, rivalries
 from torch import nn
 
-from prune_dn.batches import read_batches
+from prune_dn.data.batches import read_batches
 from prune_dn.errors import PruningError
 from prune_dn.models import MaxFeatureMap, densenet
 from prune_dn.models.dense_net import ReadStream

@@ -7,7 +7,7 @@ import pytest
 import torch
 from oracle import randomise_
 
-from prune_dn.batches import read_batches
+from prune_dn.data.batches import read_batches
 from prune_dn.errors import PruningError
 from prune_dn.models import DenseNet, densenet
 from prune_dn.pruning import make_plan

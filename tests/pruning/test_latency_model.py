@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from prune_dn.errors import PruningError, PruningWarning
-from prune_dn.latency import Latency
+from prune_dn.measure.latency import Latency
 from prune_dn.models import densenet
 from prune_dn.pruning import fit_latency_model, latency_model, make_plan
 from prune_dn.pruning.latency_model import LatencyModel

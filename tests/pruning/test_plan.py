@@ -13,8 +13,8 @@ from properties import counted, feasible
 from torch import nn
 
 from prune_dn.errors import ConversionError, PruningError
+from prune_dn.measure.profiling import count
 from prune_dn.models import DenseNet, densenet, densenet40, densenet_bc100
-from prune_dn.profiling import count
 from prune_dn.pruning import CRITERIA, Plan, apply_plan, make_plan, prune
 
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from properties import counted
 
+from prune_dn.measure.profiling import count
 from prune_dn.models import densenet
-from prune_dn.profiling import count
 from prune_dn.pruning.kept import indices_of
 from prune_dn.pruning.parts import Group, Mask
 from prune_dn.pruning.prices import Market

@@ -7,7 +7,7 @@ import pytest
 import torchvision.models as zoo
 from torch import nn
 
-from prune_dn.profiling import count
+from prune_dn.measure.profiling import count
 from prune_dn.pruning.cuts import cut_net
 from prune_dn.pruning.rates import COUNTED, Costing
 from prune_dn.pruning.subject import subject

@@ -14,8 +14,8 @@ from oracle import randomise_
 from torchvision.models import resnet18
 
 from prune_dn.errors import PruningError
+from prune_dn.measure.profiling import count
 from prune_dn.models import DenseNet, DenseNetConfig, densenet
-from prune_dn.profiling import count
 from prune_dn.pruning import Plan, make_plan, prune
 from prune_dn.pruning.config import KINDS
 from prune_dn.pruning.importance import importance

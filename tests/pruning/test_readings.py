@@ -9,7 +9,7 @@ from oracle import randomise_
 from torch import nn
 
 from prune_dn import prune
-from prune_dn.batches import Batches, read_batches
+from prune_dn.data.batches import Batches, read_batches
 from prune_dn.models import light_cnn_9, light_cnn_29_v2
 from prune_dn.pruning.importance import importance
 from prune_dn.pruning.subject import subject

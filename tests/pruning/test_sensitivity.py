@@ -12,8 +12,8 @@ from oracle import masked, randomise_
 from torch import nn
 
 from prune_dn.errors import PruningError
+from prune_dn.measure.profiling import count
 from prune_dn.models import DenseNet, densenet
-from prune_dn.profiling import count
 from prune_dn.pruning import apply_plan
 from prune_dn.pruning.plan import plan_of
 from prune_dn.pruning.ratios import SensitivityRow, ratios_within

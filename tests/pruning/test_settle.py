@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracle import masked, randomise_
 
-from prune_dn.batches import read_batches
+from prune_dn.data.batches import read_batches
 from prune_dn.errors import PruningError
 from prune_dn.models import DenseNet, MaxFeatureMap, densenet
 from prune_dn.pruning import PruneConfig, apply_plan, make_plan, prune, settling_plan

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import masked, randomise_
 
-from prune_dn.batches import read_batches
+from prune_dn.data.batches import read_batches
 from prune_dn.errors import PruningError
+from prune_dn.measure.profiling import count
 from prune_dn.models import DenseNet, densenet
-from prune_dn.profiling import count
 from prune_dn.pruning import CRITERIA, apply_plan, make_plan
 from prune_dn.pruning.budget import floor, losers
 from prune_dn.pruning.calibration import collect

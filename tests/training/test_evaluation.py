@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from prune_dn.data import Datasets, load_datasets, make_loader
+from prune_dn.data.datasets import Datasets, load_datasets, make_loader
 from prune_dn.errors import DataError
 from prune_dn.models import DenseNet, densenet
 from prune_dn.models.answers import eval_mode

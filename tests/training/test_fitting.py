@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import prune_dn
-from prune_dn.data import Datasets, load_datasets, make_loader
+from prune_dn.data.datasets import Datasets, load_datasets, make_loader
 from prune_dn.errors import DataError, TrainingError
 from prune_dn.models import DenseNet, densenet
 from prune_dn.training import Distillation, FitConfig, FitResult, evaluate, fit, fitting, state_path
@@ -314,7 +314,7 @@ from pathlib import Path
 warnings.simplefilter("error")
 import torch
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-from prune_dn.data import load_datasets
+from prune_dn.data.datasets import load_datasets
 from prune_dn.models import densenet
 from prune_dn.training import FitConfig, evaluate, fit
 {before}

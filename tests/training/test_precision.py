@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from prune_dn.data import load_datasets
+from prune_dn.data.datasets import load_datasets
 from prune_dn.errors import TrainingError
 from prune_dn.models import DenseNet, densenet
 from prune_dn.training import FitConfig, fit

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from prune_dn.data import Datasets, load_datasets
+from prune_dn.data.datasets import Datasets, load_datasets
 from prune_dn.errors import TrainingError
 from prune_dn.models import DenseNet, densenet
 from prune_dn.training import FitConfig, Sparsity, fit

@@ -1,0 +1,1 @@
+"""What every room uses: files, limits, defaults, the console, signals."""

@@ -1,0 +1,1 @@
+"""Pruned nets in files: saved, loaded, told apart."""

@@ -1,0 +1,351 @@
+"""The commands that work on a checkpoint: thin, `jobs` does the work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+
+from prune_dn.base import limits
+from prune_dn.base.console import show as _show
+from prune_dn.base.intervals import percent
+from prune_dn.base.runtimes import RUNTIMES
+from prune_dn.cli import options
+from prune_dn.cli.options import example, read_recipe, words
+from prune_dn.errors import RecipeError
+from prune_dn.pruning.config import CALIBRATED, COMPENSATIONS, TIMED, PruneConfig, Unit
+
+
+@example(
+    "prune dense.safetensors --ratio 0.5 --unit macs -o small.safetensors",
+    "prune dense.safetensors --ratio 0.7 --unit macs --units stream,bottleneck,edge "
+    "--criterion reconstruction --compensate least_squares -o small.safetensors",
+    "prune dense.safetensors --ratio 0.3 --protect 'features.denseblock1' -o small.safetensors",
+    "prune resnet18.pth --model torchvision/resnet18 --data path/to/images --normalize imagenet "
+    "--ratio 0.5 --unit macs --criterion reconstruction --compensate least_squares "
+    "-o small.safetensors --export small.onnx",
+)
+def prune(
+    checkpoint: options.Checkpoint,
+    ratio: Annotated[float, typer.Option(help="The fraction to remove, between 0 and 1.")],
+    output: options.Output,
+    unit: Annotated[
+        str, typer.Option(help=f"What the ratio counts: {', '.join(get_args(Unit))}.")
+    ] = PruneConfig.unit,
+    runtime: Annotated[
+        str | None,
+        typer.Option(help=f"For latency: {' or '.join(RUNTIMES)}.  [default: {TIMED[0]}]"),
+    ] = PruneConfig.runtime,
+    batch_size: Annotated[
+        int | None,
+        options.bounded("batch_size", f"For latency: images at once.  [default: {TIMED[1]}]"),
+    ] = PruneConfig.batch_size,
+    criterion: Annotated[
+        str | None,
+        typer.Option(
+            help="See `prune-dn criteria`.  [default: bn_scale where norms have scales, else l2; "
+            f"{CALIBRATED[0]} with --calibration and no --compensate]"
+        ),
+    ] = PruneConfig.criterion,
+    scope: Annotated[
+        str, typer.Option(help="Rank over the whole net: global; or local.")
+    ] = PruneConfig.scope,
+    ratios: Annotated[
+        Path | None, typer.Option(help="Go by what `sensitivity` measured: its sensitivity.json.")
+    ] = None,
+    units: options.UnitKinds = options.USUAL,
+    protect: options.Protect = None,
+    min_channels: Annotated[
+        int, options.bounded("min_channels", "No width falls below.")
+    ] = PruneConfig.min_channels,
+    round_to: Annotated[
+        int, options.bounded("round_to", "Cut widths become a multiple of.")
+    ] = PruneConfig.round_to,
+    image_size: options.ImageSize = None,
+    seed: options.Seed = PruneConfig.seed,
+    export: Annotated[
+        Path | None, typer.Option(help="Also write ONNX (.onnx) or another format of `export`.")
+    ] = None,
+    plan_out: Annotated[Path | None, typer.Option(help="Also write the plan (JSON).")] = None,
+    recalibrate: Annotated[
+        int,
+        typer.Option(
+            min=0, max=limits.STEPS, help="Refresh norm statistics on so many batches of --data."
+        ),
+    ] = 0,
+    compensate: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Refit what stays: {', '.join(COMPENSATIONS)}.  [default: none; {CALIBRATED[1]} with "
+            "--calibration and no --criterion]"
+        ),
+    ] = PruneConfig.compensate,
+    calibration: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=limits.IMAGES,
+            help="Training images for criterion and refit.  [default: 512]",
+        ),
+    ] = None,
+    loss: options.Loss = None,
+    data: options.DataName = None,
+    data_root: options.DataRoot = None,
+    resize: options.Resize = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    normalize: options.Normalize = None,
+    model: options.Model = None,
+    ema: options.Ema = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Cut a trained net; the checkpoint itself stays as it is."""
+    from prune_dn.run import jobs
+    from prune_dn.run.data_options import DataOptions
+
+    fields: dict[str, Any] = {
+        "unit": unit,
+        "criterion": criterion,
+        "loss": loss,
+        "scope": scope,
+        "units": words(units),
+        "protect": tuple(protect or ()),
+        "min_channels": min_channels,
+        "round_to": round_to,
+        "compensate": compensate,
+        "runtime": runtime,
+        "batch_size": batch_size,
+        "seed": seed,
+    }
+    figures = jobs.prune_checkpoint(
+        checkpoint,
+        output,
+        PruneConfig(ratio, **fields),
+        ratios=ratios,
+        plan_out=plan_out,
+        recalibrate=recalibrate,
+        calibration=calibration,
+        data=DataOptions(data, data_root, image_size, resize, mean, std, normalize, seed=seed),
+        ema=ema,
+        named=model,
+        export=export,
+    )
+    _show(figures, as_json)
+
+
+@example(
+    "finetune small.safetensors --data cifar10 --epochs 3 --learning-rate 0.02 -o tuned.safetensors",
+    "finetune small.safetensors --recipe recipes/quickstart.yaml -o tuned.safetensors",
+)
+def finetune(
+    checkpoint: options.Checkpoint,
+    output: options.Output,
+    recipe: Annotated[
+        Path | None, typer.Option(help="Use its parts data and finetune (or train).")
+    ] = None,
+    sets: options.Sets = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, max=limits.EPOCHS, help="Passes over the images.")
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Default: 0.1.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=2, max=limits.BATCH_SIZE, help="Default: 64.")
+    ] = None,
+    teacher: Annotated[Path | None, typer.Option(help="A checkpoint to distil from.")] = None,
+    data: options.DataName = None,
+    data_root: options.DataRoot = None,
+    image_size: options.ImageSize = None,
+    resize: options.Resize = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    normalize: options.Normalize = None,
+    limit: options.Limit = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=limits.SEED,
+            help="Seed of every random choice.  [default: the recipe's, or 0]",
+        ),
+    ] = None,
+    ema: options.Ema = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Train a (pruned) checkpoint further."""
+    from prune_dn.run import jobs
+    from prune_dn.run.data_options import DataOptions
+
+    if recipe is None and sets:
+        raise RecipeError("--set has no effect without --recipe; leave it out")
+    read = None if recipe is None else read_recipe(recipe, sets, None)
+    if seed is None:
+        seed = 0 if read is None else read.seed
+    fields = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size}
+    figures = jobs.finetune_checkpoint(
+        checkpoint,
+        output,
+        recipe=read,
+        fields={key: value for key, value in fields.items() if value is not None},
+        teacher=teacher,
+        data=DataOptions(data, data_root, image_size, resize, mean, std, normalize, limit, seed),
+        progress=not as_json,
+        ema=ema,
+    )
+    _show(figures, as_json, lines=_with_intervals(figures))
+
+
+@example(
+    "evaluate runs/quickstart/pruned.safetensors",
+    "evaluate net.safetensors --data image_folder --data-root data/cifar10 --normalize cifar10",
+)
+def evaluate(
+    checkpoint: options.Checkpoint,
+    data: options.DataName = None,
+    data_root: options.DataRoot = None,
+    image_size: options.ImageSize = None,
+    resize: options.Resize = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    normalize: options.Normalize = None,
+    split: Annotated[
+        str, typer.Option(help="test, or val (of its own, or part of the training images).")
+    ] = "test",
+    recalibrate: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=limits.STEPS,
+            help="First refresh norm statistics on so many training batches.",
+        ),
+    ] = 0,
+    batch_size: Annotated[
+        int, typer.Option(min=1, max=limits.BATCH_SIZE, help="Images at a time.")
+    ] = 64,
+    precision: Annotated[str, typer.Option(help="no (float32) or bf16 autocast.")] = "no",
+    seed: options.Seed = 0,
+    model: options.Model = None,
+    ema: options.Ema = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Accuracy and loss of a checkpoint."""
+    from prune_dn.run import jobs
+    from prune_dn.run.data_options import DataOptions
+
+    figures = jobs.evaluate_checkpoint(
+        checkpoint,
+        DataOptions(data, data_root, image_size, resize, mean, std, normalize, seed=seed),
+        split=split,
+        recalibrate=recalibrate,
+        batch_size=batch_size,
+        precision=precision,
+        ema=ema,
+        model=model,
+    )
+    _show(figures, as_json, lines=_with_intervals(figures))
+
+
+@example("export pruned.safetensors -o net.onnx", "export pruned.safetensors -o net.pt2")
+def export(
+    checkpoint: options.Checkpoint,
+    output: options.Output,
+    image_size: options.ImageSize = None,
+    model: options.Model = None,
+    ema: options.Ema = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Write ONNX (.onnx), torch.export (.pt2) or a plain state dict (.pt), by OUTPUT's ending."""
+    from prune_dn.run import jobs
+
+    _show(jobs.export_checkpoint(checkpoint, output, image_size, ema=ema, model=model), as_json)
+
+
+@example(
+    "profile pruned.safetensors",
+    "profile pruned.safetensors --batch-size 1 --json",
+    "profile resnet18.pth --model torchvision/resnet18 --verify",
+)
+def profile(
+    checkpoint: options.Checkpoint,
+    image_size: options.ImageSize = None,
+    batch_size: Annotated[
+        list[int] | None, typer.Option(min=1, max=limits.BATCH_SIZE, help="Default: 1 and 32.")
+    ] = None,
+    repeats: Annotated[
+        int, typer.Option(min=1, max=limits.REPEATS, help="Runs per latency figure.")
+    ] = 30,
+    verify: Annotated[bool, typer.Option("--verify", help="Also count MACs by thop.")] = False,
+    model: options.Model = None,
+    ema: options.Ema = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Params and MACs per layer, and measured latency."""
+    from prune_dn.run import inspection
+
+    facts = inspection.profile_checkpoint(
+        checkpoint, image_size, batch_size or [1, 32], repeats, ema=ema, model=model, verify=verify
+    )
+    rows = [[r["name"], f"{r['params']:,}", f"{r['macs']:,}"] for r in facts["layers"]]
+    rows.append(["total", f"{facts['params']:,}", f"{facts['macs']:,}"])
+    latency = {
+        f"batch {x['batch_size']}": f"{x['median_ms']:.2f} ms (median of {x['n']}; 10 % "
+        f"{x['p10_ms']:.2f}, 90 % {x['p90_ms']:.2f})"
+        for x in facts["latency"]
+    }
+    lines: dict[str, Any] = {"latency": latency, "machine": facts["latency"][0]["machine"]}
+    if verify:
+        lines["MACs by thop"] = _checked(**facts["verify"])
+    _show(facts, as_json, table=(["layer", "params", "MACs"], rows), lines=lines)
+
+
+@example("show runs/quickstart/pruned.safetensors", "show runs/quickstart/plan.json")
+def show(
+    file: Annotated[Path, typer.Argument(help="A checkpoint or a plan.", show_default=False)],
+    model: options.Model = None,
+    ema: options.Ema = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """What a checkpoint or a plan holds."""
+    from prune_dn.run import inspection
+
+    facts, table = inspection.show_file(file, ema=ema, model=model)
+    hidden = ("layers", "config")
+    lines = {key: value for key, value in facts.items() if key not in hidden}
+    _show(facts, as_json, table=table, lines=lines)
+
+
+def _checked(
+    thop_layers: int,
+    layers_difference_percent: float,
+    thop: int,
+    difference_percent: float,
+    **_: Any,
+) -> dict[str, str]:
+    """The counts of thop beside ours; what differs by its rules is said."""
+    return {
+        "convs and linear layers": f"{thop_layers:,} ({layers_difference_percent:+.2f} %)",
+        "with norms, poolings and others as it counts them": f"{thop:,} ({difference_percent:+.2f} %)",
+    }
+
+
+def _with_intervals(figures: dict[str, Any]) -> dict[str, Any]:
+    """The figures as a person reads them: each accuracy with its interval, and no empty notice."""
+    shown = {}
+    for key, value in figures.items():
+        if f"{key}_interval" in figures:
+            shown[key] = f"{percent(value, figures['n'])} (95 % interval)"
+        elif not key.endswith("_interval") and value is not None:
+            shown[key] = value
+    return shown
+
+
+@example("criteria")
+def criteria(as_json: options.AsJson = False) -> None:
+    """The importance criteria that `prune` knows."""
+    from prune_dn.pruning import CRITERIA
+
+    lines = {
+        name: (c.function.__doc__ or "").strip().splitlines()[0]
+        for name, c in sorted(CRITERIA.items())
+    }
+    _show(lines, as_json)

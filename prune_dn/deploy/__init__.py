@@ -1,0 +1,1 @@
+"""Files that other runtimes load: one module per format."""

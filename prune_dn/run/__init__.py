@@ -1,0 +1,1 @@
+"""Runs from recipes: phases, run folder, report; and what each command does."""

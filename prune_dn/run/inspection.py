@@ -1,0 +1,107 @@
+"""What a checkpoint or a plan holds: figures out, nothing written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from prune_dn.checkpoints.opened import open_checkpoint
+from prune_dn.errors import PruningError
+from prune_dn.measure.cross_check import cross_check
+from prune_dn.measure.latency import measure_latency
+from prune_dn.measure.profiling import count, count_per_layer
+from prune_dn.models import LightCNN, Net
+from prune_dn.models.answers import path_of
+from prune_dn.models.examples import in_channels
+from prune_dn.pruning import Plan
+from prune_dn.pruning.siblings import contests
+from prune_dn.pruning.units import Units
+from prune_dn.run.pixels import describe_inputs, inputs_for, say_inputs
+
+Table = tuple[list[str], list[list[str]]]
+
+
+def profile_checkpoint(
+    checkpoint: Path,
+    image_size: int | None,
+    batch_sizes: Sequence[int],
+    repeats: int,
+    *,
+    ema: bool = False,
+    model: str | None = None,
+    verify: bool = False,
+) -> dict[str, Any]:
+    """Params, MACs and channels by layer, and measured eager latency; with `verify` also MACs by thop."""
+    net, info = open_checkpoint(checkpoint, ema, model)
+    inputs, inputs_from = inputs_for(net, info, image_size, checkpoint)
+    say_inputs(inputs, inputs_from)
+    checked = {"verify": dataclasses.asdict(cross_check(net, **inputs))} if verify else {}
+    latency = [
+        measure_latency(net, batch_size=batch, repeats=repeats, max_seconds=60.0, **inputs)
+        for batch in batch_sizes
+    ]
+    return {
+        "checkpoint": str(checkpoint),
+        **describe_inputs(inputs),
+        "image_size_from": inputs_from,
+        **dataclasses.asdict(count(net, **inputs)),
+        **checked,
+        "latency": [dataclasses.asdict(x) for x in latency],
+        "layers": [dataclasses.asdict(row) for row in count_per_layer(net, **inputs)],
+    }
+
+
+def show_file(
+    file: Path, *, ema: bool = False, model: str | None = None
+) -> tuple[dict[str, Any], Table]:
+    """The facts in a plan (.json) or a checkpoint, and its widths as a table."""
+    if file.suffix == ".json":
+        for option, given in (("--ema", ema), ("--model", model)):
+            if given:
+                raise PruningError(f"{option} has no effect: a plan holds no weights; leave it out")
+        plan = Plan.load(file)
+        rows = [[r["name"], r["kind"], str(r["before"]), str(r["after"])] for r in plan.layers]
+        facts: dict[str, Any] = {
+            "plan": str(file),
+            "requested": plan.requested,
+            "achieved": plan.achieved,
+            "protected": plan.protected,
+            "layers": plan.layers,
+        }
+        return facts, (["unit group", "kind", "before", "after"], rows)
+    net, info = open_checkpoint(file, ema, model)
+    inputs, inputs_from = inputs_for(net, info, None, file)
+    layers = [dataclasses.asdict(row) for row in count_per_layer(net, **inputs)]
+    facts = {
+        "checkpoint": str(file),
+        **_shape(net),
+        **describe_inputs(inputs),
+        "image_size_from": inputs_from,
+        **dataclasses.asdict(count(net, **inputs)),
+        "info": info,
+    }
+    if isinstance(net, Net):
+        facts["config"] = json.loads(net.config.to_json())
+    rows = [[r["name"], str(r["channels"] or ""), f"{r['params']:,}"] for r in layers]
+    return facts, (["layer", "channels", "params"], rows)
+
+
+def _shape(model: nn.Module) -> dict[str, Any]:
+    """What kind of net it is, in few words."""
+    if not isinstance(model, Net):
+        return {"class": path_of(type(model)), "in_channels": in_channels(model)}
+    config = model.config
+    shape: dict[str, Any] = {"classes": config.num_classes, "in_channels": config.in_channels}
+    if isinstance(model, LightCNN):
+        return {**shape, "light_cnn": model.config.variant, "blocks": list(model.config.blocks)}
+    blocks = [len(block) for block in model.config.blocks]
+    rivals = {
+        x.name: f"{len(x.owner)} maps compete, {x.winners} win"
+        for x in contests(Units(model.config.graph()))
+    }
+    return {**shape, "stem": model.config.stem, "layers_per_block": blocks, "mfm": rivals}

@@ -1,0 +1,33 @@
+"""What one round of a recipe cuts: a plan."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from prune_dn.data.datasets import Datasets, calibration_batches
+from prune_dn.models import Net
+from prune_dn.pruning import Plan, make_plan
+from prune_dn.pruning.criteria import reads_images
+from prune_dn.run.recipe import Recipe
+
+
+def plan_round(
+    recipe: Recipe, model: nn.Module, dense: nn.Module, data: Datasets, number: int
+) -> Plan:
+    """The plan of one round, with its ratio always against `dense`."""
+    assert recipe.prune is not None
+    asked = recipe.request(data.spec.image_size, number)
+    return make_plan(
+        model,
+        asked,
+        calibration=calibration(recipe, data) if reads_images(asked.criterion) else None,
+        ratios=recipe.prune.ratios,
+        baseline=dense.config if isinstance(dense, Net) else dense,
+    )
+
+
+def calibration(recipe: Recipe, data: Datasets) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The training images that criterion and compensation see; the cut's seed draws them."""
+    assert recipe.prune is not None
+    return calibration_batches(data.train, recipe.prune.calibration, seed=recipe.request().seed)
