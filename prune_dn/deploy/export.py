@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from prune_dn.base.defaults import usual_defaults
 from prune_dn.base.files import atomic_path
+from prune_dn.deploy.concatenations import take_from_sources_
 from prune_dn.errors import ExportError
 from prune_dn.graph.inference import arguments, call
 from prune_dn.models import DenseNet, Net
@@ -100,11 +101,9 @@ def export_onnx(
             warnings.simplefilter("ignore")  # of the exporter's internals
             try:
                 program = torch.onnx.export(
-                    net,
-                    positional,
-                    kwargs=named,
+                    _program(net, example),
                     dynamo=True,
-                    dynamic_shapes=_dynamic(net, example),
+                    dynamic_shapes=_dynamic(net, example),  # for the axis's name
                     input_names=names,
                     output_names=answers,
                     opset_version=opset,
@@ -150,14 +149,11 @@ def export_torch(
         lambda _, given, out: tree_map(lambda x: x if isinstance(x, Tensor) else None, out)
     )
     example = inputs(_EXAMPLE_BATCH)
-    positional, named = arguments(example)
     with atomic_path(path) as temporary:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                program = torch.export.export(
-                    net, positional, named, dynamic_shapes=_dynamic(net, example)
-                )
+                program = _program(net, example)
                 for node in program.graph.nodes:
                     node.meta.pop("stack_trace", None)  # paths of this machine
                 whole = io.BytesIO()  # on a full disk torch's own writer ends the process
@@ -176,6 +172,14 @@ def export_torch(
         )
         size = temporary.stat().st_size
     return ExportReport(Path(path), size, worst)
+
+
+def _program(net: nn.Module, example: Any) -> torch.export.ExportedProgram:
+    """The program of a net with a dynamic batch, in which readers copy only what they read."""
+    positional, named = arguments(example)
+    program = torch.export.export(net, positional, named, dynamic_shapes=_dynamic(net, example))
+    take_from_sources_(program)
+    return program
 
 
 def _tensors(output: Any) -> list[Tensor]:

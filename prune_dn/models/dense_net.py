@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prune_dn.errors import ConfigError
+from prune_dn.graph.pieces import Piece, concatenated, pieces_of
 from prune_dn.models.config import DenseNetConfig, Indices, LayerConfig, TransitionConfig
 from prune_dn.models.mfm import MFM_KINDS, MaxFeatureMap
 from prune_dn.models.shared_memory import pooled_features, usable
@@ -18,40 +19,68 @@ class ReadStream(nn.Module):
     (N, stream, H, W) -> (N, read, H, W). With `input_indices=None` the stream passes unchanged. With
     `rival_indices` what is read competes first: the maximum of each channel and its rival.
 
+    With the `widths` of the tensors that make up the stream it takes these, in a list, and concatenates
+    what is read of each: all, one or two ranges, or single channels.
+
     >>> pairs = ReadStream((0, 1), (2, 1))
     >>> pairs(torch.tensor([[1.0, -5.0, 3.0]])).tolist()
     [[3.0, -5.0]]
+    >>> few = ReadStream((0, 1, 4), widths=(2, 1, 2))
+    >>> few([torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0]]), torch.tensor([[4.0, 5.0]])]).tolist()
+    [[1.0, 2.0, 5.0]]
     """
 
     input_indices: Tensor | None
     rival_indices: Tensor | None
 
-    def __init__(self, input_indices: Indices, rival_indices: Indices = None) -> None:
+    def __init__(
+        self,
+        input_indices: Indices,
+        rival_indices: Indices = None,
+        widths: tuple[int, ...] | None = None,
+    ) -> None:
         super().__init__()
         # An index is no weight: nothing loads it later, so it is real even in a model on "meta".
         device = "cpu" if torch.get_default_device().type == "meta" else None
         for name, indices in (("input_indices", input_indices), ("rival_indices", rival_indices)):
             index = None if indices is None else torch.tensor(indices, device=device)
             self.register_buffer(name, index, persistent=False)
+        self.pieces: tuple[Piece, ...] | None = None
+        if input_indices is not None and rival_indices is None:
+            self.pieces = pieces_of(input_indices, widths or (input_indices[-1] + 1,))
+        for number, piece in enumerate(self.pieces or ()):
+            index = torch.tensor(piece.indices, device=device) if piece.indices else None
+            self.register_buffer(f"piece{number}_indices", index, persistent=False)
 
-    def forward(self, stream: Tensor) -> Tensor:
-        if self.input_indices is None:
-            return stream
-        read = stream.index_select(1, self.input_indices)
-        if self.rival_indices is None:
-            return read
-        return torch.maximum(read, stream.index_select(1, self.rival_indices))
+    def forward(self, stream: Tensor | list[Tensor]) -> Tensor:
+        if self.pieces is not None:
+            sources = [stream] if isinstance(stream, Tensor) else stream
+            indices = [
+                self._buffers[f"piece{number}_indices"] for number in range(len(self.pieces))
+            ]
+            return concatenated(sources, self.pieces, indices)
+        whole = stream if isinstance(stream, Tensor) else torch.cat(stream, 1)
+        if self.input_indices is None or self.rival_indices is None:
+            return whole
+        read = whole.index_select(1, self.input_indices)
+        return torch.maximum(read, whole.index_select(1, self.rival_indices))
 
 
 class DenseLayer(nn.Module):
     """norm1, ReLU, conv1 (1x1), norm2, ReLU, conv2 (3x3); or norm1, ReLU, conv1 (3x3); then MFM."""
 
     def __init__(
-        self, stream: int, layer: LayerConfig, *, drop_rate: float = 0.0, norm_eps: float = 1e-5
+        self,
+        widths: tuple[int, ...],
+        layer: LayerConfig,
+        *,
+        drop_rate: float = 0.0,
+        norm_eps: float = 1e-5,
     ) -> None:
+        """`widths`: of the block's input and the outputs of the layers before this one."""
         super().__init__()
-        read = stream if layer.input_indices is None else len(layer.input_indices)
-        self.read = ReadStream(layer.input_indices, layer.rival_indices)
+        read = sum(widths) if layer.input_indices is None else len(layer.input_indices)
+        self.read = ReadStream(layer.input_indices, layer.rival_indices, widths)
         self.norm1 = nn.BatchNorm2d(read, eps=norm_eps)
         self.norm2: nn.BatchNorm2d | None = None
         self.conv2: nn.Conv2d | None = None
@@ -66,7 +95,9 @@ class DenseLayer(nn.Module):
 
     def forward(self, sources: list[Tensor]) -> Tensor:
         """`sources`: the block's input and the outputs of the layers before this one."""
-        out = self.conv1(F.relu(self.norm1(self.read(torch.cat(sources, 1)))))
+        # What competes is looked at as a whole stream, by hooks that score it too.
+        stream = torch.cat(sources, 1) if self.read.pieces is None else sources
+        out = self.conv1(F.relu(self.norm1(self.read(stream))))
         if self.norm2 is not None and self.conv2 is not None:
             out = self.conv2(F.relu(self.norm2(out)))
         if self.mfm is not None:
@@ -81,10 +112,11 @@ class DenseBlock(nn.Module):
         self, stream: int, layers: tuple[LayerConfig, ...], *, drop_rate: float, norm_eps: float
     ) -> None:
         super().__init__()
+        widths: tuple[int, ...] = (stream,)
         for layer in layers:
-            module = DenseLayer(stream, layer, drop_rate=drop_rate, norm_eps=norm_eps)
+            module = DenseLayer(widths, layer, drop_rate=drop_rate, norm_eps=norm_eps)
             self.add_module(layer.name, module)
-            stream += layer.out_channels
+            widths += (layer.out_channels,)
 
     def forward(self, x: Tensor) -> Tensor:
         sources = [x]

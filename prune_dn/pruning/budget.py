@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from prune_dn.errors import PruningError
+from prune_dn.graph.types import NONE
 from prune_dn.pruning.parts import STAYS, Group, Mask
 from prune_dn.pruning.prices import Costs, Indices, Market, Scores
 from prune_dn.pruning.rates import Costing, Rates
@@ -22,7 +23,8 @@ class Budget:
     """How much may stay, of what (`unit` is its name), counted how.
 
     `ranks`, (units,): the smallest goes first, an infinite one never; None = by price. A module that
-    is wider than `block` channels is cut to multiples of that too. `rest` is what the net has beside its
+    is wider than `block` channels is cut to multiples of that too. With `connections` the edges of each
+    connection go together, in whatever number. `rest` is what the net has beside its
     units, and `stays` says which layers must stay, and why: both for the error.
     """
 
@@ -33,6 +35,7 @@ class Budget:
     min_channels: int
     round_to: int
     whole_layers: bool = False
+    connections: bool = False
     block: int = 1
     rest: float = 0.0
     stays: str = ""
@@ -54,6 +57,8 @@ def choose(units: Units, scores: Scores, may_go: Mask, budget: Budget) -> Mask:
     may_go = may_go & ~fixed
     if not budget.whole_layers:
         may_go &= ~spare
+    if budget.connections:  # one edge that stays keeps its connection
+        may_go &= ~np.isin(units.connection, units.connection[~may_go & (units.connection != NONE)])
     whole = np.ones(units.size, dtype=bool)
     ranking = _Ranking(units, scores, may_go, spare, budget)
     least = ranking.cut(whole, ranking.order(whole, ranking.costs(whole)))
@@ -91,9 +96,12 @@ class _Ranking:
     ) -> None:
         self.units, self.scores, self.may_go, self.budget = units, scores, may_go, budget
         self.spare = spare
-        self.market, self.costing = Market(units, scores, may_go), Costing(units)
+        whole = budget.connections
+        self.market, self.costing = Market(units, scores, may_go, whole), Costing(units)
         wide = np.array([group.size > budget.block for group in units.groups])
         self.multiples = np.where(wide, math.lcm(budget.round_to, budget.block), budget.round_to)
+        if whole:
+            self.multiples[[units.connection[group.start] != NONE for group in units.groups]] = 1
         self.starts = np.array([group.start for group in units.groups])
 
     def remains(self, keep: Mask) -> float:
@@ -134,6 +142,9 @@ class _Ranking:
         in the order go instead; if that never comes closer, `gone` is the answer.
         """
         saved = self.multiples.max(initial=1) * self.market.saved(keep, costs)
+        if self.budget.connections:
+            edges = np.flatnonzero(keep & (self.units.connection != NONE))
+            saved[edges] = self.market.of_connections(edges, saved)
         closest, left = gone, self.remains(self.cut(keep, gone))
         for _ in range(AVALANCHES):
             if not len(gone) or self.scores[gone[-1]] <= 0:  # what nobody needs is no loss
@@ -170,6 +181,9 @@ class _Ranking:
     def cut(self, keep: Mask, gone: Indices) -> Mask:
         """What stays of `keep`; a cut width is one of its group's multiples: the first to go go."""
         less = keep.copy()
+        if self.budget.connections:
+            found = self.units.connection[gone]
+            less &= ~np.isin(self.units.connection, found[found != NONE])
         if self.multiples.max(initial=1) == 1:
             less[gone] = False
             return self.units.close(less)

@@ -19,7 +19,7 @@ from prune_dn.errors import PruningError
 Unit = Literal["channels", "params", "macs", "latency"]
 Scope = Literal["global", "local"]
 Kind = Literal["stream", "bottleneck", "edge", "sibling"]
-UnitKind = Literal["stream", "bottleneck", "edge", "sibling", "layer"]
+UnitKind = Literal["stream", "bottleneck", "edge", "connection", "sibling", "layer"]
 Compensation = Literal["none", "mean", "least_squares"]
 LATENCY = "latency"
 COMPENSATIONS: tuple[Compensation, ...] = get_args(Compensation)
@@ -48,11 +48,12 @@ class PruneConfig:
 
     `pruning_ratio` in (0, 1) is the share of `unit` that goes: `channels` of norms, `params`, `macs`
     or `latency`, at `input_size` (pixels, or (height, width)). `units` are the kinds that may be cut:
-    `stream`, `bottleneck`, `edge`, `sibling` (of each pair in an MFM 2/1 the one that loses, so that
+    `stream`, `bottleneck`, `edge`, `connection` (all edges from one layer's outputs to one reader, which
+    go together; not beside `edge`), `sibling` (of each pair in an MFM 2/1 the one that loses, so that
     the other stands alone), and `layer` beside `stream` in a `global` plan: dense layers may also
     go whole, which pays in latency. `scope` ranks over the whole net, by importance per cost saved, priced anew as
     the net shrinks (`global`), or cuts the same share of each module (`local`). A width that is cut
-    becomes a multiple of `round_to` (the kept count is rounded up; a channel that nobody reads goes
+    becomes a multiple of `round_to` (connections go whole all the same; the kept count is rounded up; a channel that nobody reads goes
     all the same), and no width falls below `min_channels`. Modules whose names, or whose parents'
     names, match a pattern in `protect` keep all weights: neither what they make nor what they read
     is cut. `loss` is the name of what the net's outputs mean (`softmax`, `sigmoid`, `mse`).
@@ -125,6 +126,11 @@ class PruneConfig:
             check_choice("runtime", self.runtime, RUNTIMES)
         if "layer" in self.units and ("stream" not in self.units or self.scope != "global"):
             raise PruningError("units 'layer' needs 'stream' among the units, and scope 'global'")
+        if {"edge", "connection"} <= set(self.units):
+            raise PruningError(
+                "units 'edge' and 'connection' do not go together: a connection is all edges from one "
+                "layer to one reader; leave one of the two out"
+            )
         for name in ("runtime", "batch_size"):
             if self.unit != LATENCY and getattr(self, name) is not None:
                 raise PruningError(

@@ -188,6 +188,7 @@ def decide(
         least,
         multiple,
         layers,
+        "connection" in asked.units,
         rest=measure.rest,
         stays=_what_stays(given.graph),
     )
@@ -230,10 +231,7 @@ def allowed(given: Subject, table: Units, asked: PruneConfig) -> tuple[Mask, dic
     Raises PruningError where none may.
     """
     kept_back, protected = protected_units(table, asked.protect)
-    may_go = ~kept_back
-    for group in table.groups:
-        if group.kind not in asked.units:
-            may_go[group.units] = False
+    may_go = ~kept_back & table.of_kinds(asked.units)
     criterion, kind = str(asked.criterion), type(given.model).__name__
     if asked.protect and not may_go.any():
         raise PruningError(

@@ -3,7 +3,8 @@
 At a price of p per unit of cost, something stays as long as its going harms more than p times what
 it costs. So each unit has one price above which it goes:
 
-- an edge, a bottleneck channel or a sibling: harm / cost;
+- an edge, a bottleneck channel or a sibling: harm / cost; the edges of a connection, where these go
+  together, have one price, the sum of their harm / the sum of their cost;
 - the first edges that a reader gives up also pay for its gather, so that no edge goes below the
   price at which all that would go by then save more than the gather costs;
 - a stream channel: where what its readers would lose no longer pays for its filter. A reader for
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from prune_dn.graph.types import NONE
 from prune_dn.pruning.parts import STAYS, Mask
 from prune_dn.pruning.units import Units
 
@@ -50,10 +52,11 @@ class Costs:
 class Market:
     """The units of a net, who reads and who belongs to whom, and their prices."""
 
-    def __init__(self, units: Units, scores: Scores, may_go: Mask) -> None:
-        """`scores` of channels are the sums of what all their readers lose."""
+    def __init__(self, units: Units, scores: Scores, may_go: Mask, whole: bool = False) -> None:
+        """`scores` of channels are the sums of what all their readers lose; `whole`: connections go whole."""
         self.harm, self.may_go = scores, may_go
-        self.units = units
+        self.units, self.whole = units, whole
+        self.lone = may_go & (units.connection == NONE) if whole else may_go  # what goes by itself
         self.channels = np.flatnonzero(units.is_channel)
         # What reads one channel each (an edge, or its sides where they compete), and which of the
         # channels that is; an edge of what cannot go has its own price only.
@@ -78,6 +81,10 @@ class Market:
         price = np.full(len(keep), np.inf)
         alone = keep & self.may_go & ~self.units.is_channel & (costs.unit > 0)
         price[alone] = self.harm[alone] / costs.unit[alone]
+        if self.whole:
+            tied = np.flatnonzero(alone & (self.units.connection != NONE))
+            harm, cost = (self.of_connections(tied, x) for x in (self.harm, costs.unit))
+            price[tied] = harm / cost
         edges = np.flatnonzero(keep & (self.selection >= 0))
         if costs.gather.any():
             gathers = self._gathers(edges, costs)
@@ -88,6 +95,11 @@ class Market:
         stays = keep[self.channels] & worth_something
         price[self.channels] = np.where(stays, found, np.inf)
         return price
+
+    def of_connections(self, edges: Indices, values: Scores) -> Scores:
+        """For each of these edges the sum of `values`, (units,), over those of its connection."""
+        number = self.units.connection[edges]
+        return self._sum(number, values[edges], int(number.max(initial=0)) + 1)[number]
 
     def saved(self, keep: Mask, costs: Costs) -> Scores:
         """What cutting each unit alone saves now; a filter takes its edges with it."""
@@ -102,7 +114,7 @@ class Market:
         edges = np.flatnonzero(keep & (self.selection >= 0))
         alive, maker = keep[self.channels], units.output_of[self.channels] % count
         reads = np.flatnonzero(keep & self.reads)
-        lone = self.may_go[edges]
+        lone = self.lone[edges]
         harm, cost, reader = self.harm[edges], costs.reading[edges], units.block_of[edges] % count
         worth_at = self._worth(reads, costs)
         fixed = np.append(costs.upkeep, 0.0)
@@ -142,7 +154,7 @@ class Market:
         """Per channel at its price: harm and cost of what still reads it, its own included."""
         size, own = len(self.channels), costs.unit[self.channels]
         harm, cost, source = self.harm[reads], costs.unit[reads], self.source[reads]
-        lone = self.may_go[reads]
+        lone = self.lone[reads]
         whole = self.lost + self._sum(source, harm, size), own + self._sum(source, cost, size)
 
         def worth(price: Scores) -> tuple[Scores, Scores]:

@@ -64,28 +64,35 @@ def check_ratios(ratios: Ratios | None, scope: str, kinds: tuple[str, ...]) -> N
             f"scope={scope!r} has no effect with ratios: these say how much of each module goes; "
             "leave one of the two out"
         )
-    if ratios is not None and "layer" in kinds:
-        raise PruningError(
-            "units 'layer' and ratios do not go together: whole layers go by their price; leave one "
-            "of the two out"
-        )
+    for kind, whole in (("layer", "whole layers"), ("connection", "connections")):
+        if ratios is not None and kind in kinds:
+            raise PruningError(
+                f"units {kind!r} and ratios do not go together: {whole} go by their price; leave one "
+                "of the two out"
+            )
 
 
 def groups_of(table: Units, kinds: tuple[str, ...]) -> list[Group]:
     """The groups of these kinds. Raises PruningError when there are none."""
-    found = [group for group in table.groups if group.kind in kinds]
+    found = [group for group in table.groups if table.of_kinds(kinds)[group.units].any()]
     if not found:
         raise PruningError(
-            f"units={list(kinds)}: this net has none of them (a basic layer has no bottleneck, edges need "
-            "a batch norm in front of a layer that reads what others read too, and siblings are those of "
-            "an MFM 2/1)"
+            f"units={list(kinds)}: this net has none of them (a basic layer has no bottleneck, edges and "
+            "connections need a batch norm in front of a layer that reads what others read too, and "
+            "siblings are those of an MFM 2/1)"
         )
     return found
 
 
 def check_rounding(table: Units, kinds: tuple[str, ...], round_to: int) -> None:
     """Raise PruningError where no width is as large as the multiple that is asked for."""
-    widest = max(group.size for group in groups_of(table, kinds))
+    found = [group for group in groups_of(table, kinds) if group.kind in kinds]
+    if not found and round_to > 1:
+        raise PruningError(
+            f"round_to={round_to} has no effect on connections, which go whole; leave it out, or cut "
+            "other units too"
+        )
+    widest = max((group.size for group in found), default=1)
     if round_to > widest:
         raise PruningError(
             f"round_to={round_to} is larger than every width that may be cut (the widest is "

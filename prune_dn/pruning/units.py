@@ -20,7 +20,9 @@ class Units:
     """All units of the net whose channels `graph` describes.
 
     `unit_of` is the channel unit of each id, `sibling_of` the sibling that it is, STAYS where there is
-    none. `is_read` marks channel units of which some layer reads all that is left.
+    none. `is_read` marks channel units of which some layer reads all that is left. `connection` is the
+    number of the connection that each edge belongs to, NONE for all other units: the edges from what one
+    layer makes to one reader. What competes before a reader has none, as two layers may make it.
     """
 
     def __init__(self, graph: Graph, places: Mapping[str, Positions] | None = None) -> None:
@@ -60,6 +62,12 @@ class Units:
             for block in graph.blocks
         ]
         self._index(graph)
+
+    def of_kinds(self, kinds: tuple[str, ...]) -> Mask:
+        """Which units may be asked for by these names, (units,): `connection` stands for its edges."""
+        names = np.array([group.kind for group in self.groups])[self.group_of]
+        found: Mask = np.isin(names, kinds)
+        return found | (self.connection != NONE) if "connection" in kinds else found
 
     def unit(self, ids: Ids) -> Positions:
         """The channel unit of each id; STAYS where it belongs to none."""
@@ -217,6 +225,16 @@ class Units:
         self.pairs.append(pairs)
         return pairs
 
+    def _makers(self) -> Positions:
+        """The number of the first layer that makes each id, (ids,)."""
+        maker = np.full(len(self.graph.ties), NONE)
+        for number, producer in enumerate(self.graph.producers):
+            maker[producer.channels] = number
+        for competition in self.graph.competitions:
+            if competition.maker is not None:
+                maker[competition.results] = maker[competition.operands[0, 0]]
+        return maker[self.graph.ties]
+
     def _index(self, graph: Graph) -> None:
         """Flat arrays over all units."""
         reads = [np.arange(s.readings.start, s.readings.units.stop) for s in self.selections]
@@ -231,6 +249,13 @@ class Units:
             if reader.stream is None:
                 units = self.unit(reader.channels)
                 self.is_read[units[units != STAYS]] = True
+        self.connection = np.full(self.size, NONE)
+        maker = self._makers()
+        for number, selection in enumerate(self.selections):
+            if selection.sides is None:
+                assert selection.reader.stream is not None
+                made = maker[selection.reader.stream[selection.positions]]
+                self.connection[selection.edges.units] = number * len(graph.producers) + made
         # The block that each unit belongs to, and whose output it is; -1 = none.
         self.block_of, self.output_of = (np.full(self.size, -1) for _ in range(2))
         self._starts, self._stops, self._owners = (np.zeros(0, dtype=np.int64) for _ in range(3))

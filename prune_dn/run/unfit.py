@@ -47,6 +47,7 @@ def unfit(
             return
         kinds = {group.kind for group in table.groups}
         has = {*kinds, "layer"} if table.blocks else kinds
+        has |= {"connection"} if table.of_kinds(("connection",)).any() else set()
         asked = [kind for kind in request.units if kind not in PruneConfig.units]
         if none := [kind for kind in asked if kind not in has]:
             yield f"prune.units: it has no {' and no '.join(none)}; leave that out"

@@ -127,8 +127,9 @@ def test_the_default_criterion_fits_the_net() -> None:
 
 
 def test_a_request_is_what_make_plan_notes() -> None:
-    asked = PruneConfig(0.3, units=UNITS[::-1], input_size=[8, 16], criterion="l1")
-    assert asked.units == UNITS and asked.input_size == (8, 16)
+    kinds = tuple(kind for kind in UNITS if kind != "edge")
+    asked = PruneConfig(0.3, units=kinds[::-1], input_size=[8, 16], criterion="l1")
+    assert asked.units == kinds and asked.input_size == (8, 16)
     assert PruneConfig(0.3, input_size=(8, 8)).input_size == 8
 
 
@@ -172,6 +173,7 @@ def test_unknown_and_doubled_fields_are_refused(entrance) -> None:
         ),
         ({"unit": "latency", "batch_size": 0}, "batch_size is 0; it must be an integer from 1"),
         ({"units": ["layer"]}, "units 'layer' needs 'stream' among the units, and scope 'global'"),
+        ({"units": ["edge", "connection"]}, "units 'edge' and 'connection' do not go together"),
         ({"loss": "hinge"}, "loss 'hinge' is unknown; choose softmax, sigmoid, mse"),
     ],
 )
