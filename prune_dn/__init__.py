@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         settling_plan,
     )
     from prune_dn.run.rivals import compare_pruners
+    from prune_dn.run.within import prune_within
 
 __all__ = [
     "DenseNet",
@@ -49,6 +50,7 @@ __all__ = [
     "make_plan",
     "measure_latency",
     "prune",
+    "prune_within",
     "read_info",
     "read_plan",
     "recalibrate_batch_norm_",
@@ -80,6 +82,7 @@ _HOMES = {
         "settling_plan",
     ),
     "run.rivals": ("compare_pruners",),
+    "run.within": ("prune_within",),
 }
 
 

@@ -47,6 +47,10 @@ class PruningError(PruneDNError):
     """A pruning request that cannot be met."""
 
 
+class BudgetError(PruningError):
+    """A budget that no cut meets, given what must stay."""
+
+
 class PruningWarning(UserWarning):
     """Something about a plan that its owner may not expect; the plan holds it too."""
 

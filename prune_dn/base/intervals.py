@@ -1,8 +1,9 @@
-"""Confidence intervals of an accuracy that was measured on n images."""
+"""Confidence intervals of an accuracy that was measured on n images, and of what it lost."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 _Z = 1.959963984540054  # of a normal distribution 95 % lie within so many standard deviations
 
@@ -39,3 +40,21 @@ def fell(what: str, before: float, after: float, n: int) -> str | None:
         + ("" if sure else "; the difference is within the 95 % interval")
         + ". Try a lower learning_rate, or keep the net as it was before"
     )
+
+
+def paired_drop(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of the mean loss between two nets' scores of the same images.
+
+    Of scores that are 0 or 1 that of Agresti and Min (2005, doi:10.1002/sim.1781), which holds for few
+    images too; of others that of a normal distribution of the mean.
+
+    >>> [round(bound, 3) for bound in paired_drop([1] * 90 + [0] * 10, [1] * 85 + [0] * 15)]
+    [0.003, 0.095]
+    """
+    lost = [b - a for b, a in zip(before, after, strict=True)]
+    total, squares, n = sum(lost), sum(x * x for x in lost), float(len(lost))
+    if {*before, *after} <= {0, 1}:  # half an image more in each of the four cells
+        squares, n = squares + 1, n + 2
+    mean = total / n
+    spread = _Z * math.sqrt(max(squares / n - mean * mean, 0.0) / n)
+    return mean - spread, mean + spread

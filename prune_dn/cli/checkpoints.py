@@ -13,7 +13,7 @@ from prune_dn.base.intervals import percent
 from prune_dn.base.runtimes import RUNTIMES
 from prune_dn.cli import options
 from prune_dn.cli.options import example, read_recipe, words
-from prune_dn.errors import RecipeError
+from prune_dn.errors import PruningError, RecipeError
 from prune_dn.pruning.config import CALIBRATED, COMPENSATIONS, TIMED, PruneConfig, Unit
 
 
@@ -21,6 +21,7 @@ from prune_dn.pruning.config import CALIBRATED, COMPENSATIONS, TIMED, PruneConfi
     "prune dense.safetensors --ratio 0.5 --unit macs -o small.safetensors",
     "prune dense.safetensors --ratio 0.7 --unit macs --units stream,bottleneck,edge "
     "--criterion reconstruction --compensate least_squares -o small.safetensors",
+    "prune dense.safetensors --max-drop 1.0 --unit macs -o small.safetensors",
     "prune dense.safetensors --ratio 0.3 --protect 'features.denseblock1' -o small.safetensors",
     "prune resnet18.pth --model torchvision/resnet18 --data path/to/images --normalize imagenet "
     "--ratio 0.5 --unit macs --criterion reconstruction --compensate least_squares "
@@ -28,8 +29,17 @@ from prune_dn.pruning.config import CALIBRATED, COMPENSATIONS, TIMED, PruneConfi
 )
 def prune(
     checkpoint: options.Checkpoint,
-    ratio: Annotated[float, typer.Option(help="The fraction to remove, between 0 and 1.")],
     output: options.Output,
+    ratio: Annotated[
+        float | None, typer.Option(help="The fraction to remove, between 0 and 1.")
+    ] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            help="Instead of --ratio: the largest cut that loses at most so many points of accuracy on the "
+            "validation images."
+        ),
+    ] = None,
     unit: Annotated[
         str, typer.Option(help=f"What the ratio counts: {', '.join(get_args(Unit))}.")
     ] = PruneConfig.unit,
@@ -103,7 +113,18 @@ def prune(
     """Cut a trained net; the checkpoint itself stays as it is."""
     from prune_dn.run import jobs
     from prune_dn.run.data_options import DataOptions
+    from prune_dn.run.trials import TOLERANCE
 
+    if (ratio is None) == (max_drop is None):
+        raise PruningError(
+            "give --ratio, the fraction to remove, or --max-drop, the points of accuracy that may be lost; "
+            "one of the two"
+        )
+    if max_drop is not None and not 0 < max_drop < 100:
+        raise PruningError(
+            f"--max-drop is {max_drop}; it is in points of accuracy, above 0 and below 100"
+        )
+    asked = TOLERANCE if ratio is None else ratio
     fields: dict[str, Any] = {
         "unit": unit,
         "criterion": criterion,
@@ -121,7 +142,8 @@ def prune(
     figures = jobs.prune_checkpoint(
         checkpoint,
         output,
-        PruneConfig(ratio, **fields),
+        PruneConfig(asked, **fields),
+        max_drop=max_drop,
         ratios=ratios,
         plan_out=plan_out,
         recalibrate=recalibrate,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prune_dn.errors import PruningError
+from prune_dn.errors import BudgetError
 from prune_dn.graph.types import NONE
 from prune_dn.pruning.parts import STAYS, Group, Mask
 from prune_dn.pruning.prices import Costs, Indices, Market, Scores
@@ -50,7 +50,7 @@ def choose(units: Units, scores: Scores, may_go: Mask, budget: Budget) -> Mask:
     anew, and so on; at the end the shortest prefix of the ranking that leaves at most `target` is
     found by bisection, so that the result is within the cost of one unit (of a multiple; of one
     layer) of it. Where prices rank, a unit that would bring down far more stays, unless nobody needs
-    it. Raises PruningError when even the whole ranking is not enough.
+    it. Raises BudgetError when even the whole ranking is not enough.
     """
     may_go = losers(units, scores, may_go)
     fixed, spare = floor(units, scores, may_go, budget.min_channels)
@@ -295,12 +295,12 @@ def shares(units: Units, scores: Scores, may_go: Mask) -> Scores:
     return value
 
 
-def _unreachable(budget: Budget, amounts: tuple[float, float, float], others: str) -> PruningError:
+def _unreachable(budget: Budget, amounts: tuple[float, float, float], others: str) -> BudgetError:
     """The error for a target below the least; `amounts` are those of the whole net, target, least."""
     whole, target, least = (amount + budget.rest for amount in amounts)
     digits = 0 if float(whole).is_integer() else 3
     stays = f" ({budget.stays})" if budget.stays else ""
-    return PruningError(
+    return BudgetError(
         f"cannot bring {budget.unit} from {whole:,.{digits}f} down to {target:,.{digits}f}: the least that "
         f"min_channels={budget.min_channels}, round_to={budget.round_to}, {others} allow is "
         f"{least:,.{digits}f} ({1 - least / whole:.1%} fewer){stays}; ask for less, or allow more"

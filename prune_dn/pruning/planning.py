@@ -139,22 +139,23 @@ def decide(
     ratios: Ratios | None,
     baseline: Baseline | None,
     latency_model: LatencyModel | Callable[[], LatencyModel] | None,
+    scores: Scores | None = None,
 ) -> tuple[Units, Mask, Told]:
     """The units of a net, which of them stay, and what a plan tells: requested, achieved, protected.
 
-    `config` has a criterion. The other arguments are those of `make_plan`.
+    `config` has a criterion; `scores` are those of `scores_of`, where they are known already. The other
+    arguments are those of `make_plan`.
     """
     asked = _sized(given, config)
     criterion, unit = asked.criterion, asked.unit
     assert criterion is not None
     check_ratios(ratios, asked.scope, asked.units)
-    follows = follows_loss(criterion) or asked.compensate in (None, "none")
-    heeded, table = loss if follows else None, Units(given.graph)
+    table = Units(given.graph)
     if asked.settle:
-        keep, requested = settled(given, table, asked, calibration, heeded)
+        keep, requested = settled(given, table, asked, calibration, _heeded(asked, loss))
         return table, keep, (requested, {}, {})
     assert asked.pruning_ratio is not None
-    batches = calibration_for(calibration, criterion, heeded)
+    batches = calibration_for(calibration, criterion, _heeded(asked, loss))
     rows = None if ratios is None else read_ratios(ratios, table, asked.units)
     check_rounding(table, asked.units, asked.round_to)
     may_go, protected = allowed(given, table, asked)
@@ -167,7 +168,8 @@ def decide(
             f"pruning_ratio={asked.pruning_ratio} of {unit} is reached already: the net has "
             f"{round(measure.before[unit], 3):,} of {round(whole[unit], 3):,}; nothing would be cut"
         )
-    scores = importance(given.model, table, criterion, calibration=batches, seed=asked.seed)
+    if scores is None:
+        scores = importance(given.model, table, criterion, calibration=batches, seed=asked.seed)
     whole_units, place, summed, all_may = paired(table, scores, may_go)
     ranks = None
     if asked.scope == "local":
@@ -223,6 +225,25 @@ def decide(
         for doubt in achieved["warnings"]:
             warnings.warn(doubt, PruningWarning, stacklevel=4)
     return table, keep, (requested, achieved, protected)
+
+
+def scores_of(
+    given: Subject,
+    config: PruneConfig,
+    calibration: Iterable[object] | None,
+    loss: str | LossFunction | None,
+) -> Scores:
+    """The importance of each unit, which is the same for every ratio; arguments as of `decide`."""
+    criterion = str(config.criterion)
+    batches = calibration_for(calibration, criterion, _heeded(config, loss))
+    table = Units(given.graph)
+    return importance(given.model, table, criterion, calibration=batches, seed=config.seed)
+
+
+def _heeded(config: PruneConfig, loss: str | LossFunction | None) -> str | LossFunction | None:
+    """The loss where the criterion follows it; where only the compensation does, None."""
+    follows = follows_loss(str(config.criterion)) or config.compensate in (None, "none")
+    return loss if follows else None
 
 
 def allowed(given: Subject, table: Units, asked: PruneConfig) -> tuple[Mask, dict[str, str]]:

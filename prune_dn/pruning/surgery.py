@@ -18,9 +18,9 @@ from prune_dn.pruning.config import PruneConfig
 from prune_dn.pruning.criteria import reads_images
 from prune_dn.pruning.cuts import cut_net
 from prune_dn.pruning.latency_model import LatencyModel
-from prune_dn.pruning.parts import Mask
+from prune_dn.pruning.parts import Mask, Scores
 from prune_dn.pruning.plan import Plan, planned
-from prune_dn.pruning.planning import decide
+from prune_dn.pruning.planning import Told, decide
 from prune_dn.pruning.ratios import Ratios
 from prune_dn.pruning.request import request_of, with_defaults
 from prune_dn.pruning.subject import NetShape, Subject, subject
@@ -70,12 +70,39 @@ def prune(
         calibration = list(calibration)
     given = subject(model, config.input_size, example_inputs, calibration)
     config = with_defaults(config, given.model, calibration is not None)
-    method, alone = str(config.compensate), config.compensate == "none"
-    check_compensation(method, calibration is not None)
+    check_compensation(str(config.compensate), calibration is not None)
     if config.rounds > 1 and ratios is not None:
         raise PruningError(
             "rounds above 1 and ratios do not go together: these were measured on the net before the first"
         )
+    return cut_in_rounds(
+        given,
+        config,
+        calibration=calibration,
+        loss=loss,
+        ratios=ratios,
+        latency_model=latency_model,
+    )[0]
+
+
+Decision = tuple[Subject, Units, Mask, Told]
+
+
+def cut_in_rounds(
+    given: Subject,
+    config: PruneConfig,
+    *,
+    calibration: Iterable[object] | None,
+    loss: str | LossFunction | None,
+    ratios: Ratios | None = None,
+    latency_model: LatencyModel | Callable[[], LatencyModel] | None = None,
+    scores: Scores | None = None,
+) -> tuple[nn.Module, Decision]:
+    """The net that `config`, with its defaults filled in, leaves of `given`, and the last round's decision.
+
+    Arguments as of `prune`; `scores` are those of the given net, where they are known already.
+    """
+    method, alone = str(config.compensate), config.compensate == "none"
     current, small, kept = given, given.model, KEPT_ALL
     first = given.model if isinstance(given.config, NetShape) else given.config
     for number in range(1, config.rounds + 1):
@@ -84,7 +111,7 @@ def prune(
         share = config.pruning_ratio
         if share is not None:
             share = share * number / config.rounds
-        table, keep, _ = decide(
+        table, keep, told = decide(
             current,
             dataclasses.replace(config, pruning_ratio=share),
             calibration=calibration if reads_images(config.criterion) or alone else None,
@@ -92,12 +119,13 @@ def prune(
             ratios=ratios,
             baseline=None if number == 1 else first,
             latency_model=latency_model,
+            scores=scores if number == 1 else None,
         )
         small = carried_out(current, table, keep)
         if calibration is not None and not alone:
             kept = kept.then(kept_of(table, keep))
             small = compensate(given, kept, small, calibration, method, loss=loss, seed=config.seed)
-    return small
+    return small, (current, table, keep, told)
 
 
 @usual_defaults()

@@ -11,12 +11,18 @@ from pydantic import ValidationError
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from prune_dn.base.console import say
 from prune_dn.base.files import same_file
 from prune_dn.base.intervals import fell, wilson
 from prune_dn.base.processes import process_state
 from prune_dn.checkpoints.checkpoint import load, save, save_state_dict
 from prune_dn.checkpoints.opened import as_ours, open_checkpoint
-from prune_dn.data.datasets import Datasets, calibration_batches, calibration_loader
+from prune_dn.data.datasets import (
+    CALIBRATION_IMAGES,
+    Datasets,
+    calibration_batches,
+    calibration_loader,
+)
 from prune_dn.deploy.export import export_onnx, export_torch
 from prune_dn.errors import DataError, ExportError, PruningError, RecipeError
 from prune_dn.measure.profiling import count
@@ -44,9 +50,11 @@ from prune_dn.run.pixels import (
     warn_of_other_pixels,
 )
 from prune_dn.run.recipe import Recipe
+from prune_dn.run.within import prune_within
 from prune_dn.training import FitConfig, fit
 from prune_dn.training import evaluate as score
 from prune_dn.training.config import Distillation
+from prune_dn.training.evaluation import accuracy_per_image
 
 
 def prune_checkpoint(
@@ -54,6 +62,7 @@ def prune_checkpoint(
     output: Path,
     request: PruneConfig,
     *,
+    max_drop: float | None = None,
     ratios: Path | None,
     plan_out: Path | None,
     recalibrate: int,
@@ -68,9 +77,16 @@ def prune_checkpoint(
     `ratios` is the file of a sensitivity, `named` what net a training script's weights are of; with `export`
     the result is written there too, in the format of its ending. `calibration` is how many training images the
     criterion and the compensation see (None = 512; see `PruneConfig.counting`); a loss of None is
-    `softmax`: the data have classes.
+    `softmax`: the data have classes. With `max_drop`, points of accuracy, the ratio is found on the
+    validation images (`prune_within`), the trials are kept beside the output, and where neither criterion nor
+    compensation is said they are those with calibration images.
     """
-    asked = request.counting(calibration)
+    searches = max_drop is not None
+    asked = request.counting(
+        CALIBRATION_IMAGES if searches and calibration is None else calibration
+    )
+    if searches and ratios is not None:
+        raise PruningError("--ratios and --max-drop do not go together: leave one of the two out")
     read = {"the checkpoint": checkpoint, "the file of --ratios": ratios}
     _output(output, ".safetensors", **read)
     _apart("--plan-out", plan_out, **read, **{"--output": output})
@@ -94,7 +110,7 @@ def prune_checkpoint(
         )
     images: list[Any] = []
     pixels: dict[str, Any] = {**describe_inputs(inputs), "image_size_from": inputs_from}
-    if recalibrate or reads or method != "none":
+    if recalibrate or reads or method != "none" or searches:
         sets, pixels = data.load(info, model, checkpoint)
         info["data"] = sets.spec.to_dict()
     else:
@@ -103,15 +119,34 @@ def prune_checkpoint(
     if reads or method != "none":
         images = calibration_batches(sets.train, calibration, seed=data.seed)
     kept = {**info, "pruned_from": checkpoint.name}
-    plan = make_plan(
-        model,
-        dataclasses.replace(asked, input_size=inputs.get("image_size")),
-        calibration=images if reads else None,
-        example_inputs=inputs.get("example_inputs"),
-        ratios=ratios,
-    )
-    small = apply_plan(model, plan)
-    if method != "none":
+    asked = dataclasses.replace(asked, input_size=inputs.get("image_size"))
+    example = inputs.get("example_inputs")
+    told: dict[str, Any] = {}
+    if max_drop is not None:
+        trials = output.with_suffix(".search.json")
+        found = prune_within(
+            model,
+            lambda net: accuracy_per_image(net, sets.val, loss=asked.loss),
+            max_drop / 100,
+            calibration=images or None,
+            example_inputs=example,
+            path=trials,
+            progress=lambda trial: say(str(trial), error=True),
+            request=asked,
+        )
+        assert found.plan is not None
+        plan, small = found.plan, found.model
+        told = {"max_drop": max_drop, "found": str(found), "search": str(trials)}
+    else:
+        plan = make_plan(
+            model,
+            asked,
+            calibration=images if reads else None,
+            example_inputs=example,
+            ratios=ratios,
+        )
+        small = apply_plan(model, plan)
+    if method != "none" and max_drop is None:
         loss, seed = asked.loss or USUAL, asked.seed
         small = compensate_plan(small, model, plan, images, method, loss=loss, seed=seed)
     if recalibrate:
@@ -122,7 +157,13 @@ def prune_checkpoint(
     done = plan.achieved
     figures = _cut_figures(output, plan)
     warned = list(done.get("warnings", []))
-    return {**figures, **_exported(small, export, inputs), "warnings": warned, "images": pixels}
+    return {
+        **figures,
+        **told,
+        **_exported(small, export, inputs),
+        "warnings": warned,
+        "images": pixels,
+    }
 
 
 def _kind(model: nn.Module) -> str:

@@ -40,7 +40,7 @@ from prune_dn.run.folder import RunFolder
 from prune_dn.run.pixels import warn_of_other_pixels
 from prune_dn.run.recipe import PruneSection, Recipe
 from prune_dn.run.report import write_report
-from prune_dn.run.rounds import calibration, plan_round
+from prune_dn.run.rounds import calibration, plan_round, plan_within
 from prune_dn.training import fit
 
 # No times: the same recipe gives the same checkpoint.
@@ -262,8 +262,18 @@ class Phases:
         """Decided by the main process, so that all cut the same."""
         text = None
         if self.folder.is_main:
-            text = plan_round(self.recipe, model, dense, self.data, number).to_json()
+            text = self._decide(model, dense, number).to_json()
         return Plan.from_json(self.folder.agree(text))
+
+    def _decide(self, model: nn.Module, dense: nn.Module, number: int) -> Plan:
+        assert self.recipe.prune is not None
+        if self.recipe.prune.max_drop is None:
+            return plan_round(self.recipe, model, dense, self.data, number)
+        say = (lambda trial: print(trial, file=sys.stderr)) if self.progress else None
+        found = plan_within(self.recipe, dense, self.data, self._path("search.json"), say)
+        assert found.plan is not None
+        self.folder.metrics["search"] = {"max_drop": self.recipe.prune.max_drop, **found.facts()}
+        return found.plan
 
     def _compensate(self, small: nn.Module, model: nn.Module, plan: Plan) -> nn.Module:
         """Refitted by the main process, so that all have the same weights."""

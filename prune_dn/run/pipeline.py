@@ -90,7 +90,9 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
     }
     if recipe.prune is not None:
         plan = plan_round(recipe, model, model, data, recipe.prune.rounds)
-        if recipe.prune.settle:
+        if recipe.prune.max_drop is not None:
+            facts["max_drop"] = recipe.prune.max_drop
+        elif recipe.prune.settle:
             after = count(apply_plan(model, plan), data.spec.image_size)
             facts["pruned"] = dataclasses.asdict(after)
         else:

@@ -21,6 +21,7 @@ from prune_dn.base import limits
 from prune_dn.base.runtimes import Runtime
 from prune_dn.base.yaml_lines import dump
 from prune_dn.data.augment import AUGMENTATIONS
+from prune_dn.data.datasets import CALIBRATION_IMAGES
 from prune_dn.data.images import RESIZES
 from prune_dn.data.sources import DATASETS
 from prune_dn.errors import PruningError
@@ -40,6 +41,7 @@ from prune_dn.pruning.config import (
 from prune_dn.pruning.criteria import follows_loss, reads_images
 from prune_dn.pruning.request import check_ratios
 from prune_dn.run.recipe_model import FilePath, ModelSection
+from prune_dn.run.trials import TOLERANCE
 from prune_dn.run.unfit import unfit
 from prune_dn.training import FitConfig
 from prune_dn.training.config import Pixels, Share, Strict
@@ -119,11 +121,13 @@ class PruneSection(Strict):
     criterion and compensation see (None = 512, see `data.calibration_batches`), drawn by `seed`; where it
     is given and neither criterion nor compensation is, both are those of `PruneConfig.counting`. `loss`
     None is `softmax`: the data have classes. `ratios` is the path of a sensitivity.json of the net before
-    the cut. After a cut `recalibrate_batches` refresh the norms, where there are any: 50, but none where
+    the cut. `max_drop` takes the place of the ratio: points of validation accuracy, for which the largest cut
+    is found (`prune_within`). After a cut `recalibrate_batches` refresh the norms, where there are any: 50, but none where
     the cut was compensated, which fits the norms too and would be undone in part.
     """
 
     pruning_ratio: Annotated[float, _checked(check_ratio)] | None = None
+    max_drop: Annotated[float, Field(gt=0, lt=100)] | None = None
     settle: bool = PruneConfig.settle
     unit: Unit = PruneConfig.unit
     runtime: Runtime | None = PruneConfig.runtime
@@ -146,10 +150,27 @@ class PruneSection(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> PruneSection:
-        if not self.settle and self.pruning_ratio is None:
-            raise ValueError("pruning_ratio is missing: give the fraction to remove, such as 0.5")
+        if not self.settle and self.pruning_ratio is None and self.max_drop is None:
+            raise ValueError(
+                "pruning_ratio is missing: give the fraction to remove, such as 0.5, or max_drop, the points of "
+                "validation accuracy that may be lost"
+            )
+        for key, other in (
+            ("pruning_ratio", "finds the ratio"),
+            ("settle", "finds a ratio, and settle has none"),
+            ("ratios", "measures whole cuts, and ratios are of single modules"),
+        ):
+            if self.max_drop is not None and getattr(self, key):
+                raise ValueError(f"{key} and max_drop do not go together: max_drop {other}")
+        if self.max_drop is not None and self.rounds > 1:
+            raise ValueError(
+                "rounds above 1 and max_drop do not go together: give the ratio of rounds"
+            )
         try:
-            asked = self.request().counting(self.calibration)
+            images = self.calibration
+            if images is None and self.max_drop is not None:
+                images = CALIBRATION_IMAGES
+            asked = self.request().counting(images)
             check_ratios(self.ratios, self.scope, self.units)
         except PruningError as error:
             raise ValueError(str(error)) from error
@@ -186,6 +207,8 @@ class PruneSection(Strict):
     def request(self, **others: Any) -> PruneConfig:
         """The request, with `others` in place of its own fields. Raises PruningError."""
         mine = {key: getattr(self, key) for key in type(self).model_fields if key in REQUEST}
+        if self.max_drop is not None:
+            mine["pruning_ratio"] = TOLERANCE  # until it is found
         return PruneConfig(**{**mine, "seed": self.seed or 0, **others})
 
     @property

@@ -44,6 +44,8 @@ def render(metrics: Metrics, environment: Metrics, plans: Sequence[Metrics]) -> 
         f"**Notice** ({notice['name']}): {in_markdown(notice['text'])}"
         for notice in metrics.get("notices", [])
     ]
+    if "search" in metrics:
+        parts += ["## As far as the accuracy allows", *_search_parts(metrics["search"])]
     if any(metrics.get("latency", {}).values()):
         parts += ["## Latency", *_latency_parts(metrics)]
     for plan in plans:
@@ -126,6 +128,30 @@ def _pairs(metrics: Metrics) -> list[tuple[Metrics, Metrics]]:
 
 def _timed(row: Metrics) -> str:
     return f"{row['runtime']}, batch {row['batch_size']}"
+
+
+def _search_parts(search: Metrics) -> list[str]:
+    """The path of a search: each trial as it was measured."""
+    rows = [
+        [
+            f"{trial['pruning_ratio']:.4f}",
+            percent(trial["value"], search["images"]),
+            f"{100 * trial['drop']:.2f} ({100 * trial['interval'][0]:.2f} to "
+            f"{100 * trial['interval'][1]:.2f})",
+            f"{trial['macs']:,}",
+            "-"
+            if trial["latency_ms"] is None
+            else f"{trial['latency_ms']:.3f} of {trial['dense_latency_ms']:.3f}",
+            "yes" if trial["holds"] else "no",
+        ]
+        for trial in search["trials"]
+    ]
+    header = ["ratio", "validation accuracy", "points lost (95 %)", "MACs", "ms of dense", "holds"]
+    return [
+        f"The largest cut that loses at most {search['max_drop']:g} points on {search['images']:,} validation "
+        "images, by bisection.",
+        markdown_table(header, rows),
+    ]
 
 
 def _latency_parts(metrics: Metrics) -> list[str]:

@@ -1,6 +1,9 @@
-"""What one round of a recipe cuts: a plan."""
+"""What one round of a recipe cuts: a plan, of a ratio or as far as the accuracy allows."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -10,6 +13,9 @@ from prune_dn.models import Net
 from prune_dn.pruning import Plan, make_plan
 from prune_dn.pruning.criteria import reads_images
 from prune_dn.run.recipe import Recipe
+from prune_dn.run.trials import Trial
+from prune_dn.run.within import Found, prune_within
+from prune_dn.training.evaluation import accuracy_per_image
 
 
 def plan_round(
@@ -31,3 +37,24 @@ def calibration(recipe: Recipe, data: Datasets) -> list[tuple[torch.Tensor, torc
     """The training images that criterion and compensation see; the cut's seed draws them."""
     assert recipe.prune is not None
     return calibration_batches(data.train, recipe.prune.calibration, seed=recipe.request().seed)
+
+
+def plan_within(
+    recipe: Recipe,
+    dense: nn.Module,
+    data: Datasets,
+    path: Path,
+    progress: Callable[[Trial], object] | None = None,
+) -> Found:
+    """The largest cut that loses at most `max_drop` points on the validation images; trials in `path`."""
+    assert recipe.prune is not None and recipe.prune.max_drop is not None
+    asked = recipe.request(data.spec.image_size)
+    return prune_within(
+        dense,
+        lambda net: accuracy_per_image(net, data.val, loss=asked.loss),
+        recipe.prune.max_drop / 100,
+        calibration=calibration(recipe, data) if recipe.prune.reads_images else None,
+        path=path,
+        progress=progress,
+        request=asked,
+    )

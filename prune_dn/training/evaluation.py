@@ -96,6 +96,37 @@ def evaluate(
     return EvalResult(share, float(sums[0] / sums[2]), int(sums[2]))
 
 
+@usual_defaults()
+@loading()
+@torch.no_grad()
+def accuracy_per_image(
+    model: nn.Module,
+    data: ImageSet,
+    *,
+    batch_size: int = 64,
+    loss: str | LossFunction | None = None,
+) -> Tensor:
+    """The accuracy of each image alone, (N,) in [0, 1] and in the order of `data`; arguments as of `evaluate`.
+
+    Of one class an image it is 0 or 1, of maps the share of right pixels. Raises DataError as `evaluate` does,
+    and for a loss where nothing is right or wrong.
+    """
+    found = []
+    with eval_mode(model):
+        like = next(model.parameters())
+        for images, labels in each_batch(make_loader(data, batch_size), "data", DataError):
+            outputs = model(images.to(like).contiguous(memory_format=torch.channels_last)).double()
+            labels = torch.as_tensor(labels, device=like.device)
+            check_classes(outputs, data)
+            right = find_loss(loss, outputs, labels).accuracy
+            if right is None:
+                raise DataError(f"a loss of {loss!r} has no accuracy: nothing is right or wrong")
+            found += [
+                float(right(outputs[i : i + 1], labels[i : i + 1])) for i in range(len(images))
+            ]
+    return torch.tensor(found, dtype=torch.float64)
+
+
 def check_classes(outputs: Tensor, data: ImageSet) -> None:
     """Raise DataError when the net's classes are not those of the data."""
     answers = outputs.shape[1] if outputs.ndim > 1 else 1

@@ -16,6 +16,7 @@ from scipy.stats import binomtest
 from prune_dn.checkpoints.checkpoint import load, read_info, save, save_state_dict
 from prune_dn.data.datasets import load_datasets
 from prune_dn.models import densenet
+from prune_dn.pruning import Plan
 from prune_dn.training import FitConfig, evaluate, fit
 from prune_dn.training.config import Distillation
 
@@ -299,3 +300,24 @@ def test_finetuning_that_makes_it_worse_is_said(run: Run, net: Path) -> None:
     code, out, _ = run("finetune", "good.safetensors", *harm)
     assert code == 0 and f"notice: {worse['notice']}" in out
     assert read_info("worse.safetensors")["data"]["name"] == "digits"
+
+
+def test_prune_as_far_as_the_accuracy_allows(run: Run, net: Path) -> None:
+    command = ["prune", net, "--unit", "macs", "-o", "small.safetensors", "--calibration", 64]
+    code, out, err = run(*command, "--max-drop", 6, "--plan-out", "plan.json", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    trials = json.loads(Path("small.search.json").read_text())["trials"]
+    assert len(trials) == err.count("search: pruning_ratio")
+    best = max((t for t in trials if t["holds"]), key=lambda t: t["pruning_ratio"])
+    assert found["max_drop"] == 6 and f"{best['pruning_ratio']:.3f}" in found["found"]
+    assert found["macs_after"] == best["macs"]
+    plan = Plan.load("plan.json")
+    assert plan.requested["pruning_ratio"] == best["pruning_ratio"]
+    assert load("small.safetensors").config == plan.config_after
+    # What was measured serves another budget.
+    code, _, again = run(*command, "--max-drop", 5, "--json")
+    assert code == 0 and "search: pruning_ratio 0.5000" in again
+    bad(run(*command), "give --ratio, the fraction to remove, or --max-drop")
+    bad(run(*command, "--ratio", 0.5, "--max-drop", 1), "one of the two")
+    bad(run(*command, "--max-drop", 0), "it is in points of accuracy, above 0 and below 100")

@@ -577,3 +577,38 @@ def test_settle_cuts_the_losers_of_the_trained_net(tmp_path: Path) -> None:
     assert before["test_accuracy"] == evaluate(apply_plan(dense, plan), data.test).accuracy
     assert result.metrics["rounds"] == []
     assert "Asked: settle True" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_as_far_as_the_accuracy_allows(tmp_path: Path) -> None:
+    """The ratio is found on validation images; the trials are figures of the run, and serve another run."""
+    ask = [
+        "prune={max_drop: 20, unit: macs, calibration: 64}",
+        "export.onnx=false",
+        "finetune=null",
+        "data.limit=400",
+        "train.epochs=4",
+    ]
+    done = go(tiny(tmp_path / "run", *ask))
+    found = done.metrics["search"]
+    assert found["max_drop"] == 20 and found["best"]["drop"] <= 0.2
+    trials = {t["pruning_ratio"]: t for t in found["trials"]}
+    assert found["best"] == trials[max(r for r, t in trials.items() if t["holds"])]
+    row = done.metrics["rounds"][0]
+    assert row["requested"] == found["best"]["pruning_ratio"]
+    assert count(done.model, 8).macs == found["best"]["macs"]
+    sets = load_data(tiny(tmp_path / "run", *ask).data, seed=0)
+    assert evaluate(done.model, sets.val).accuracy == pytest.approx(found["best"]["value"])
+    told = (tmp_path / "run" / "report.md").read_text()
+    assert "As far as the accuracy allows" in told
+    assert f"{found['best']['pruning_ratio']:.4f}" in told
+    assert (tmp_path / "run" / "search.json").is_file()
+
+
+def test_what_does_not_go_with_max_drop(tmp_path: Path) -> None:
+    for beside, message in [
+        ("pruning_ratio: 0.5", "pruning_ratio and max_drop do not go together"),
+        ("settle: true", "settle and max_drop do not go together"),
+        ("rounds: 2", "rounds above 1 and max_drop do not go together"),
+    ]:
+        with pytest.raises(RecipeError, match=message):
+            tiny(tmp_path, f"prune={{max_drop: 1, unit: macs, {beside}}}")
