@@ -6,11 +6,13 @@ import re
 import shlex
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from prune_dn.cli import main
 from prune_dn.graph.rules import RULES
+from prune_dn.models.families import FAMILIES
 from prune_dn.pruning import CRITERIA
 
 ROOT = Path(__file__).parent.parent
@@ -60,12 +62,13 @@ def test_make_targets_exist(page: Path) -> None:
 
 
 def test_the_python_runs(folder: Path) -> None:
-    before = {name for registry in (CRITERIA, RULES) for name in registry}
+    registries: tuple[dict[str, Any], ...] = (CRITERIA, RULES, FAMILIES)
+    before = {name for registry in registries for name in registry}
     for page in PAGES:
         names: dict[str, object] = {}
         for block in blocks(page, "python"):
             exec(compile(block, page.name, "exec"), names)
-    for registry in (CRITERIA, RULES):
+    for registry in registries:
         for name in set(registry) - before:
             del registry[name]
 

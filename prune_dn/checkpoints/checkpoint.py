@@ -23,8 +23,9 @@ from prune_dn.checkpoints.tensor_files import (
     write_tensors,
 )
 from prune_dn.errors import CheckpointError, ConfigError, ConversionError, PruningError, WriteError
-from prune_dn.models import DenseNet, DenseNetConfig, LightCNN, LightCNNConfig, Net
+from prune_dn.models import DENSE_NET
 from prune_dn.models.as_built import as_built
+from prune_dn.models.families import config_of, family_named, family_of, known_family
 from prune_dn.models.named import Option
 from prune_dn.models.probe import Probe, make
 from prune_dn.models.state_dicts import check_usable, fill, net_of
@@ -36,11 +37,6 @@ from prune_dn.pruning import Plan
 FORMATS = ("prune_dn/1", "prune_dn/2")
 _PREFIX = "prune_dn/"
 _DEFAULT_MOMENTUM = 0.1
-
-CONFIGS: dict[str, type[DenseNetConfig] | type[LightCNNConfig]] = {
-    DenseNet.__name__: DenseNetConfig,
-    LightCNN.__name__: LightCNNConfig,
-}
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +77,7 @@ def save(
     >>> load(path).fc
     Linear(in_features=512, out_features=10, bias=True)
     """
-    if isinstance(model, Net):
+    if config_of(model) is not None:
         given = {"example_inputs": example_inputs, "name": name, "options": options}
         if wrong := [key for key, value in given.items() if value is not None]:
             raise CheckpointError(
@@ -102,7 +98,7 @@ def save(
     write_tensors(path, copies(tensors), metadata)
 
 
-def _describe_ours(model: Net) -> tuple[dict[str, str], dict[str, Tensor]]:
+def _describe_ours(model: Any) -> tuple[dict[str, str], dict[str, Tensor]]:
     """The metadata and the tensors of a DenseNet or Light CNN."""
     try:
         model = as_built(model, share=True)
@@ -121,7 +117,7 @@ def _describe_ours(model: Net) -> tuple[dict[str, str], dict[str, Tensor]]:
         if isinstance(norm, nn.BatchNorm2d) and norm.momentum != _DEFAULT_MOMENTUM
     }
     metadata = {
-        "architecture": next(n for n, kind in CONFIGS.items() if isinstance(model.config, kind)),
+        "architecture": known_family(model.config).name,
         "config": model.config.to_json(),
         "norm_momentum": json.dumps(momentum),
     }
@@ -232,13 +228,11 @@ def save_state_dict(model: nn.Module, path: StrPath) -> None:
         raise CheckpointError(str(error)) from error
 
 
-def _rebuilt(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Net:
+def _rebuilt(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> nn.Module:
     """The net of a file of ours. Raises ConversionError and others where its parts do not agree."""
     check_usable(tensors)
-    architecture = metadata.get("architecture", DenseNet.__name__)  # absent in older files
-    if architecture not in CONFIGS:
-        raise ValueError(f"its architecture is {architecture!r}, not {' or '.join(CONFIGS)}")
-    model = fill(CONFIGS[architecture].from_json(metadata["config"]), tensors)
+    family = family_named(metadata.get("architecture", DENSE_NET.name))  # absent in older files
+    model: nn.Module = fill(family.config.from_json(metadata["config"]), tensors)
     momenta = parse_json(metadata.get("norm_momentum", "{}"))
     if not isinstance(momenta, dict):
         raise ValueError("its norm_momentum is no JSON object")
@@ -290,12 +284,11 @@ def _from_tensors(path: Path, state: Any, model: nn.Module | str | None, ema: bo
 
 
 def _say_what_was_taken(path: Path, net: nn.Module, taken: str, others: list[str]) -> None:
-    if isinstance(net, LightCNN):
-        assumed = f"a dropout of {net.config.drop_rate}, images of {net.config.image_size} pixels"
-    elif isinstance(net, DenseNet):
-        assumed = f"eps {net.config.norm_eps}, no dropout, ReLU and the poolings of torchvision"
-    else:
+    family = family_of(net)
+    if family is None:
         assumed = f"the modules of this {type(net).__name__}"
+    else:
+        assumed = family.assumed(net.config)
     left = f", not {shorten(others)} (ema: the averaged ones)" if others else ""
     logger.warning(
         "%s: took %s%s; tensors do not tell, so this was assumed: %s; nor how pixels were normalised",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,7 @@ from prune_dn.base import limits
 from prune_dn.base.processes import process_state
 from prune_dn.checkpoints.checkpoint import load, read_info
 from prune_dn.data.augment import AUGMENTATIONS
-from prune_dn.errors import CheckpointError, ConversionError
-from prune_dn.models.convert import convert, is_densenet
+from prune_dn.errors import CheckpointError
 
 
 def open_checkpoint(
@@ -35,14 +33,6 @@ def read_known_info(path: Path) -> dict[str, Any]:
     info = read_info(path)
     _check_info(path, info)
     return info
-
-
-def as_ours(model: nn.Module) -> nn.Module:
-    """A plain DenseNet of torchvision or timm as ours; any other net, and a variant of one, as it is."""
-    if is_densenet(model):
-        with suppress(ConversionError):
-            return convert(model)
-    return model
 
 
 def _check_info(path: Path, info: dict[str, Any]) -> None:

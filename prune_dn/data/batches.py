@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from prune_dn.errors import PruneDNError, PruningError
-from prune_dn.models import DenseNet
 from prune_dn.models.answers import computed_weights
 from prune_dn.models.examples import in_channels
+from prune_dn.models.families import shares_memory
 from prune_dn.models.losses import LossFunction, check_loss, describe
 
 
@@ -107,8 +107,8 @@ def working_copy(model: nn.Module) -> nn.Module:
         raise PruningError(f"this {type(model).__name__} cannot be copied: {why}") from error
     if any(p.dtype in (torch.float16, torch.bfloat16) for p in net.parameters()):
         net.float()
-    if isinstance(net, DenseNet):
-        net.memory_efficient = False
+    if shares_memory(net):
+        net.memory_efficient = False  # type: ignore[assignment]
     return net
 
 

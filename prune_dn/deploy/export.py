@@ -20,7 +20,6 @@ from prune_dn.base.files import atomic_path
 from prune_dn.deploy.concatenations import take_from_sources_
 from prune_dn.errors import ExportError
 from prune_dn.graph.inference import arguments, call
-from prune_dn.models import DenseNet, Net
 from prune_dn.models.as_built import as_built
 from prune_dn.models.examples import (
     batch_size,
@@ -31,6 +30,7 @@ from prune_dn.models.examples import (
     names_in,
 )
 from prune_dn.models.examples import in_channels as channels_of
+from prune_dn.models.families import config_of, shares_memory
 from prune_dn.models.sizes import ImageSize, sides
 
 INPUT_NAME, OUTPUT_NAME = "input", "logits"
@@ -205,10 +205,10 @@ def _prepare(
     model: nn.Module, image_size: ImageSize | None, example_inputs: Any, in_channels: int | None
 ) -> tuple[nn.Module, Inputs]:
     """A float32 copy in eval mode on the CPU, and its inputs of any batch size."""
-    net = inference_copy(as_built(model) if isinstance(model, Net) else model)
+    net = inference_copy(model if config_of(model) is None else as_built(model))
     net.requires_grad_(False)  # what recomputes maps for gradients then does not
-    if isinstance(net, DenseNet):
-        net.memory_efficient = False
+    if shares_memory(net):
+        net.memory_efficient = False  # type: ignore[assignment]
     if example_inputs is None:
         inputs, where = _images(net, image_size, in_channels)
     elif image_size is not None or in_channels is not None:
@@ -225,7 +225,7 @@ def _prepare(
     if not answers:
         raise ExportError(f"the model answers {where} without a tensor: nothing can be compared")
     if not all(answer.isfinite().all() for answer in answers):
-        what = "logits" if isinstance(model, Net) else "answers"
+        what = "answers" if config_of(model) is None else "logits"
         raise ExportError(f"the model's own {what} are not finite; its weights are broken")
     return net, inputs
 
@@ -234,7 +234,7 @@ def _images(
     net: nn.Module, image_size: ImageSize | None, in_channels: int | None
 ) -> tuple[Inputs, str]:
     """Random images of any batch size, and what they are in words."""
-    if image_size is None and not isinstance(net, Net):
+    if image_size is None and config_of(net) is None:
         raise ExportError(
             f"give image_size in pixels, or example_inputs, for a {type(net).__name__}"
         )

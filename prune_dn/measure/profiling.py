@@ -1,10 +1,10 @@
-"""Parameters, MACs and channels: of a DenseNet in closed form, of any other net by running it once."""
+"""Parameters, MACs and channels: of a net of ours by its graph, of any other net by running it once."""
 
 from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_leaves
 from prune_dn.base.defaults import usual_defaults
 from prune_dn.errors import ConfigError
 from prune_dn.graph.inference import call
-from prune_dn.models import DenseNet, DenseNetConfig, LightCNN
 from prune_dn.models.as_built import as_built
 from prune_dn.models.examples import (
     CONVS,
@@ -26,7 +25,8 @@ from prune_dn.models.examples import (
     for_net,
     inference_copy,
 )
-from prune_dn.models.sizes import ImageSize, block_pixels, stem_pixels
+from prune_dn.models.families import NetConfig, config_of, empty_net, known_family
+from prune_dn.models.sizes import ImageSize
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class LayerCost:
 
 
 def count(
-    model: nn.Module | DenseNetConfig,
+    model: nn.Module | NetConfig,
     image_size: ImageSize | None = None,
     *,
     example_inputs: Any = None,
@@ -62,7 +62,7 @@ def count(
     """Parameters, MACs for one example, and norm channels; `model` stays as it is.
 
     `image_size` is in pixels, one number or (height, width); None = 32 (cifar), 224 (imagenet),
-    or what a Light CNN takes. Another net needs it, or `example_inputs`: a tensor, a tuple of the
+    or what a Light CNN takes. A net that is not ours needs it, or `example_inputs`: a tensor, a tuple of the
     forward's arguments, or a dict of them by name, with any number of examples. A copy runs once. Counted are
     the weights of modules; what a forward multiplies without one (attention's products) is not.
 
@@ -79,29 +79,24 @@ def count(
 
 
 def count_per_layer(
-    model: nn.Module | DenseNetConfig,
+    model: nn.Module | NetConfig,
     image_size: ImageSize | None = None,
     *,
     example_inputs: Any = None,
 ) -> list[LayerCost]:
-    """The cost of each convolution, norm and linear layer, in the order in which they run.
-
-    Of a net that is not our DenseNet: of each module with parameters, in the order of its modules.
-    """
+    """The cost of each module with parameters, in the order of the net's modules."""
     if image_size is not None and example_inputs is not None:
         raise ConfigError("image_size has no effect beside example_inputs; leave one of them out")
-    if isinstance(model, DenseNet):
-        model = as_built(model, share=True).config
-    if isinstance(model, LightCNN):
-        model = as_built(model, share=True)
-        if example_inputs is None and image_size is None:
-            image_size = model.config.image_size
+    config: Any = model
     if isinstance(model, nn.Module):
-        uses = weight_uses(model, image_size, example_inputs=example_inputs)
-        return list(module_rows(model, uses))
+        if config_of(model) is None:
+            uses = weight_uses(model, image_size, example_inputs=example_inputs)
+            return list(module_rows(model, uses))
+        config = as_built(model, share=True).config
     if example_inputs is not None:
         image_size = tuple(example_inputs.shape[-2:])
-    return list(_densenet_rows(model, image_size))
+    uses = config.graph(known_family(config).side(config, image_size)).uses()
+    return list(module_rows(empty_net(config), uses))
 
 
 @usual_defaults()
@@ -193,48 +188,3 @@ def total(rows: list[LayerCost]) -> Cost:
         sum(row.macs for row in rows),
         sum(row.channels for row in rows),
     )
-
-
-def _densenet_rows(config: DenseNetConfig, image_size: ImageSize | None) -> Iterator[LayerCost]:
-    pixels = block_pixels(config, image_size)
-    stream = config.num_init_features
-    kernel = 3 if config.stem == "cifar" else 7
-    pixels_of_stem = stem_pixels(config, image_size)
-    yield _conv("features.conv0", config.in_channels, stream, kernel, pixels_of_stem)
-    if config.stem == "imagenet":
-        yield _norm("features.norm0", stream)
-    for b, block in enumerate(config.blocks, start=1):
-        here = pixels[b - 1]
-        for layer in block:
-            name = f"features.denseblock{b}.{layer.name}"
-            read = _read(layer.input_indices, stream)
-            yield _norm(f"{name}.norm1", read)
-            if layer.bottleneck is None:
-                yield _conv(f"{name}.conv1", read, layer.filters, 3, here)
-            else:
-                yield _conv(f"{name}.conv1", read, layer.bottleneck, 1, here)
-                yield _norm(f"{name}.norm2", layer.bottleneck)
-                yield _conv(f"{name}.conv2", layer.bottleneck, layer.filters, 3, here)
-            stream += layer.out_channels
-        if b <= len(config.transitions):
-            transition = config.transitions[b - 1]
-            read = _read(transition.input_indices, stream)
-            yield _norm(f"features.transition{b}.norm", read)
-            yield _conv(f"features.transition{b}.conv", read, transition.filters, 1, here)
-            stream = transition.out_channels
-    read, classes = _read(config.classifier_indices, stream), config.num_classes
-    yield _norm("features.norm5", read)
-    yield LayerCost("classifier", read * classes + classes, read * classes, 0)
-
-
-def _read(indices: Sequence[int] | None, stream: int) -> int:
-    return stream if indices is None else len(indices)
-
-
-def _conv(name: str, inputs: int, outputs: int, kernel: int, pixels: int) -> LayerCost:
-    params = inputs * outputs * kernel * kernel
-    return LayerCost(name, params, params * pixels, 0)
-
-
-def _norm(name: str, width: int) -> LayerCost:
-    return LayerCost(name, 2 * width, 0, width)

@@ -15,23 +15,26 @@ from prune_dn.models.builders import (
 )
 from prune_dn.models.config import DenseNetConfig, LayerConfig, TransitionConfig
 from prune_dn.models.dense_net import DenseNet
+from prune_dn.models.families import Family, register_family
 from prune_dn.models.light_cnn import LightCNN, light_cnn_9, light_cnn_29, light_cnn_29_v2
 from prune_dn.models.light_cnn_config import LightCNNConfig, MFMConfig
 from prune_dn.models.mfm import MFM_KINDS, MaxFeatureMap, max_feature_map
-from prune_dn.models.state_dicts import Net
+from prune_dn.models.registered import DENSE_NET, LIGHT_CNN
 
 __all__ = [
     "BUILDERS",
+    "DENSE_NET",
+    "LIGHT_CNN",
     "LIGHT_CNNS",
     "MFM_KINDS",
     "DenseNet",
     "DenseNetConfig",
+    "Family",
     "LayerConfig",
     "LightCNN",
     "LightCNNConfig",
     "MFMConfig",
     "MaxFeatureMap",
-    "Net",
     "TransitionConfig",
     "densenet",
     "densenet40",
@@ -46,4 +49,5 @@ __all__ = [
     "light_cnn_29",
     "light_cnn_29_v2",
     "max_feature_map",
+    "register_family",
 ]

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from prune_dn.errors import ConversionError
 from prune_dn.models.answers import computed_weights, difference, path_of, peculiarities
-from prune_dn.models.config import DenseNetConfig
-from prune_dn.models.dense_net import DenseLayer, DenseNet
-from prune_dn.models.light_cnn import LightCNN
-from prune_dn.models.light_cnn_config import LightCNNConfig
-from prune_dn.models.sizes import default_image_size
-from prune_dn.models.state_dicts import Net, empty_net, fill, misfits
+from prune_dn.models.families import (
+    Modules,
+    NetConfig,
+    compared_on,
+    default_image_size,
+    empty_net,
+    known_family,
+    shares_memory,
+)
+from prune_dn.models.state_dicts import fill, misfits
 from prune_dn.models.weights import clean_state_dict, is_counter, shorten
 
-AnyNet = TypeVar("AnyNet", DenseNet, LightCNN, Net)
-Modules = Mapping[str, nn.Module]
+AnyNet = TypeVar("AnyNet", bound=nn.Module)
 # Attributes of modules that say nothing of their own: tensors tell the widths, and the rest either
 # does not change answers or is kept with the module.
 _SILENT = {
@@ -52,7 +55,8 @@ def as_built(model: AnyNet, *, share: bool = False) -> AnyNet:
     (10, 14)
     """
     refuse_computed(model)
-    config: Any = _config(model)
+    given: Any = model.config
+    config = _config(given, dict(model.named_modules(remove_duplicate=False)))
     found: list[tuple[str, bool]] = list(_differences(model, _reference(config)))
     if problems := [text for text, certain in found if certain]:
         raise ConversionError(
@@ -60,7 +64,7 @@ def as_built(model: AnyNet, *, share: bool = False) -> AnyNet:
             f"{shorten(problems, 3)}; {WAY_OUT}"
         )
     odd = [*(text for text, _ in found), *peculiarities(model)]
-    if not odd and config == model.config:
+    if not odd and config == given:
         return model
     plain: Any = fill(config, clean_state_dict(model.state_dict()), share=share)
     if (device := next(model.parameters()).device).type != "meta":
@@ -68,18 +72,18 @@ def as_built(model: AnyNet, *, share: bool = False) -> AnyNet:
     if odd:
         check_same_answers(model, plain, odd)
     copy_modes_(plain, dict(model.named_modules(remove_duplicate=False)))
-    if isinstance(plain, DenseNet):
+    if shares_memory(plain):
         plain.memory_efficient = getattr(model, "memory_efficient", False)
     return plain
 
 
-def check_same_answers(given: nn.Module, ours: Net, causes: list[str]) -> None:
+def check_same_answers(given: nn.Module, ours: Any, causes: list[str]) -> None:
     """Raise ConversionError, naming the possible causes, where the two answer differently.
 
     Where there may be causes, images of the usual size are tried as well.
     """
     usual = default_image_size(ours.config)
-    shapes = [_image_shape(ours.config), (1, ours.config.in_channels, usual, usual)]
+    shapes = [compared_on(ours.config), (1, ours.config.in_channels, usual, usual)]
     tried = (difference(given, ours, shape) for shape in (shapes if causes else shapes[:1]))
     if (differs := next((text for text in tried if text is not None), None)) is not None:
         found = shorten(list(dict.fromkeys(causes)), 3)
@@ -98,7 +102,7 @@ def refuse_computed(model: nn.Module) -> None:
         )
 
 
-def copy_modes_(model: Net, modules: Modules) -> None:
+def copy_modes_(model: nn.Module, modules: Modules) -> None:
     """Give `model` the flags, the momentum and the `requires_grad` of the modules of these names."""
     for name, mine in model.named_modules():
         theirs = modules.get(name)
@@ -112,35 +116,21 @@ def copy_modes_(model: Net, modules: Modules) -> None:
                 parameter.requires_grad_(theirs.get_parameter(key).requires_grad)
 
 
-def _config(model: Net) -> DenseNetConfig | LightCNNConfig:
+def _config(config: Any, modules: Modules) -> Any:
     """The config, corrected by what tensors and modules say where they say it with one voice."""
-    config, modules = model.config, dict(model.named_modules(remove_duplicate=False))
-    first, last = "features.conv0", "classifier"
-    if isinstance(config, LightCNNConfig):
-        first, last = config.places()[0].name, "fc2"
-    changes: dict[str, Any] = {}
-    for field, name, dims, side in (("in_channels", first, 4, 1), ("num_classes", last, 2, 0)):
-        weight = getattr(modules.get(name), "weight", None)
-        if isinstance(weight, Tensor) and weight.ndim == dims:
-            changes[field] = weight.shape[side]
-    if isinstance(config, DenseNetConfig):
-        norms = {m.eps for m in modules.values() if isinstance(m, _BatchNorm)}
-        drops = {m.drop_rate for m in modules.values() if isinstance(m, DenseLayer)}
-        for field, values in (("norm_eps", norms), ("drop_rate", drops)):
-            if len(values) == 1:
-                changes[field] = values.pop()
+    changes = known_family(config).told(config, modules)
     if all(getattr(config, field) == value for field, value in changes.items()):
         return config
     return dataclasses.replace(config, **changes)
 
 
 @functools.lru_cache(maxsize=8)
-def _reference(config: DenseNetConfig | LightCNNConfig) -> Net:
+def _reference(config: NetConfig) -> nn.Module:
     """What a net of this config is made of; only read, never handed out."""
     return empty_net(config)
 
 
-def _differences(model: Net, reference: Net) -> Iterator[tuple[str, bool]]:
+def _differences(model: nn.Module, reference: nn.Module) -> Iterator[tuple[str, bool]]:
     """How modules, options and tensors differ, and whether that certainly is another net."""
     theirs, mine = (dict(net.named_modules(remove_duplicate=False)) for net in (model, reference))
     replaced = tuple(f"{n}." for n, m in mine.items() if not _replaces(theirs.get(n), m))
@@ -185,14 +175,3 @@ def _replaces(found: nn.Module | None, wanted: nn.Module) -> bool:
     if isinstance(wanted, _BatchNorm):
         return isinstance(found, _BatchNorm)
     return isinstance(found, type(wanted))
-
-
-def _image_shape(config: DenseNetConfig | LightCNNConfig) -> tuple[int, ...]:
-    """Two images that leave maps of 2x2 pixels, odd widths where a pooling could round otherwise."""
-    if isinstance(config, LightCNNConfig):
-        return 2, config.in_channels, config.image_size, config.image_size
-    scale = 2 ** (len(config.blocks) - 1)
-    height, width = 2 * scale, 3 * scale - 1
-    if config.stem == "imagenet":
-        height, width = 4 * height - 1, 4 * width - 1
-    return 2, config.in_channels, height, width

@@ -18,10 +18,10 @@ from prune_dn.base.files import parse_json
 from prune_dn.errors import ConfigError, listed
 from prune_dn.graph.types import Graph
 from prune_dn.models.mfm import MFM_KINDS
+from prune_dn.models.sizes import ImageSize
 
 Stem = Literal["cifar", "imagenet"]
 Indices = tuple[int, ...] | None
-ImageSize = int | tuple[int, int]
 _TUPLES = (
     "input_indices",
     "rival_indices",

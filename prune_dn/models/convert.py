@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
@@ -14,7 +15,9 @@ from prune_dn.models.answers import path_of, peculiarities
 from prune_dn.models.as_built import as_built, check_same_answers, copy_modes_, refuse_computed
 from prune_dn.models.config import DenseNetConfig
 from prune_dn.models.dense_net import DenseNet, ReadStream, Transition
-from prune_dn.models.state_dicts import fill, from_state_dict, infer_config
+from prune_dn.models.dense_net_keys import infer_config
+from prune_dn.models.families import family_of
+from prune_dn.models.state_dicts import fill, from_state_dict
 from prune_dn.models.weights import clean_state_dict, shorten
 
 __all__ = ["convert", "from_state_dict"]
@@ -65,6 +68,20 @@ def convert(module: nn.Module, *, share: bool = False) -> DenseNet:
     )
     copy_modes_(model, modules)
     return model
+
+
+def as_ours(model: nn.Module, *, share: bool = False) -> Any:
+    """A net of a family of ours as its layers are, and a plain DenseNet of torchvision or timm as ours.
+
+    None for any other net, and for a variant of these. With `share` the weights are the same in memory.
+    Raises ConversionError for a net of ours that was changed (see `as_built`).
+    """
+    if family_of(model) is not None:
+        return as_built(model, share=share)
+    if is_densenet(model):
+        with suppress(ConversionError):
+            return convert(model, share=share)
+    return None
 
 
 def is_densenet(module: object) -> bool:

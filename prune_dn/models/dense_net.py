@@ -212,13 +212,3 @@ def _mfm(part: LayerConfig | TransitionConfig) -> MaxFeatureMap | None:
         return None
     units = part.out_channels // MFM_KINDS[part.mfm][1]
     return MaxFeatureMap(part.mfm, units=units, alone=part.mfm_alone)
-
-
-def build_empty(config: DenseNetConfig, *, memory_efficient: bool | int = False) -> DenseNet:
-    """A DenseNet without weights, to be filled by `load_state_dict(..., assign=True)`.
-
-    Parameters and norm buffers are on the meta device: no memory, no initialisation, no random
-    numbers used. The index buffers of the readers are real, on the CPU.
-    """
-    with torch.device("meta"):
-        return DenseNet(config, memory_efficient=memory_efficient)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from prune_dn.errors import ConfigError
 from prune_dn.graph.types import (
     NONE,
     OUTPUT,
@@ -20,8 +21,9 @@ from prune_dn.graph.types import (
     Reader,
 )
 from prune_dn.models.config import DenseNetConfig, Indices, LayerConfig, TransitionConfig
+from prune_dn.models.families import default_image_size
 from prune_dn.models.mfm import MFM_KINDS, maps_left, operands_of, owners
-from prune_dn.models.sizes import ImageSize, block_pixels, stem_pixels
+from prune_dn.models.sizes import ImageSize, sides
 
 Kept = Mapping[str, Sequence[int]]
 
@@ -52,13 +54,14 @@ class _Drawing:
         self.ties: list[Ids] = []
         self.competitions: list[Competition] = []
         self.blocks: list[Block] = []
-        areas = block_pixels(config, image_size)
+        sizes = sides(default_image_size(config) if image_size is None else image_size)
+        stem_area, areas = _pixels(config, *sizes)
         stem = 3 if config.stem == "cifar" else 7
         image = np.full(config.in_channels, NONE)
-        self._read("features.conv0", image, None, None, stem, stem_pixels(config, image_size))
+        self._read("features.conv0", image, None, None, stem, stem_area)
         stream = self._produce("features.conv0", config.num_init_features)
         if config.stem == "imagenet":
-            self._norm("features.norm0", stream, stem_pixels(config, image_size))
+            self._norm("features.norm0", stream, stem_area)
         for b, (layers, area) in enumerate(zip(config.blocks, areas, strict=True), start=1):
             for layer in layers:
                 made = self._layer(f"features.denseblock{b}.{layer.name}", layer, stream, area)
@@ -246,3 +249,24 @@ def _read(
     if indices != rivals:
         return indices, rivals
     return (None if len(indices) == len(stream) else indices), None
+
+
+def _pixels(config: DenseNetConfig, height: int, width: int) -> tuple[int, list[int]]:
+    """Output pixels of the first conv, and pixels of each block's stream.
+
+    Raises ConfigError where the image is too small.
+    """
+    given, first = f"{height}x{width}", height * width
+    if config.stem == "imagenet":
+        first = -(-height // 2) * -(-width // 2)
+        height, width = (height + 3) // 4, (width + 3) // 4
+    pixels = []
+    for _ in config.blocks:
+        if height < 1 or width < 1:
+            raise ConfigError(
+                f"images of {given} pixels are too small for {len(config.blocks)} blocks with a "
+                f"{config.stem} stem"
+            )
+        pixels.append(height * width)
+        height, width = height // 2, width // 2
+    return first, pixels

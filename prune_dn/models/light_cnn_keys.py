@@ -21,11 +21,6 @@ from prune_dn.models.light_cnn_config import (
 _BLOCK = re.compile(r"block([1-4])\.(\d+)\.conv1\.filter\.weight")
 
 
-def is_light_cnn(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether the keys are those of a Light CNN."""
-    return "conv1.filter.weight" in tensors or "features.0.filter.weight" in tensors
-
-
 def infer_light_cnn(tensors: Mapping[str, Tensor]) -> LightCNNConfig:
     """The config that fits `tensors`. Raises ConversionError where shapes do not show one."""
     variant: Variant = "29" if "fc.filter.weight" in tensors else "29_v2"

@@ -13,14 +13,13 @@ from torch import Tensor
 
 from prune_dn.base.sound import find_unsound
 from prune_dn.errors import ConversionError
+from prune_dn.models.families import first_weights
 
 EXPECTED = (
     "torchvision's DenseNet keys such as features.conv0.weight, "
     "features.denseblock1.denselayer1.norm1.weight, features.norm5.weight, classifier.weight"
 )
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-# The first weight of each kind of net, by which its keys are known.
-FIRST_WEIGHTS = ("features.conv0.weight", "conv1.filter.weight", "features.0.filter.weight")
 _COUNTERS = ("total_ops", "total_params", "n_averaged")  # left behind by thop and AveragedModel
 _WRAPPERS = re.compile(
     r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
@@ -37,13 +36,13 @@ _MOST_VALUES = 100_000
 class Weights:
     """One net in a checkpoint: the mapping that holds it, how one gets there, the prefix of its keys.
 
-    `firsts` are the names by which it was found.
+    `firsts` are the names by which it was found; None: those of our nets.
     """
 
     mapping: Mapping[Any, Any]
     where: str = ""
     prefix: str = ""
-    firsts: tuple[str, ...] = FIRST_WEIGHTS
+    firsts: tuple[str, ...] | None = None
 
     @property
     def averaged(self) -> bool:
@@ -61,12 +60,13 @@ class Weights:
 
 
 def find_weights(
-    state: Any, *, ema: bool = False, firsts: tuple[str, ...] = FIRST_WEIGHTS
+    state: Any, *, ema: bool = False, firsts: tuple[str, ...] | None = None
 ) -> tuple[Weights, list[Weights]]:
     """The weights of the one net in `state`, and the others that it also holds.
 
-    `firsts` are names by one of which a net's keys are known, by default those of our nets. They may lie in any mapping and behind any prefix. Of plain and averaged ones (`ema`, by their name)
-    the plain are meant unless `ema`. Raises ConversionError where there are none or several such, and
+    `firsts` are names by one of which a net's keys are known, by default those of our nets. They may lie in
+    any mapping and behind any prefix. Of plain and averaged ones (`ema`, by their name) the plain are
+    meant unless `ema`. Raises ConversionError where there are none or several such, and
     where there is more in the mapping than the net, which might change its answers.
     """
     if not isinstance(state, Mapping):
@@ -75,12 +75,13 @@ def find_weights(
             "pass model.state_dict()"
         )
     mappings = list(_mappings(state))
-    found = [weights for where, mapping in mappings for weights in _nets(where, mapping, firsts)]
+    known = first_weights() if firsts is None else firsts
+    found = [weights for where, mapping in mappings for weights in _nets(where, mapping, known)]
     if not found:
         seen = max((_tensor_names(mapping) for _, mapping in mappings), key=len)
-        what = f"{firsts[0]} is missing"
+        what = f"{known[0]} is missing"
         there = f"found {shorten(seen) or ('no tensors' if state else 'no keys')}"
-        if firsts == FIRST_WEIGHTS:
+        if firsts is None:
             what = f"this is no DenseNet: {what}; expected {EXPECTED}"
             there += (
                 "; of another net say which: load(path, model=...), or --model torchvision/NAME"
@@ -101,21 +102,21 @@ def find_weights(
 
 
 def clean_state_dict(
-    state_dict: Mapping[Any, Any], prefix: str = "", firsts: tuple[str, ...] = FIRST_WEIGHTS
+    state_dict: Mapping[Any, Any], prefix: str = "", firsts: tuple[str, ...] | None = None
 ) -> dict[str, Tensor]:
     """The tensors behind `prefix`, under plain keys (see `plain_key`). Nothing is copied."""
-    tensors: dict[str, Tensor] = {}
+    known, tensors = first_weights() if firsts is None else firsts, dict[str, Tensor]()
     for key, value in state_dict.items():
         name = plain_key(key)
         if not name.startswith(prefix) or is_counter(name):
             continue
         name = name.removeprefix(prefix)
         if not isinstance(value, Tensor):
-            if "." not in name and not tensors.keys().isdisjoint(firsts):
+            if "." not in name and not tensors.keys().isdisjoint(known):
                 continue  # an epoch, the arguments of a script: no net has such a key
             raise ConversionError(
                 f"the value of {key!r} is {_kind(value)}, not a tensor"
-                + (f"; expected {EXPECTED}" if firsts == FIRST_WEIGHTS else "")
+                + (f"; expected {EXPECTED}" if firsts is None else "")
             )
         if name in tensors:
             raise ConversionError(f"two keys of the state dict mean {name!r}; one is {key!r}")
@@ -233,6 +234,11 @@ def shorten(items: list[str], most: int = 6) -> str:
 def cut(text: str, most: int = 200) -> str:
     """The beginning of a long text."""
     return text if len(text) <= most else f"{text[:most]}..."
+
+
+def shape_of(tensor: Tensor) -> str:
+    """The sizes of a tensor in words, such as 16x3x3x3."""
+    return "x".join(map(str, tensor.shape)) or "scalar"
 
 
 def _kind(value: Any) -> str:

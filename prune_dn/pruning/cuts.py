@@ -12,9 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from prune_dn.graph.inference import held
 from prune_dn.graph.selecting import select_inputs_
-from prune_dn.models import DenseNet
+from prune_dn.models.families import empty_net, shares_memory
 from prune_dn.models.shapes import set_widths_
-from prune_dn.models.state_dicts import empty_net
 from prune_dn.pruning.kept import indices_of
 from prune_dn.pruning.parts import STAYS, Mask, Positions, Selection
 from prune_dn.pruning.patches import Transposed
@@ -79,8 +78,8 @@ def cut_net(subject: Subject, units: Units, keep: Mask) -> nn.Module:
                     new._buffers[key] = index.to(device)
         if isinstance(new, nn.BatchNorm2d) and isinstance(old, _BatchNorm):
             new.momentum = old.momentum
-    if isinstance(net, DenseNet):
-        net.memory_efficient = subject.model.memory_efficient  # type: ignore[assignment]
+    if shares_memory(net):
+        net.memory_efficient = subject.model.memory_efficient
     return net
 
 

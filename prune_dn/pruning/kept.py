@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from prune_dn.errors import ConfigError, PruningError
+from prune_dn.models.families import family_of
 from prune_dn.pruning.config import Kind
 from prune_dn.pruning.parts import Group, Mask, Positions
 from prune_dn.pruning.subject import Config, NetShape
@@ -81,7 +82,7 @@ def consistent(before: Config, after: Config, keep_indices: Mapping[str, Sequenc
     known only when the plan is applied: here only what can be told from the plan itself is checked.
     """
     for config in (before, after):
-        if not isinstance(config, Config):
+        if not isinstance(config, NetShape) and family_of(config) is None:
             raise PruningError(
                 f"a plan is between two descriptions of nets, not a {type(config).__name__}"
             )
@@ -118,7 +119,7 @@ def channels_of(config: Config) -> list[tuple[str, Kind, int]]:
 
 
 def _plain(config: Config) -> dict[str, Any]:
-    return {"family": type(config).__name__, **dataclasses.asdict(config)}
+    return {"family": type(config).__name__, **dataclasses.asdict(config)}  # type: ignore[arg-type]
 
 
 def _check_known(keep_indices: Mapping[str, Sequence[int]], names: Iterable[str]) -> None:

@@ -14,8 +14,8 @@ from prune_dn.base.defaults import usual_defaults
 from prune_dn.base.runtimes import Runtime
 from prune_dn.errors import PruningError
 from prune_dn.measure.latency import compare_latency
-from prune_dn.models import DenseNet, DenseNetConfig, LightCNN, LightCNNConfig
-from prune_dn.models.sizes import ImageSize, default_image_size
+from prune_dn.models.families import NetConfig, built, default_image_size
+from prune_dn.models.sizes import ImageSize
 from prune_dn.pruning.budget import Budget, choose
 from prune_dn.pruning.config import TIMED
 from prune_dn.pruning.kept import indices_of
@@ -25,7 +25,6 @@ from prune_dn.pruning.rates import Costing, Rates
 from prune_dn.pruning.subject import NetShape, subject
 from prune_dn.pruning.units import Units
 
-OwnConfig = DenseNetConfig | LightCNNConfig
 TRIES = 4
 TOLERANCE = 0.03
 # Above these a plan is doubtful: shares of the predicted, the asked and the median time.
@@ -63,13 +62,13 @@ class LatencyModel:
     machine: str
     spread: float = 0.0
 
-    def predict(self, config: OwnConfig) -> float:
+    def predict(self, config: NetConfig) -> float:
         """Milliseconds of one batch of a net of this shape."""
         units = Units(config.graph(self.image_size))
         everything = np.ones(units.size, dtype=bool)
         return self.constant + Costing(units).total(everything, self.rates)
 
-    def measure(self, *configs: OwnConfig, repeats: int = 30) -> list[float]:
+    def measure(self, *configs: NetConfig, repeats: int = 30) -> list[float]:
         """Milliseconds of one batch, median, of nets of these shapes, timed in turns."""
         different = list(dict.fromkeys(configs))
         times, _, _ = _measure(different, self.runtime, self.batch_size, self.image_size, repeats)
@@ -149,12 +148,12 @@ def doubts(model: LatencyModel, ratio: float, times: Mapping[str, float]) -> lis
 
 def meet_latency(
     units: Units,
-    config: OwnConfig,
+    config: NetConfig,
     scores: Scores,
     may_go: Mask,
     budget: Budget,
     model: LatencyModel,
-    baseline: OwnConfig,
+    baseline: NetConfig,
 ) -> tuple[Mask, dict[str, float]]:
     """The `keep` whose measured time meets `budget.target`, and the times in ms.
 
@@ -198,7 +197,7 @@ def _in_blocks(
 
 
 def _measure(
-    configs: Sequence[OwnConfig],
+    configs: Sequence[NetConfig],
     runtime: Runtime,
     batch_size: int,
     image_size: ImageSize,
@@ -206,17 +205,13 @@ def _measure(
 ) -> tuple[list[float], str, float]:
     """Medians of nets with random weights, which take the time of any others; machine; spread."""
     with torch.random.fork_rng(devices=[]):
-        nets = {str(i): _built(config).eval() for i, config in enumerate(configs)}
+        nets = {str(i): built(config).eval() for i, config in enumerate(configs)}
     found = compare_latency(
         nets, batch_size=batch_size, image_size=image_size, runtime=runtime, repeats=repeats
     )
     times = [found[str(i)].median_ms for i in range(len(configs))]
     spread = float(np.median([(x.p90_ms - x.p10_ms) / x.median_ms for x in found.values()]))
     return times, found["0"].machine, spread
-
-
-def _built(config: OwnConfig) -> nn.Module:
-    return DenseNet(config) if isinstance(config, DenseNetConfig) else LightCNN(config)
 
 
 def _random_cut(units: Units, generator: np.random.Generator) -> Mask:

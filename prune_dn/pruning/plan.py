@@ -15,16 +15,15 @@ from torch import nn
 
 from prune_dn.base.files import parse_json, write_text
 from prune_dn.errors import PruneDNError, PruningError
-from prune_dn.models import DenseNetConfig, LightCNN, LightCNNConfig
-from prune_dn.models.answers import path_of
-from prune_dn.models.convert import is_densenet
+from prune_dn.models.convert import as_ours
+from prune_dn.models.families import config_from, known_family
 from prune_dn.models.probe import make
 from prune_dn.pruning.config import LATENCY
 from prune_dn.pruning.cuts import shape_after
 from prune_dn.pruning.kept import Kept, channels_of, consistent, indices_of, units_of
 from prune_dn.pruning.parts import Mask
 from prune_dn.pruning.rates import COUNTED
-from prune_dn.pruning.subject import Config, NetShape, Subject, shapes_of, subject
+from prune_dn.pruning.subject import Config, NetShape, Subject, subject
 from prune_dn.pruning.units import Units
 
 FORMAT = "prune_dn.plan/1"
@@ -155,9 +154,7 @@ def planned(model: nn.Module, plan: Plan) -> tuple[Subject, Units, Mask]:
     before = plan.config_before
     inputs = None
     if isinstance(before, NetShape):
-        ours = is_densenet(model) or isinstance(model, LightCNN)  # unless it is a variant
-        same = ours and (path_of(type(model)), shapes_of(model)) == (before.model, before.tensors)
-        inputs = make(before.inputs) if same or not ours else None
+        inputs = make(before.inputs) if as_ours(model, share=True) is None else None
     given = subject(model, None, inputs)
     if given.config != before:
         raise PruningError(
@@ -171,17 +168,16 @@ def planned(model: nn.Module, plan: Plan) -> tuple[Subject, Units, Mask]:
 def _named(config: Config) -> str:
     if isinstance(config, NetShape):
         return f"a {config.model.rpartition('.')[2]}"
-    return f"a {type(config).__name__.removesuffix('Config')}"
+    return f"a {known_family(config).name}"
 
 
 def _config(data: Any) -> Config:
     """The description of a net that a plan holds, by what only that kind has."""
-    text = json.dumps(data)
-    if isinstance(data, dict) and "tensors" in data:
-        return NetShape.from_json(text)
-    if isinstance(data, dict) and "variant" in data:
-        return LightCNNConfig.from_json(text)
-    return DenseNetConfig.from_json(text)
+    if not isinstance(data, dict):
+        raise ValueError(f"its description of a net is {data!r:.100}")
+    kind = NetShape if "tensors" in data else config_from(data)
+    found: Config = kind.from_json(json.dumps(data))
+    return found
 
 
 def _digest(data: dict[str, Any]) -> str:

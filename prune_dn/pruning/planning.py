@@ -16,9 +16,9 @@ from prune_dn.errors import PruningError, PruningWarning
 from prune_dn.graph import Graph
 from prune_dn.graph.types import OUTPUT
 from prune_dn.measure.profiling import Cost, count, module_rows, total
-from prune_dn.models import DenseNetConfig, LightCNN, LightCNNConfig
+from prune_dn.models.families import NetConfig, config_of, default_image_size, known_family
 from prune_dn.models.losses import LossFunction, loss_name
-from prune_dn.models.sizes import default_image_size, sides
+from prune_dn.models.sizes import sides
 from prune_dn.models.weights import shorten
 from prune_dn.pruning import budget as budgets
 from prune_dn.pruning.config import LATENCY, PruneConfig
@@ -42,7 +42,7 @@ from prune_dn.pruning.siblings import keep_to_competing
 from prune_dn.pruning.subject import NetShape, Subject, subject
 from prune_dn.pruning.units import Units
 
-Baseline = DenseNetConfig | LightCNNConfig | nn.Module
+Baseline = NetConfig | nn.Module
 
 
 @usual_defaults()
@@ -160,6 +160,7 @@ def decide(
     check_rounding(table, asked.units, asked.round_to)
     may_go, protected = allowed(given, table, asked)
     latency = _latency_model(latency_model, given, asked)
+    baseline = _before(given, baseline)
     measure = _Measure(given, table, asked, latency)
     whole = measure.before if baseline is None else measure.of(baseline)
     target = (1.0 - asked.pruning_ratio) * whole[unit]
@@ -291,13 +292,21 @@ def _sized(given: Subject, config: PruneConfig) -> PruneConfig:
     """The request with the size of images that a net of ours takes."""
     if isinstance(given.config, NetShape):
         return config
-    usual = default_image_size(given.config)
-    if isinstance(given.config, LightCNNConfig) and config.input_size not in (None, usual):
-        raise PruningError(
-            f"input_size is {config.input_size}, and this Light CNN takes images of {usual} pixels; "
-            "leave it out"
-        )
-    return dataclasses.replace(config, input_size=config.input_size or usual)
+    return dataclasses.replace(
+        config, input_size=config.input_size or default_image_size(given.config)
+    )
+
+
+def _before(given: Subject, baseline: Baseline | None) -> Baseline | None:
+    """The baseline, of a net of ours its config. Raises PruningError for one of another kind."""
+    config, found, wanted = given.config, baseline, "the net"
+    kind: type[Any] = nn.Module
+    if not isinstance(config, NetShape):
+        found, kind = config_of(baseline) or baseline, type(config)
+        wanted = f"a {known_family(config).name} or its config"
+    if found is None or isinstance(found, kind):
+        return found
+    raise PruningError(f"baseline is a {type(baseline).__name__}; give {wanted}")
 
 
 class _Measure:
@@ -321,14 +330,9 @@ class _Measure:
 
     def of(self, baseline: Baseline) -> dict[str, float]:
         """Costs of another net."""
-        ours = isinstance(self.given.config, DenseNetConfig)
-        if isinstance(baseline, NetShape) or ours != isinstance(baseline, DenseNetConfig):
-            wanted = "config of a DenseNet" if ours else "net, or its config,"
-            raise PruningError(f"baseline is a {type(baseline).__name__}; give the {wanted} before")
         found = self._costs(self._count(baseline))
         if self.latency is not None:
-            if isinstance(baseline, nn.Module):
-                raise PruningError("a latency budget takes the config of the net as its baseline")
+            assert not isinstance(baseline, nn.Module)
             found[LATENCY] = self.latency.predict(baseline)
         return found
 
@@ -338,17 +342,11 @@ class _Measure:
         return {unit: round(self.before[unit] - saved[unit]) for unit in COUNTED}
 
     def _count(self, baseline: Baseline | None) -> Cost:
-        config, size = self.given.config, self.asked.input_size
-        if isinstance(config, NetShape):
-            if baseline is None:
-                return total(list(module_rows(self.given.model, self.given.graph.uses())))
-            assert isinstance(baseline, nn.Module)
+        if baseline is None:
+            return total(list(module_rows(self.given.model, self.given.graph.uses())))
+        if isinstance(baseline, nn.Module):
             return count(baseline, example_inputs=self.given.inputs)
-        if isinstance(baseline, LightCNNConfig):
-            return count(LightCNN(baseline))
-        if baseline is not None:
-            return count(baseline, size)
-        return count(config if isinstance(config, DenseNetConfig) else self.given.model, size)
+        return count(baseline, self.asked.input_size)
 
     @staticmethod
     def _costs(cost: Cost) -> dict[str, float]:

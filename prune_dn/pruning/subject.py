@@ -14,16 +14,15 @@ from prune_dn.base import limits
 from prune_dn.base.files import parse_json
 from prune_dn.base.sound import check_sound
 from prune_dn.data.batches import read_batches
-from prune_dn.errors import ConversionError, PruningError
+from prune_dn.errors import ConfigError, PruningError
 from prune_dn.graph import Graph, trace
-from prune_dn.models import DenseNet, DenseNetConfig, LightCNN, LightCNNConfig
 from prune_dn.models.answers import computed_weights, path_of, peculiarities
-from prune_dn.models.as_built import as_built
-from prune_dn.models.convert import check_not_wrapped, convert, is_densenet
+from prune_dn.models.convert import as_ours, check_not_wrapped
 from prune_dn.models.examples import example_image
+from prune_dn.models.families import NetConfig, known_family
 from prune_dn.models.probe import describe, make
 from prune_dn.models.shapes import own_tensors
-from prune_dn.models.sizes import ImageSize, default_image_size
+from prune_dn.models.sizes import ImageSize
 from prune_dn.models.weights import shorten
 from prune_dn.pruning.config import KINDS, Kind
 from prune_dn.pruning.patches import Convolution, Transposed
@@ -81,7 +80,7 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in own_tensors(model).items()}
 
 
-Config = DenseNetConfig | LightCNNConfig | NetShape
+Config = NetConfig | NetShape
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ def subject(
     example_inputs: Any = None,
     calibration: Iterable[object] | None = None,
 ) -> Subject:
-    """The net as ours where it is a DenseNet or a Light CNN, else followed on an example.
+    """The net as ours where its family is one of ours, else followed on an example.
 
     The example is `example_inputs`, an image of `input_size`, or one of `calibration`. A variant of
     torchvision's or timm's DenseNet that is not ours is followed, too.
@@ -119,23 +118,10 @@ def subject(
     changed.
     """
     check_not_wrapped(model)
-    if isinstance(model, nn.Module) and is_densenet(model):
-        check_sound(model)
-        try:
-            ours = convert(model, share=True)
-        except ConversionError:
-            if isinstance(model, DenseNet):
-                raise
-        else:
-            _refuse_example(example_inputs, "a DenseNet", "images of any size")
-            size = default_image_size(ours.config) if input_size is None else input_size
-            return Subject(ours, ours.config, ours.config.graph(size), None)
     check_cnn(model)
     check_sound(model)
-    if isinstance(model, LightCNN):
-        light = as_built(model, share=True)
-        _refuse_example(example_inputs, "a Light CNN", "images of one size")
-        return Subject(light, light.config, light.config.graph(), None)
+    if (ours := as_ours(model, share=True)) is not None:
+        return own_subject(ours, input_size, example_inputs)
     for problem in computed_weights(model):
         raise PruningError(
             f"this {type(model).__name__} has weights that are not its own: {problem}"
@@ -154,6 +140,26 @@ def subject(
     return Subject(model, NetShape.of(model, Units(graph), describe(inputs)), graph, inputs)
 
 
+def own_subject(
+    model: nn.Module, input_size: ImageSize | None = None, example_inputs: Any = None
+) -> Subject:
+    """A net of a family of ours as it is, without a look at its weights, which may be on the meta device.
+
+    Raises PruningError for a size that it does not take, and for an example.
+    """
+    config: Any = model.config
+    family = known_family(config)
+    if example_inputs is not None:
+        raise PruningError(
+            f"example_inputs have no effect on a {family.title}, which takes images of "
+            f"{'one' if family.one_size else 'any'} size: leave them out, or give input_size"
+        )
+    try:
+        return Subject(model, config, config.graph(family.side(config, input_size)), None)
+    except ConfigError as error:
+        raise PruningError(f"input_size: {error}") from error
+
+
 def check_cnn(model: nn.Module) -> None:
     """Raise PruningError for what is no CNN."""
     kind = type(model).__name__
@@ -167,14 +173,6 @@ def check_cnn(model: nn.Module) -> None:
                 f"this {kind} is a transformer ({name} is a {part}): only CNNs can be pruned; "
                 "torch-pruning's own pruners cut transformers"
             )
-
-
-def _refuse_example(example_inputs: Any, kind: str, takes: str) -> None:
-    if example_inputs is not None:
-        raise PruningError(
-            f"example_inputs have no effect on {kind}, which takes {takes}: leave them out, or give "
-            "input_size"
-        )
 
 
 def _check_reached(model: nn.Module, graph: Graph) -> None:

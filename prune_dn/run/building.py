@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from prune_dn.base.processes import process_state
 from prune_dn.checkpoints.checkpoint import load
-from prune_dn.checkpoints.opened import as_ours
 from prune_dn.data.datasets import Datasets, DataSpec, load_datasets
 from prune_dn.errors import DataError, RecipeError
-from prune_dn.models import BUILDERS, DenseNet, LightCNN, Net
+from prune_dn.models import BUILDERS
+from prune_dn.models.convert import as_ours
 from prune_dn.models.examples import in_channels
+from prune_dn.models.families import built, config_of, known_family
 from prune_dn.run.pixels import check_fit
 from prune_dn.run.recipe import DataSection, Recipe
 from prune_dn.run.recipe_model import ModelSection
@@ -53,27 +54,25 @@ def build_model(section: ModelSection, data: Datasets, *, seed: int) -> nn.Modul
         model = load(section.checkpoint, model=given)
     else:
         model = section.build(spec.num_classes, spec.in_channels)
-    model = as_ours(model).to(device)
+    model = (as_ours(model) or model).to(device)
     if section.checkpoint is None and (has := in_channels(model)) != spec.in_channels:
         raise DataError(
             f"{section.title} is built for {has} input channels, the data set {spec.name!r} has "
             f"{spec.in_channels}; nets of timm take any number, a factory what its arguments say"
         )
     check_fit(model, spec, section.title)
-    if not isinstance(model, Net):
+    if config_of(model) is None:
         _check_answers(model, spec, section.title)
     return model
 
 
-def _ours(section: ModelSection, spec: DataSpec, seed: int) -> Net:
+def _ours(section: ModelSection, spec: DataSpec, seed: int) -> nn.Module:
     with torch.device("meta"):
-        shape = section.build(spec.num_classes)
+        config = config_of(section.build(spec.num_classes))
     torch.manual_seed(seed)
-    if isinstance(shape, LightCNN):
-        size, channels = spec.image_size, spec.in_channels
-        return LightCNN(dataclasses.replace(shape.config, image_size=size, in_channels=channels))
-    assert isinstance(shape, DenseNet)
-    return DenseNet(dataclasses.replace(shape.config, in_channels=spec.in_channels))
+    size = {"image_size": spec.image_size} if known_family(config).one_size else {}
+    model: nn.Module = built(dataclasses.replace(config, in_channels=spec.in_channels, **size))
+    return model
 
 
 def _check_answers(model: nn.Module, spec: DataSpec, where: str) -> None:

@@ -15,12 +15,10 @@ from prune_dn.errors import PruningError
 from prune_dn.measure.cross_check import cross_check
 from prune_dn.measure.latency import measure_latency
 from prune_dn.measure.profiling import count, count_per_layer
-from prune_dn.models import LightCNN, Net
 from prune_dn.models.answers import path_of
 from prune_dn.models.examples import in_channels
+from prune_dn.models.families import config_of, known_family
 from prune_dn.pruning import Plan
-from prune_dn.pruning.siblings import contests
-from prune_dn.pruning.units import Units
 from prune_dn.run.pixels import describe_inputs, inputs_for, say_inputs
 
 Table = tuple[list[str], list[list[str]]]
@@ -85,23 +83,16 @@ def show_file(
         **dataclasses.asdict(count(net, **inputs)),
         "info": info,
     }
-    if isinstance(net, Net):
-        facts["config"] = json.loads(net.config.to_json())
+    if (config := config_of(net)) is not None:
+        facts["config"] = json.loads(config.to_json())
     rows = [[r["name"], str(r["channels"] or ""), f"{r['params']:,}"] for r in layers]
     return facts, (["layer", "channels", "params"], rows)
 
 
 def _shape(model: nn.Module) -> dict[str, Any]:
     """What kind of net it is, in few words."""
-    if not isinstance(model, Net):
+    config = config_of(model)
+    if config is None:
         return {"class": path_of(type(model)), "in_channels": in_channels(model)}
-    config = model.config
-    shape: dict[str, Any] = {"classes": config.num_classes, "in_channels": config.in_channels}
-    if isinstance(model, LightCNN):
-        return {**shape, "light_cnn": model.config.variant, "blocks": list(model.config.blocks)}
-    blocks = [len(block) for block in model.config.blocks]
-    rivals = {
-        x.name: f"{len(x.owner)} maps compete, {x.winners} win"
-        for x in contests(Units(model.config.graph()))
-    }
-    return {**shape, "stem": model.config.stem, "layers_per_block": blocks, "mfm": rivals}
+    shape = {"classes": config.num_classes, "in_channels": config.in_channels}
+    return {**shape, **known_family(config).facts(config)}

@@ -16,7 +16,7 @@ from prune_dn.base.files import same_file
 from prune_dn.base.intervals import fell, wilson
 from prune_dn.base.processes import process_state
 from prune_dn.checkpoints.checkpoint import load, save, save_state_dict
-from prune_dn.checkpoints.opened import as_ours, open_checkpoint
+from prune_dn.checkpoints.opened import open_checkpoint
 from prune_dn.data.datasets import (
     CALIBRATION_IMAGES,
     Datasets,
@@ -26,8 +26,9 @@ from prune_dn.data.datasets import (
 from prune_dn.deploy.export import export_onnx, export_torch
 from prune_dn.errors import DataError, ExportError, PruningError, RecipeError
 from prune_dn.measure.profiling import count
-from prune_dn.models import LightCNN, Net
+from prune_dn.models.convert import as_ours
 from prune_dn.models.examples import example_image
+from prune_dn.models.families import config_of, family_of
 from prune_dn.models.losses import USUAL
 from prune_dn.pruning import (
     Plan,
@@ -94,7 +95,7 @@ def prune_checkpoint(
     if export is not None:
         check_exported(export)
     model, info = open_checkpoint(checkpoint, ema, named)
-    model = as_ours(model)
+    model = as_ours(model) or model
     if recalibrate and not any(isinstance(m, _BatchNorm) for m in model.modules()):
         raise PruningError(
             f"--recalibrate has no effect: a {_kind(model)} has no batch norms; leave it out"
@@ -167,12 +168,13 @@ def prune_checkpoint(
 
 
 def _kind(model: nn.Module) -> str:
-    return "Light CNN" if isinstance(model, LightCNN) else type(model).__name__
+    family = family_of(model)
+    return type(model).__name__ if family is None else family.title
 
 
 def _save(model: nn.Module, path: Path, info: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
     """Save any net, one that is not ours with the inputs that it is for."""
-    if isinstance(model, Net):
+    if config_of(model) is not None:
         save(model, path, info=info)
         return
     example = inputs.get("example_inputs")

@@ -26,8 +26,8 @@ from prune_dn.data.datasets import Datasets, calibration_loader
 from prune_dn.deploy.export import export_onnx, export_torch
 from prune_dn.errors import PruneDNError
 from prune_dn.measure.latency import machine
-from prune_dn.models import Net
 from prune_dn.models.examples import example_image
+from prune_dn.models.families import config_of
 from prune_dn.models.losses import USUAL
 from prune_dn.pruning import (
     Plan,
@@ -228,7 +228,7 @@ class Phases:
 
     def _load(self, name: str) -> nn.Module:
         with self._readable(name):
-            dense = None if isinstance(self.built, Net) else self.built
+            dense = self.built if config_of(self.built) is None else None
             return load(self._path(name), model=dense).to(process_state().device)
 
     @contextmanager
@@ -308,7 +308,7 @@ class Phases:
 
     def _origin(self, model: nn.Module) -> dict[str, Any]:
         """Arguments of `save` for a net that is not ours: who made it, and an image that it takes."""
-        if isinstance(model, Net):
+        if config_of(model) is not None:
             return {}
         spec, told = self.data.spec, {}
         named = self.recipe.model.named(spec.num_classes, spec.in_channels)

@@ -14,10 +14,9 @@ from torch.utils._pytree import tree_leaves
 from prune_dn.checkpoints.checkpoint import read_example, read_info
 from prune_dn.data.datasets import DataSpec
 from prune_dn.errors import DataError, DataWarning
-from prune_dn.models import DenseNet, LightCNN, Net
 from prune_dn.models.examples import in_channels
+from prune_dn.models.families import config_of, known_family
 from prune_dn.models.named import usual_image_size
-from prune_dn.models.sizes import default_image_size
 from prune_dn.run.recipe import DataSection
 
 CHECKPOINT = "from the checkpoint"
@@ -34,8 +33,9 @@ def image_size_for(
     Raises DataError for another size than that of a Light CNN, whose linear layer fits one, and where the
     net was saved with inputs that are no square images.
     """
-    if isinstance(model, LightCNN):
-        own = model.config.image_size
+    config = config_of(model)
+    if config is not None and known_family(config).one_size:
+        own = known_family(config).image_size(config)
         if given not in (None, own):
             raise DataError(
                 f"{where} has {own} pixels a side, --image-size says {given}; leave it out"
@@ -46,10 +46,9 @@ def image_size_for(
     known = (info.get("data") or {}).get("image_size")
     if known is not None:
         return int(known), CHECKPOINT
-    if isinstance(model, DenseNet):
-        return default_image_size(
-            model.config
-        ), f"guessed: usual for the stem {model.config.stem!r}"
+    if config is not None:
+        family = known_family(config)
+        return family.image_size(config), f"guessed: usual for such a {family.title}"
     example = read_example(where)
     if (side := _side(example)) is not None:
         return side, CHECKPOINT
@@ -66,9 +65,9 @@ def check_fit(model: nn.Module, spec: DataSpec, where: str) -> None:
     Of a net that is not ours only input channels are known; its classes show when it runs.
     """
     has = {"input channels": in_channels(model)}
-    if isinstance(model, Net):
-        config = model.config
-        size = getattr(config, "image_size", spec.image_size)  # a DenseNet takes any
+    if (config := config_of(model)) is not None:
+        family = known_family(config)
+        size = family.image_size(config) if family.one_size else spec.image_size
         has = {"classes": config.num_classes, **has, "pixels a side": size}
     needs = {
         "classes": spec.num_classes,
@@ -90,7 +89,7 @@ def inputs_for(
 
     Inputs that are no square images are those that the net was saved with.
     """
-    if given is None and not isinstance(model, Net) and not info.get("data"):
+    if given is None and config_of(model) is None and not info.get("data"):
         example = read_example(where)
         if example is not None and _side(example) is None:
             return {"example_inputs": example}, CHECKPOINT

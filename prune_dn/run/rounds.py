@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from prune_dn.data.datasets import Datasets, calibration_batches
-from prune_dn.models import Net
+from prune_dn.models.families import config_of
 from prune_dn.pruning import Plan, make_plan
 from prune_dn.pruning.criteria import reads_images
 from prune_dn.run.recipe import Recipe
@@ -29,7 +29,7 @@ def plan_round(
         asked,
         calibration=calibration(recipe, data) if reads_images(asked.criterion) else None,
         ratios=recipe.prune.ratios,
-        baseline=dense.config if isinstance(dense, Net) else dense,
+        baseline=config_of(dense) or dense,
     )
 
 

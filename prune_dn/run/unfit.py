@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from prune_dn.errors import ConversionError, PruningError
-from prune_dn.models import DenseNet, LightCNN, Net
 from prune_dn.models.examples import example_image, inference_copy
+from prune_dn.models.families import family_of
 from prune_dn.pruning.config import LATENCY, PruneConfig
 from prune_dn.pruning.planning import allowed
 from prune_dn.pruning.ratios import read_ratios
 from prune_dn.pruning.request import check_rounding, with_defaults
 from prune_dn.pruning.settle import settled_contests
-from prune_dn.pruning.subject import Subject, subject
+from prune_dn.pruning.subject import Subject, own_subject, subject
 from prune_dn.pruning.units import Units
 from prune_dn.training import FitConfig
 from prune_dn.training.regularizers import norm_scales
@@ -58,7 +58,7 @@ def unfit(
             read_ratios(ratios, table, request.units)
     except (PruningError, ConversionError) as error:
         yield f"prune: {error}"
-    if request.unit == LATENCY and not isinstance(model, Net):
+    if request.unit == LATENCY and family_of(model) is None:
         yield (
             "prune.unit: only of DenseNets and Light CNNs the latency can be predicted; choose macs, and "
             "see the measured latencies in the report"
@@ -68,11 +68,12 @@ def unfit(
 def _unfit_training(model: nn.Module, name: str, fit: FitConfig) -> Iterator[str]:
     if fit.sparsity is not None and not norm_scales(model):
         yield f"{name}.sparsity: it has no batch norms with scales to pull on; leave it out"
-    if fit.memory_efficient and not isinstance(model, DenseNet):
+    family = family_of(model)
+    if fit.memory_efficient and not (family is not None and family.shares_memory):
         yield f"{name}.memory_efficient: only DenseNets have a shared buffer; leave it out"
-    if fit.resolutions and isinstance(model, LightCNN):
+    if fit.resolutions and family is not None and family.one_size:
         yield f"{name}.resolutions: its linear layer fits one size; leave them out"
-    elif fit.resolutions and not isinstance(model, Net):
+    elif fit.resolutions and family is None:
         net, size = inference_copy(model), 0
         try:
             for _, size in fit.resolutions:
@@ -84,6 +85,6 @@ def _unfit_training(model: nn.Module, name: str, fit: FitConfig) -> Iterator[str
 
 
 def _subject(model: nn.Module, image_size: int | None) -> Subject:
-    if not isinstance(model, Net):
+    if family_of(model) is None:
         return subject(model, image_size)
-    return Subject(model, model.config, model.config.graph(image_size), None)
+    return own_subject(model, image_size)

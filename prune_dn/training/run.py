@@ -20,8 +20,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from prune_dn.base.processes import process_state
 from prune_dn.data.datasets import Datasets, ImageSet, loading, make_loader
 from prune_dn.errors import TrainingError
-from prune_dn.models import DenseNet, Net
 from prune_dn.models.answers import eval_mode
+from prune_dn.models.families import config_of, shares_memory
 from prune_dn.models.losses import find_loss
 from prune_dn.training.config import WITHOUT_EFFECT, FitConfig
 from prune_dn.training.distillation import distillation_loss
@@ -83,9 +83,9 @@ class Run:
 
     def __enter__(self) -> None:
         config, device = self.config, self.accelerator.device
-        if isinstance(self.model, DenseNet):
+        if shares_memory(self.model):
             efficient = config.memory_efficient
-            self.model.memory_efficient = True if efficient is None else efficient
+            self.model.memory_efficient = True if efficient is None else efficient  # type: ignore[assignment]
         self.model.to(device)
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model.to(memory_format=layout)
@@ -106,8 +106,8 @@ class Run:
         self.model.zero_grad(set_to_none=True)
         for module, flag in self.flags.items():
             module.training = flag
-        if self.memory_efficient is not None and isinstance(self.model, DenseNet):
-            self.model.memory_efficient = self.memory_efficient
+        if shares_memory(self.model):
+            self.model.memory_efficient = self.memory_efficient  # type: ignore[assignment]
 
     @loading()
     def train_epoch(self, shown: Display) -> dict[str, Any]:
@@ -268,8 +268,8 @@ class Run:
 
 def _described(model: nn.Module) -> str:
     """The config of a net of ours; of any other the class, and a digest of its tensors' shapes."""
-    if isinstance(model, Net):
-        return model.config.to_json()
+    if (config := config_of(model)) is not None:
+        return str(config.to_json())
     shapes = {name: str(tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
     return f"{type(model).__name__} {_digest(shapes)}"
 

@@ -34,7 +34,7 @@ def lines(err: str) -> list[str]:
     return [line for line in err.splitlines() if line.startswith("images: ")]
 
 
-GUESSED = "guessed: usual for the stem 'cifar'"
+GUESSED = "guessed: usual for such a DenseNet"
 EVERY = [
     ["evaluate"],
     ["prune", "--ratio", 0.3, "--recalibrate", 1, "-o", "o.safetensors"],
@@ -72,7 +72,7 @@ def test_how_pixels_were_read_is_said_and_what_of_it_was_guessed(
         "normalisation_from": "guessed: usual for the data, or measured on them",
     }
     assert lines(err) == [
-        "images: 32 pixels (guessed: usual for the stem 'cifar'; --image-size if that is wrong), "
+        "images: 32 pixels (guessed: usual for such a DenseNet; --image-size if that is wrong), "
         "normalised with mean 0.3058 and std 0.3236 (guessed: usual for the data, or measured on "
         "them; --mean and --std, or --normalize if that is wrong)"
     ]
@@ -125,7 +125,7 @@ def test_where_no_pixels_are_read_the_size_is_said(
     assert (found["image_size"], found["image_size_from"]) == (32, GUESSED)
     if name != "show":
         assert lines(err) == [
-            "images: 32 pixels (guessed: usual for the stem 'cifar'; --image-size if that is wrong)"
+            "images: 32 pixels (guessed: usual for such a DenseNet; --image-size if that is wrong)"
         ]
         found = document(run(name, plain, *options, "--image-size", 8, "--json"))
         found = found.get("images", found)

@@ -13,7 +13,8 @@ from strategies import pruned_configs
 from torch import Tensor
 
 from prune_dn.models import DenseNet, DenseNetConfig, LayerConfig, TransitionConfig, densenet
-from prune_dn.models.dense_net import ReadStream, build_empty
+from prune_dn.models.dense_net import ReadStream
+from prune_dn.models.families import empty_net
 
 
 def images(config: DenseNetConfig, batch: int = 2, seed: int = 1) -> Tensor:
@@ -136,17 +137,17 @@ def test_what_is_read_competes_before_the_norm() -> None:
     assert torch.equal(read, torch.where(sides[0] > sides[1], *sides))
 
 
-# -- build_empty ---------------------------------------------------------------------------------
+# -- empty_net -----------------------------------------------------------------------------------
 
 
 @settings(max_examples=10)
 @given(pruned_configs())
-def test_build_empty_takes_any_weights(config: DenseNetConfig) -> None:
+def test_an_empty_net_takes_any_weights(config: DenseNetConfig) -> None:
     full = randomise_(DenseNet(config).eval(), 3)
     before = torch.get_rng_state()
-    empty = build_empty(config, memory_efficient=True)
+    empty = empty_net(config)
     assert torch.equal(before, torch.get_rng_state())
-    assert empty.memory_efficient and all(p.is_meta for p in empty.parameters())
+    assert all(p.is_meta for p in empty.parameters())
     for name, buffer in empty.named_buffers():
         assert buffer.is_meta != name.endswith(("_indices", "rivals")), name
     empty.load_state_dict(full.state_dict(), assign=True)

@@ -133,9 +133,14 @@ def test_a_request_is_what_make_plan_notes() -> None:
     assert PruneConfig(0.3, input_size=(8, 8)).input_size == 8
 
 
-def test_another_baseline_than_a_config_is_refused() -> None:
-    with pytest.raises(PruningError, match="baseline is a DenseNet; give the config"):
-        make_plan(net(), 0.5, baseline=net())
+def test_a_baseline_is_a_net_of_the_same_kind_or_its_config() -> None:
+    asked = {"unit": "macs", "criterion": "l2"}
+    as_net, as_config = (make_plan(net(), 0.5, baseline=b, **asked) for b in (net(), net().config))
+    assert as_net == as_config == make_plan(net(), 0.5, **asked)
+    with pytest.raises(PruningError, match="baseline is a LightCNN; give a DenseNet or its config"):
+        make_plan(net(), 0.5, baseline=light())
+    with pytest.raises(PruningError, match="baseline is a DenseNetConfig; give the net"):
+        make_plan(torchvision.models.resnet18(), 0.5, input_size=32, baseline=net().config)
 
 
 def test_a_ready_request_is_the_same_as_its_fields() -> None:
