@@ -7,6 +7,7 @@ numbers: (N, K), (N,) for one output, or (N, K, ...) with a prediction per pixel
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +15,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from prune_dn.errors import DataError
+from prune_dn.graph.inference import tensors
 
 LossFunction = Callable[[Any, Tensor], Tensor]
 
@@ -35,7 +38,7 @@ class Loss:
 
     name: str
     error: LossFunction
-    draw: Callable[[Tensor, torch.Generator], Tensor] | None
+    draw: Callable[[Any, torch.Generator], Any] | None
     distance: LossFunction
     check: Callable[[Tensor, Any], str | None]
     mean: LossFunction
@@ -168,13 +171,14 @@ LOSSES: dict[str, Loss] = {
 USUAL = "softmax"  # of class-labelled data
 
 
-def find_loss(loss: str | LossFunction | None, outputs: Any, labels: Tensor | None) -> Loss:
+def find_loss(loss: str | LossFunction | None, outputs: Any, labels: Any) -> Loss:
     """The loss that is named, or `softmax` where `loss` is None and `labels` are class numbers.
 
     Integers below the number of outputs, one for each prediction, can mean nothing else. Other labels
     (0 and 1 may be yes and no, or numbers), and images without labels, could be several: that is
     refused. A callable is (outputs, labels) -> the mean over the batch, such as
-    `torch.nn.BCEWithLogitsLoss()`; it alone may take outputs that are no tensor.
+    `torch.nn.BCEWithLogitsLoss()`. Outputs that are several tensors are for a callable, and for `mse`, which
+    adds up over all of them.
 
     Raises DataError for a name that is unknown, a loss that cannot be guessed, and labels or outputs
     that do not fit.
@@ -185,10 +189,12 @@ def find_loss(loss: str | LossFunction | None, outputs: Any, labels: Tensor | No
     check_loss(loss)
     if callable(loss):
         return _of_callable(loss)
+    if loss == "mse" and not isinstance(outputs, Tensor) and tensors(outputs):
+        return _of_several(outputs, labels)
     if not isinstance(outputs, Tensor) or not outputs.ndim:
         raise DataError(
             f"the model gives {describe(outputs)}; loss={loss!r} needs outputs (N, K) or (N, K, ...). "
-            "Give a callable (outputs, labels) -> mean loss, or a model with one tensor as its output"
+            "Give loss='mse', a callable (outputs, labels) -> mean loss, or a model with one tensor as its output"
         )
     width = outputs.shape[1] if outputs.ndim > 1 else 1
     if loss is None:
@@ -206,6 +212,35 @@ def find_loss(loss: str | LossFunction | None, outputs: Any, labels: Tensor | No
     if labels is not None and (problem := found.check(labels, outputs)) is not None:
         raise DataError(f"loss {found.name!r}: {problem}")
     return found
+
+
+def _of_several(outputs: Any, labels: Any) -> Loss:
+    """`mse` of a model that gives several tensors, as lists of them: the sum over all."""
+    one = LOSSES["mse"]
+    if labels is not None:
+        pairs = list(zip(tensors(outputs), tree_leaves(labels), strict=False))
+        many = len(tensors(outputs)), len(tree_leaves(labels))
+        problems = [f"the model gives {many[0]} tensors, the labels are {many[1]}"] * (
+            many[0] != many[1]
+        )
+        problems += [p for x, y in pairs if (p := one.check(y, x)) is not None]
+        if problems:
+            raise DataError(f"loss 'mse': {problems[0]}")
+
+    def error(outputs: Any, labels: Any) -> Tensor:
+        pairs = zip(tensors(outputs), tree_leaves(labels), strict=True)
+        return sum((one.error(x, y) for x, y in pairs), torch.zeros(()))
+
+    def mean(outputs: Any, labels: Any) -> Tensor:
+        return 2 * error(outputs, labels) / sum(x.numel() for x in tensors(outputs))
+
+    def draw(outputs: Any, generator: torch.Generator) -> Any:
+        assert one.draw is not None
+        return [one.draw(x, generator) for x in tensors(outputs)]
+
+    return dataclasses.replace(
+        one, error=error, draw=draw, check=lambda labels, outputs: None, mean=mean
+    )
 
 
 def check_loss(loss: object) -> None:

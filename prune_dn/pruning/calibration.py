@@ -8,13 +8,16 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
-from prune_dn.data.batches import Batches, run_on, working_copy
+from prune_dn.data.batches import Batches, joined, rows_of, run_on, working_copy
 from prune_dn.errors import DataError, PruningError
 from prune_dn.graph import tensors
+from prune_dn.models.examples import batch_size, for_net
 from prune_dn.models.losses import find_loss
 from prune_dn.pruning.competition import competition
 from prune_dn.pruning.patches import output_positions, patch_width, patches_of
+from prune_dn.pruning.slices import bytes_to_follow, fresh, in_slices
 
 Need = Literal["activations", "gradients", "gram", "wins"]
 NEEDS: tuple[Need, ...] = ("activations", "gradients", "gram", "wins")
@@ -53,16 +56,17 @@ class PixelSampler:
         self.images = images
         self.generator = torch.Generator().manual_seed(seed)
 
-    def __call__(self, layer: nn.Module, output: Tensor) -> Tensor | None:
+    def __call__(self, layer: nn.Module, output: Tensor, rows: int | None = None) -> Tensor | None:
         """Flat output positions (N, Q) of a layer, about twice as many as a patch has numbers.
 
-        At least 4,096 in all; None = every position.
+        At least 4,096 in all; None = every position. N = `rows`, by default those of `output`.
         """
         pixels, width = output_positions(layer, output), patch_width(layer)
         wanted = -(-max(2 * width, 4096) // self.images)
         if wanted >= pixels:
             return None
-        drawn = torch.randint(pixels, (len(output), wanted), generator=self.generator)
+        rows = len(output) if rows is None else rows
+        drawn = torch.randint(pixels, (rows, wanted), generator=self.generator)
         return drawn.to(output.device)
 
 
@@ -81,8 +85,9 @@ def collect(
     `wins` a `MaxFeatureMap` or a `ReadStream`).
 
     Where others read the same tensor, only what this reader does with it counts. The model is not
-    touched: a copy runs, in eval mode, in float32 or better. Memory does not grow with the number of
-    batches; `gram` keeps one matrix per reader. `owners` says of which unit each channel that a reader
+    touched: a copy runs, in eval mode, in float32 or better. Memory does not grow with the number or size of
+    batches: a large one runs in slices (`slices.MEMORY`), which change the result only by rounding; `gram` keeps
+    one matrix per reader. `owners` says of which unit each channel that a reader
     reads is, (C,): behind a flattened map a unit has one a pixel. Its statistics are then of units:
     of all that the reader reads of one, before an absolute value or a square is taken.
 
@@ -90,61 +95,126 @@ def collect(
     do not fit the loss (`batches.loss`, or the one that labels imply).
     """
     net = working_copy(model)
-    like = next(net.parameters())
     modules = {name: net.get_submodule(name) for name in readers}
     sampler = PixelSampler(len(batches), seed)
+    backward = need in ("gradients", "gram")
     seen: list[tuple[str, Tensor, Tensor]] = []  # reader, input, output
     sums: dict[str, dict[str, Any]] = {name: {} for name in modules}
 
     def watch(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            seen.append((name, args[0], output))
+            if torch.is_grad_enabled() or not backward:  # else only answers are wanted
+                seen.append((name, args[0], output))
 
         return hook
 
     def own(_: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
-        return args[0].view_as(args[0])  # a node of its own: gradients of other readers stay out
+        x = args[0]
+        if torch.is_grad_enabled() and not x.requires_grad:
+            x = x.detach().requires_grad_()
+        return x.view_as(x)  # a node of its own: gradients of other readers stay out
 
     for name, module in modules.items():
         module.register_forward_pre_hook(own)
         module.register_forward_hook(watch(name))
-    for i, images in enumerate(batches.images):
-        images = images.detach().to(like, copy=True)
-        backward = need in ("gradients", "gram")
-        with torch.set_grad_enabled(backward):
-            outputs = run_on(net, images.requires_grad_(backward))
-        _check_finite(outputs, i)
-        watched = [x if need == "gradients" else out for _, x, out in seen]
-        gradients: Sequence[Tensor | None] = [None] * len(seen)
-        if backward:
-            error = _error(outputs, batches, i, need, sampler.generator, like.device)
-            if not (error.requires_grad and error.isfinite()):
-                raise PruningError(
-                    f"calibration batch {i}: the loss is {error.item():g}, "
-                    f"{'and' if error.requires_grad else 'without a gradient, so'} nothing follows "
-                    "from it; look at the loss, and at the labels"
-                )
-            gradients = torch.autograd.grad(error, watched, materialize_grads=True)
-        for (name, x, output), gradient in zip(seen, gradients, strict=True):
-            module, x = modules[name], x.detach()
-            if need == "wins":
-                found = competition(module, x)
-            elif need == "gram":
-                assert gradient is not None
-                gradient = _channels_second(gradient, module)
-                found = {"sensitivity": gradient.square().sum([0, *range(2, gradient.ndim)])}
-                _add_gram_(sums[name], x, output, module, sampler)
-            else:
-                owner = None if owners is None else owners.get(name)
-                found = _of_units(x, gradient, module, owner)
-            for key, value in found.items():
-                value = value.double()
-                sums[name][key] = sums[name][key].add_(value) if key in sums[name] else value
-        seen.clear()
+    size: dict[Any, int] = {}  # bytes of an example, by the shapes of its tensors
+    for i, given in enumerate(batches.inputs):
+        inputs = for_net(given, net)
+        shapes = tuple(x.shape[1:] for x in tree_leaves(inputs) if isinstance(x, Tensor))
+        if shapes not in size:
+            size[shapes] = _bytes(net, inputs, modules, backward)
+            seen.clear()
+        parts, answers = in_slices(inputs, size[shapes]), []
+        if backward and len(parts) > 1:  # the loss is that of the batch
+            with torch.no_grad():
+                answers = [run_on(net, fresh(part)) for part in parts]
+        slopes: Sequence[Tensor] = ()
+        drawn: list[Tensor | None] = []  # positions of the whole batch, for each that is seen
+        start = 0
+        for part in parts:
+            rows = slice(start, start := start + batch_size(part))
+            with torch.set_grad_enabled(backward):
+                outputs = run_on(net, fresh(part))
+            _check_finite(outputs, i)
+            if backward and not slopes:
+                slopes = _slopes(joined(answers or [outputs]), batches, i, need, sampler.generator)
+            gradients = _followed(outputs, [s[rows] for s in slopes], seen, i, need)
+            for number, ((name, x, output), gradient) in enumerate(
+                zip(seen, gradients, strict=True)
+            ):
+                module, x = modules[name], x.detach()
+                if need == "wins":
+                    found = competition(module, x)
+                elif need == "gram":
+                    assert gradient is not None
+                    gradient = _channels_second(gradient, module)
+                    found = {"sensitivity": gradient.square().sum([0, *range(2, gradient.ndim)])}
+                    if number == len(drawn):
+                        drawn.append(sampler(module, output, batch_size(inputs)))
+                    where = drawn[number]
+                    _add_gram_(sums[name], x, module, None if where is None else where[rows])
+                else:
+                    owner = None if owners is None else owners.get(name)
+                    found = _of_units(x, gradient, module, owner)
+                for key, value in found.items():
+                    value = value.double()
+                    sums[name][key] = sums[name][key].add_(value) if key in sums[name] else value
+            seen.clear()
     return {
         name: Statistics(**{key: value / len(batches) for key, value in found.items()})
         for name, found in sums.items()
     }
+
+
+def _bytes(net: nn.Module, inputs: Any, modules: Mapping[str, nn.Module], backward: bool) -> int:
+    """What one example takes (`bytes_to_follow`); 0 where outputs have no row for each."""
+    one = rows_of(inputs, slice(0, 1))
+    with torch.no_grad():
+        outputs = run_on(net, fresh(one))
+    if not all(x.ndim and len(x) == 1 for x in tree_leaves(outputs) if isinstance(x, Tensor)):
+        return 0
+    return bytes_to_follow(net, fresh(one), modules, backward)
+
+
+def _followed(
+    outputs: Any,
+    slopes: Sequence[Tensor],
+    seen: Sequence[tuple[str, Tensor, Tensor]],
+    i: int,
+    need: Need,
+) -> Sequence[Tensor | None]:
+    """The gradient of the loss at each input, or for `gram` output, that was seen."""
+    if need not in ("gradients", "gram"):
+        return [None] * len(seen)
+    pairs = [(x, s) for x, s in zip(tensors(outputs), slopes, strict=True) if x.requires_grad]
+    if not pairs:
+        raise _no_gradient(i)
+    heads, slopes = zip(*pairs, strict=True)
+    watched = [x if need == "gradients" else out for _, x, out in seen]
+    return torch.autograd.grad(heads, watched, slopes, materialize_grads=True)
+
+
+def _slopes(
+    outputs: Any, batches: Batches, i: int, need: Need, generator: torch.Generator
+) -> Sequence[Tensor]:
+    """The gradient of the loss of batch `i` at each of the outputs."""
+    heads = tree_map(lambda x: x.detach().requires_grad_() if tensors(x) else x, outputs)
+    error = _error(heads, batches, i, need, generator)
+    if not error.requires_grad:
+        raise _no_gradient(i)
+    if not error.isfinite():
+        raise PruningError(
+            f"calibration batch {i}: the loss is {error.item():g}, and nothing follows from it; look at "
+            "the loss, and at the labels"
+        )
+    return torch.autograd.grad(error, tensors(heads), materialize_grads=True)
+
+
+def _no_gradient(i: int) -> PruningError:
+    return PruningError(
+        f"calibration batch {i}: the loss is without a gradient, so nothing follows from it; look at the "
+        "loss, and at the labels"
+    )
 
 
 def _of_units(
@@ -170,11 +240,11 @@ def _of_units(
 
 
 def _add_gram_(
-    sums: dict[str, Any], x: Tensor, output: Tensor, module: nn.Module, sampler: PixelSampler
+    sums: dict[str, Any], x: Tensor, module: nn.Module, positions: Tensor | None
 ) -> None:
     """Add the patches' Gram matrix; it is large, so in float32. Of a grouped conv, one for each group."""
     groups = int(getattr(module, "groups", 1))
-    rows = patches_of(module, x, sampler(module, output)).float()
+    rows = patches_of(module, x, positions).float()
     share = len(x) / len(rows)
     if groups == 1:
         gram = sums.setdefault("gram", rows.new_zeros(rows.shape[1], rows.shape[1]))
@@ -192,15 +262,13 @@ def _channels_second(x: Tensor, layer: nn.Module) -> Tensor:
 
 
 def _error(
-    outputs: Any,
-    batches: Batches,
-    i: int,
-    need: Need,
-    generator: torch.Generator,
-    device: torch.device,
+    outputs: Any, batches: Batches, i: int, need: Need, generator: torch.Generator
 ) -> Tensor:
     """The loss of batch `i`: by its labels for `gradients`, by what is drawn for `gram`."""
-    labels = None if batches.labels is None else batches.labels[i].to(device, copy=True)
+    device = tensors(outputs)[0].device if tensors(outputs) else torch.device("cpu")
+    labels = None if batches.labels is None else batches.labels[i]
+    if labels is not None:
+        labels = tree_map(lambda x: x.to(device, copy=True), labels)
     given = labels if need == "gradients" or batches.loss is None else None
     try:
         loss = find_loss(batches.loss, outputs, given)

@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from prune_dn.base.sound import check_sound
 from prune_dn.data.batches import read_batches
 from prune_dn.errors import PruningError
 from prune_dn.graph import Graph
+from prune_dn.models.examples import batch_size
 from prune_dn.models.losses import LossFunction
 from prune_dn.pruning.config import COMPENSATIONS, check_choice
 from prune_dn.pruning.cuts import cuts
@@ -134,13 +135,13 @@ def compensate(
     """`compensate_plan` for a net of which `kept` is left."""
     refit = method == "least_squares"
 
-    def fit_(net: nn.Module, teacher: nn.Module, images: Sequence[Tensor]) -> None:
+    def fit_(net: nn.Module, teacher: nn.Module, batches: Sequence[Any]) -> None:
         refit_(
             net,
             teacher,
             kept.outputs,
             shiftable(given.graph),
-            images,
+            batches,
             rivals=kept.rivals,
             weights=refit,
             seed=seed,
@@ -163,16 +164,16 @@ def closer(
     calibration: Iterable[object],
     method: str,
     loss: str | LossFunction | None,
-    fit_: Callable[[nn.Module, nn.Module, Sequence[Tensor]], None],
+    fit_: Callable[[nn.Module, nn.Module, Sequence[Any]], None],
 ) -> AnyNet:
-    """A copy of `small` after `fit_(copy, dense, images)`, or `small` itself, with a warning.
+    """A copy of `small` after `fit_(copy, dense, batches)`, or `small` itself, with a warning.
 
     See `compensate_plan`: judged on images that `fit_` did not see.
     """
     for model in (small, dense):
         check_sound(model)
-    images = read_batches(calibration).images
-    fitted, judged = split_images(images)
+    batches = read_batches(calibration).inputs
+    fitted, judged = split_images(batches)
     was_training = {name: module.training for name, module in small.named_modules()}
     net, cut = (copy.deepcopy(small).eval() for _ in range(2))
     teacher = copy.deepcopy(dense).eval()
@@ -181,10 +182,10 @@ def closer(
         fit_(net, teacher, fitted)
         before, after = judge(cut), judge(net)
     if not after <= before + judge.rounding:
-        unseen = "" if judged is images else " that the refit did not see"
+        unseen = "" if judged is batches else " that the refit did not see"
         warnings.warn(
             f"compensate={method!r} did not help, so the net is left as it was cut: on the "
-            f"{sum(map(len, judged))} calibration images{unseen} its {judge.loss.name} distance "
+            f"{sum(map(batch_size, judged))} calibration images{unseen} its {judge.loss.name} distance "
             f"from the dense net is {before:.4g}, compensated {after:.4g}; give more or better "
             "images, or compensate='none'",
             stacklevel=3,

@@ -5,39 +5,53 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from prune_dn.data.batches import rows_of, run_on
 from prune_dn.errors import PruningError
 from prune_dn.graph import tensors
+from prune_dn.models.examples import batch_size, for_net
 from prune_dn.models.losses import LossFunction, find_loss
 from prune_dn.pruning.patches import is_fitted
+from prune_dn.pruning.slices import bytes_to_answer, fresh, in_slices
 
 EVERY, ENOUGH = 10, 128  # a tenth costs the refit 1 to 3 % more error at 128 images, 1 % at 512
 
 
-def split_images(images: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """What is fitted on, and what is judged on.
+def split_images(batches: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+    """The batches of inputs that are fitted on, and that are judged on.
 
     The latter is one image of EVERY; all of them where there are fewer than ENOUGH.
     """
-    number = torch.arange(sum(map(len, images))).split([len(x) for x in images])
-    enough = sum(map(len, images)) >= ENOUGH
-    held = [n % EVERY == EVERY - 1 if enough else n < 0 for n in number]
-    fitted = [part for x, out in zip(images, held, strict=True) if len(part := x[~out])]
-    return fitted, [x[out] for x, out in zip(images, held, strict=True)] if enough else images
+    sizes = [batch_size(x) for x in batches]
+    if sum(sizes) < ENOUGH:
+        return batches, batches
+    held = [n % EVERY == EVERY - 1 for n in torch.arange(sum(sizes)).split(sizes)]
+    fitted, judged = (
+        [
+            rows_of(x, mine)
+            for x, out in zip(batches, held, strict=True)
+            if (mine := out == is_held).any()
+        ]
+        for is_held in (False, True)
+    )
+    return fitted, judged
 
 
 class Judge:
     """How far from the dense net's a net's outputs are, per image; `rounding`: what is nothing."""
 
     def __init__(
-        self, dense: nn.Module, images: Sequence[Tensor], loss: str | LossFunction | None
+        self, dense: nn.Module, batches: Sequence[Any], loss: str | LossFunction | None
     ) -> None:
-        like = next(dense.parameters())
-        self.images = [x.to(like) for x in images if len(x)]
-        self.targets = [tensors(dense(x)) for x in self.images]
+        every = [for_net(x, dense) for x in batches]
+        needs = bytes_to_answer(dense, every[0])
+        self.count = sum(map(batch_size, every))
+        self.parts = [part for x in every for part in in_slices(x, needs)]
+        self.targets = self._outputs(dense)
         if not all(t.isfinite().all() for target in self.targets for t in target):
             raise PruningError(
                 "the dense net gives NaN or infinity on the calibration images: nothing can be "
@@ -47,12 +61,15 @@ class Judge:
         self.rounding = self._mean(self._rounded(_rounding(dense)))
 
     def __call__(self, net: nn.Module) -> float:
-        return self._mean([tensors(net(x)) for x in self.images])
+        return self._mean(self._outputs(net))
+
+    def _outputs(self, net: nn.Module) -> list[list[Tensor]]:
+        return [tensors(run_on(net, fresh(part))) for part in self.parts]
 
     def _mean(self, outputs: Sequence[Sequence[Tensor]]) -> float:
         pairs = zip(itertools.chain(*outputs), itertools.chain(*self.targets), strict=True)
         total = sum(float(self.loss.distance(found, target)) for found, target in pairs)
-        return total / sum(map(len, self.images))
+        return total / self.count
 
     def _rounded(self, share: float) -> list[list[Tensor]]:
         """The targets, each with an error of its own, of `share` of what outputs are like."""

@@ -13,6 +13,8 @@ from prune_dn.base.defaults import usual_defaults
 from prune_dn.base.sound import find_unsound
 from prune_dn.data.batches import each_batch, run_on, working_copy
 from prune_dn.errors import PruningError
+from prune_dn.models.examples import for_net
+from prune_dn.pruning.slices import fresh
 
 
 @usual_defaults()
@@ -22,8 +24,7 @@ def recalibrate_batch_norm_(
 ) -> int:
     """Replace all running means and variances by their averages over `batches`; in place.
 
-    `batches` yields image tensors (N, C, H, W) in floating point, or (images, ...) tuples; labels are
-    not used. Give training images, augmented as in training: black borders of shifted images alone
+    `batches` yields inputs, or (inputs, ...) tuples (see `each_batch`); labels are not used. Give training images, augmented as in training: black borders of shifted images alone
     move the statistics, and without them a net loses accuracy that was not even cut. Nothing but
     the statistics moves; dropout is off. A copy of the model computes them, in float32 or better. A
     cut changes what every later norm sees, so this is due after surgery (arXiv:2007.02491,
@@ -52,9 +53,9 @@ def recalibrate_batch_norm_(
         assert isinstance(norm, _BatchNorm)
         norm.train().reset_running_stats()
         norm.momentum = None
-    like, used = next(net.parameters()), 0
-    for images, _ in itertools.islice(each_batch(batches, "recalibration"), max_batches):
-        run_on(net, images.detach().to(like), "recalibration")
+    used = 0
+    for inputs, _ in itertools.islice(each_batch(batches, "recalibration"), max_batches):
+        run_on(net, fresh(for_net(inputs, net)), "recalibration")
         used += 1
     if not used:
         raise PruningError("recalibrate_batch_norm_ got no batches; the statistics are unchanged")

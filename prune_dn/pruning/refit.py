@@ -19,7 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from prune_dn.data.batches import joined, rows_of
+from prune_dn.graph.inference import call
 from prune_dn.graph.selecting import selected
+from prune_dn.models.examples import batch_size, for_net
 from prune_dn.pruning.calibration import PixelSampler
 from prune_dn.pruning.least_squares import Moments, solve
 from prune_dn.pruning.patches import (
@@ -29,6 +32,7 @@ from prune_dn.pruning.patches import (
     patches_of,
     set_kernel_matrix_,
 )
+from prune_dn.pruning.slices import bytes_of, bytes_to_answer, fresh, in_slices, slices
 from prune_dn.pruning.sums import AtSums, Summand, find_summands, unseen
 
 
@@ -48,7 +52,7 @@ def refit_(
     dense: nn.Module,
     kept: Mapping[str, Tensor],
     shiftable: Collection[str],
-    images: Sequence[Tensor],
+    batches: Sequence[Any],
     *,
     rivals: Mapping[str, Tensor] | None = None,
     weights: bool = True,
@@ -63,12 +67,11 @@ def refit_(
     competed where that went, or itself: it is refitted to the larger of both. A layer that runs several times in one forward stays as it is. An operand of a
     sum (see `find_summands`) is fitted to what the sum lacks, so that it also makes up for the other operand.
 
-    Both nets are in eval mode; `small` is changed in place. Memory: all images' live feature maps in
-    `small`, and for each layer the dense outputs at about max(4096, twice its inputs * taps) positions.
+    Both nets are in eval mode; `small` is changed in place. `batches` are inputs of the dense net. Memory: all
+    images' live feature maps in `small`, and for each layer the dense outputs at about max(4096, twice its inputs * taps) positions.
     """
-    like = next(dense.parameters())
-    images = [x.to(like.device, like.dtype) for x in images]
-    count = sum(map(len, images))
+    batches = [for_net(x, dense) for x in batches]
+    count, needs = sum(map(batch_size, batches)), bytes_to_answer(dense, batches[0])
     samplers: dict[str, PixelSampler] = {}  # one each: how images are batched makes no difference
     seen: dict[str, _Seen] = {}
     means: dict[str, Tensor] = {}
@@ -95,7 +98,7 @@ def refit_(
 
     def add_mean(name: str) -> Callable[..., None]:
         def hook(norm: nn.Module, args: tuple[Any, ...]) -> None:
-            share = _mean(selected(norm, args[0])) * (len(args[0]) / count)
+            share = _mean(norm, args[0]) * (len(args[0]) / count)
             means[name] = means[name] + share if name in means else share
 
         return hook
@@ -116,15 +119,14 @@ def refit_(
                 done.add(name)
                 wanted = means[name][kept[name]] if name in kept else means[name]
                 mean = norm.get_buffer("running_mean")
-                mean.add_((_mean(selected(norm, args[0])) - wanted).to(mean.dtype))
+                mean.add_((_mean(norm, args[0]) - wanted).to(mean.dtype))
 
         return hook
 
     def look_at_sum(number: int, operands: tuple[Tensor, Tensor]) -> None:
         if number in sums and seen[sums[number].layer].calls == 1:
             name = sums[number].layer
-            total = operands[0] + operands[1]
-            rows = at_positions(dense.get_submodule(name), total, seen[name].positions[-1])
+            rows = _of_sum(dense.get_submodule(name), operands, seen[name].positions[-1])
             seen[name].sums.append(rows[:, kept[name]] if name in kept else rows)
 
     def fit_sum(number: int, operands: tuple[Tensor, Tensor]) -> None:
@@ -136,7 +138,7 @@ def refit_(
     layers = {name: m for name, m in both if is_fitted(m)}
     norms = {name: m for name, m in both if isinstance(m, _BatchNorm) and m.track_running_stats}
     if weights:
-        sums = find_summands(dense, layers, images[0][:1])
+        sums = find_summands(dense, layers, fresh(rows_of(batches[0], slice(0, 1))))
     summed = {summand.layer for summand in sums.values()}
     with torch.no_grad(), ExitStack() as stack:
         for name, layer in layers.items():
@@ -145,12 +147,12 @@ def refit_(
         for name, norm in norms.items():
             stack.callback(norm.register_forward_pre_hook(unseen(add_mean(name))).remove)
             stack.callback(left[name].register_forward_pre_hook(unseen(move(name))).remove)
-        for part in images:
+        for part in (part for x in batches for part in in_slices(x, needs)):
             with AtSums(look_at_sum):
-                dense(part)
+                call(dense, fresh(part))
             is_first = False
         with AtSums(fit_sum):
-            small(torch.cat(images))
+            call(small, joined(batches))
 
 
 def _fit_layer_(
@@ -188,9 +190,7 @@ def _fit_sum_(
     if x._version != version:  # something wrote over what the layer read
         return
     positions = [where for where in entry.positions if where is not None]
-    total = at_positions(
-        layer, operands[0] + operands[1], torch.cat(positions) if positions else None
-    )
+    total = _of_sum(layer, operands, torch.cat(positions) if positions else None)
     lacks = _wide(torch.cat(entry.sums)) - _wide(total)
     matrix = _wide(kernel_matrix(layer))
     scale = torch.ones_like(lacks[0])
@@ -208,13 +208,26 @@ def _fit_sum_(
     )
     if isinstance(bias, Tensor):
         bias.add_(left.to(bias.dtype))
-    again = layer.forward(x)
-    operands[summand.position].copy_(again if norm is None else norm.forward(again))
+    operand = operands[summand.position]
+    for part in slices(len(x), 4 * bytes_of(operand)):
+        again = layer.forward(x[part])
+        operand[part] = again if norm is None else norm.forward(again)
+
+
+def _of_sum(layer: nn.Module, operands: tuple[Tensor, Tensor], positions: Tensor | None) -> Tensor:
+    """What a sum is at positions of the output of `layer`."""
+    first, second = (at_positions(layer, x, positions) for x in operands)
+    return first + second
 
 
 def _rows(layer: nn.Module, x: Tensor, entry: _Seen) -> Tensor:
     some = [where for where in entry.positions if where is not None]
-    return _wide(patches_of(layer, x, torch.cat(some) if some else None))
+    positions = torch.cat(some) if some else None
+    parts = [
+        _wide(patches_of(layer, x[part], None if positions is None else positions[part]))
+        for part in slices(len(x), 2 * bytes_of(x))
+    ]
+    return torch.cat(parts)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -250,6 +263,10 @@ def _solved(
     return torch.stack(changes), torch.cat(left)
 
 
-def _mean(x: Tensor) -> Tensor:
-    """Of each channel, in float64."""
-    return x.double().mean([d for d in range(x.ndim) if d != 1])
+def _mean(norm: nn.Module, x: Tensor) -> Tensor:
+    """Of each channel that a norm normalises, in float64."""
+    total = torch.zeros((), dtype=torch.float64, device=x.device)
+    for part in slices(len(x), 3 * bytes_of(x)):
+        found = selected(norm, x[part]).double()
+        total = total + found.sum([d for d in range(x.ndim) if d != 1])
+    return total / (x[:, 0].numel())

@@ -8,12 +8,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from prune_dn.base import limits
 from prune_dn.base.files import parse_json
 from prune_dn.base.sound import check_sound
-from prune_dn.data.batches import read_batches
+from prune_dn.data.batches import read_batches, rows_of
 from prune_dn.errors import ConfigError, PruningError
 from prune_dn.graph import Graph, trace
 from prune_dn.models.answers import computed_weights, path_of, peculiarities
@@ -128,7 +129,8 @@ def subject(
         )
     inputs = example_inputs
     if inputs is None and input_size is None and calibration is not None:
-        inputs = read_batches(itertools.islice(calibration, 1)).images[0][:1].float().cpu()
+        first = read_batches(itertools.islice(calibration, 1)).inputs[0]
+        inputs = tree_map(_plain, rows_of(first, slice(0, 1)))
     if inputs is None and input_size is None:
         raise PruningError(
             f"the size of images is needed for a {type(model).__name__}: give input_size in pixels, "
@@ -158,6 +160,13 @@ def own_subject(
         return Subject(model, config, config.graph(family.side(config, input_size)), None)
     except ConfigError as error:
         raise PruningError(f"input_size: {error}") from error
+
+
+def _plain(x: Any) -> Any:
+    """On the CPU, in float32 where it is floating point."""
+    if not isinstance(x, Tensor):
+        return x
+    return x.detach().float().cpu() if x.is_floating_point() else x.detach().cpu()
 
 
 def check_cnn(model: nn.Module) -> None:

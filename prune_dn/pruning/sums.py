@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
+from prune_dn.graph.inference import call
+
 IN_PLACE = (Tensor.add_, Tensor.__iadd__)
 ADDITIONS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, *IN_PLACE)
 
@@ -75,7 +77,7 @@ class _Uses(TorchFunctionMode):
 
 
 @torch.no_grad()
-def find_summands(net: nn.Module, layers: Collection[str], images: Tensor) -> dict[int, Summand]:
+def find_summands(net: nn.Module, layers: Collection[str], inputs: Any) -> dict[int, Summand]:
     """By the number of each sum the operand that one of `layers` makes, alone for this sum.
 
     Where both operands are such, the one whose layer has more weights for each output. `net` is in eval mode.
@@ -114,7 +116,7 @@ def find_summands(net: nn.Module, layers: Collection[str], images: Tensor) -> di
                 stack.callback(module.register_forward_hook(remember(name)).remove)
         stack.enter_context(uses)
         stack.enter_context(AtSums(act))
-        net(images)
+        call(net, inputs)
     found = {}
     for number, candidates in sums.items():
         alone = [s for s, chain in candidates if all(uses.uses[id(x)] == 1 for x in chain)]

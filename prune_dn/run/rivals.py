@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from prune_dn.data.batches import Batches, read_batches
+from prune_dn.data.batches import Batches, read_batches, rows_of
 from prune_dn.errors import PruneDNError, PruningError
 from prune_dn.graph import trace
 from prune_dn.graph.inference import call
@@ -103,7 +103,7 @@ def compare_pruners(
     calibration = list(calibration)
     again = calibration if recalibration is None else list(recalibration)
     batches = read_batches(calibration)
-    example = batches.images[0][:1] if example_inputs is None else example_inputs
+    example = rows_of(batches.inputs[0], slice(0, 1)) if example_inputs is None else example_inputs
 
     def ours(ratio: float) -> nn.Module:
         request: dict[str, Any] = {"unit": "macs", "calibration": calibration, "seed": seed}
@@ -274,9 +274,9 @@ def _gradients(model: nn.Module, batches: Batches | None) -> dict[str, torch.Ten
         raise PruningError("criterion 'taylor' needs labels: give batches of (images, labels)")
     net = copy.deepcopy(model).eval()
     net.zero_grad()
-    like = next(net.parameters())
-    for images, labels in zip(batches.images, batches.labels, strict=True):
-        outputs, labels = net(images.to(like)), labels.to(like.device)
+    device = next(net.parameters()).device
+    for inputs, labels in zip(batches.inputs, batches.labels, strict=True):
+        outputs, labels = call(net, for_net(inputs, net)), labels.to(device)
         first = tree_leaves(outputs)[0]
         (find_loss(batches.loss, first, labels).error(first, labels)).backward()
     return {name: p.grad for name, p in net.named_parameters() if p.grad is not None}

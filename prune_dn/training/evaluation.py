@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate.utils import reduce
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader
 
 from prune_dn.base.defaults import usual_defaults
@@ -15,7 +17,10 @@ from prune_dn.base.processes import process_state
 from prune_dn.data.batches import each_batch
 from prune_dn.data.datasets import ImageSet, loading, make_loader
 from prune_dn.errors import DataError
+from prune_dn.graph.inference import call
 from prune_dn.models.answers import eval_mode
+from prune_dn.models.examples import batch_size as rows_in
+from prune_dn.models.examples import batched, for_net
 from prune_dn.models.losses import LossFunction, describe, find_loss
 from prune_dn.training.precision import in_float32
 
@@ -49,9 +54,9 @@ def evaluate(
 ) -> EvalResult:
     """Accuracy and loss of `model` in eval mode; training flags are restored.
 
-    A `DataLoader` gives (images, labels). `loss` says what the outputs mean: `softmax`, the default
-    where labels are class numbers, `sigmoid`, `mse`, or a callable (outputs, labels) -> mean over
-    the batch. Images are cast to the dtype of the model; `precision="bf16"` runs it in float32 under
+    A `DataLoader` gives (images, labels), or (inputs, labels) with several inputs (see `each_batch`). `loss`
+    says what the outputs mean: `softmax`, the default where labels are class numbers, `sigmoid`, `mse`,
+    or a callable (outputs, labels) -> mean over the batch. Images are cast to the dtype of the model; `precision="bf16"` runs it in float32 under
     autocast. With several processes each takes every n-th batch, and all get the same result.
 
     Raises DataError when model and data disagree on the classes, for batches or labels that do not
@@ -63,22 +68,23 @@ def evaluate(
     low = precision == "bf16"
     with eval_mode(model), in_float32(model if low else None):
         like = next(model.parameters())
-        for number, (images, labels) in enumerate(each_batch(loader, "data", DataError)):
+        for number, (inputs, labels) in enumerate(each_batch(loader, "data", DataError)):
             if number % state.num_processes != state.process_index:
                 continue
-            if not isinstance(labels, Tensor) or labels.shape[:1] != images.shape[:1]:
+            rows, leaves = rows_in(inputs), tree_leaves(labels)
+            if not leaves or not all(batched(x, rows) for x in leaves):
                 raise DataError(
-                    f"data batch {number} has {len(images)} images, and as their labels "
+                    f"data batch {number} has {rows} images, and as their labels "
                     f"{describe(labels)}; each batch must be (images, labels)"
                 )
-            images, labels = images.to(like), labels.to(like.device)
-            images = images.contiguous(memory_format=torch.channels_last)
+            labels = tree_map(lambda x: x.to(like.device), labels)
+            inputs = tree_map(_channels_last, for_net(inputs, model))
             with torch.autocast(like.device.type, torch.bfloat16, enabled=low):
-                outputs = model(images)
+                outputs = call(model, inputs)
             if isinstance(data, ImageSet):
                 check_classes(outputs, data)
             found = find_loss(loss, outputs, labels)
-            outputs = outputs if callable(loss) else outputs.double()
+            outputs = outputs if callable(loss) else tree_map(_double, outputs)
             if math.isnan(mean := float(found.mean(outputs, labels))):
                 raise DataError(
                     f"the loss on data batch {number} is NaN: the model's outputs are not finite; "
@@ -87,7 +93,7 @@ def evaluate(
             row = [mean, 0.0, 1.0, 0.0]
             if found.accuracy is not None:
                 row[1], row[3] = float(found.accuracy(outputs, labels)), 1.0
-            sums += len(images) * torch.tensor(row, dtype=torch.float64)
+            sums += rows * torch.tensor(row, dtype=torch.float64)
     if state.num_processes > 1:
         sums = reduce(sums.to(state.device), "sum").cpu()
     if not sums[2]:
@@ -125,6 +131,15 @@ def accuracy_per_image(
                 float(right(outputs[i : i + 1], labels[i : i + 1])) for i in range(len(images))
             ]
     return torch.tensor(found, dtype=torch.float64)
+
+
+def _channels_last(x: Any) -> Any:
+    is_image = isinstance(x, Tensor) and x.ndim == 4
+    return x.contiguous(memory_format=torch.channels_last) if is_image else x
+
+
+def _double(x: Any) -> Any:
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 def check_classes(outputs: Tensor, data: ImageSet) -> None:

@@ -157,7 +157,9 @@ def test_predictions_per_pixel() -> None:
     slope = (torch.autograd.grad(error, seen)[0] * seen).sum((2, 3)).abs().mean(0)
     kept = slope.topk(len(small.body[0].weight)).indices.sort().values
     assert torch.equal(small.body[0].weight, model.body[0].weight[kept])
-    with pytest.raises(PruneDNError, match=r"batch 0: the model gives a dict; .* Give a callable"):
+    with pytest.raises(
+        PruneDNError, match=r"batch 0: the model gives a dict; .* Give loss='mse', a callable"
+    ):
         prune(model, 0.5, criterion="taylor", compensate="none", calibration=data)
 
 

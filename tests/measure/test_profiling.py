@@ -174,7 +174,9 @@ def test_a_light_cnn_knows_its_image_size() -> None:
     units = 4 + sum(t * (2 * n + 1) for t, n in zip(trunks, blocks, strict=True)) + 6 + 8 + 6 + 6
     assert cost.channels == 2 * units
     assert cost.params == sum(p.numel() for p in net.parameters())
-    with pytest.raises(ConfigError, match="takes images of 32x32 pixels, not 48x48"):
+    with pytest.raises(
+        ConfigError, match="size of images is 48, and this Light CNN takes images of 32"
+    ):
         count(net, 48)
 
 

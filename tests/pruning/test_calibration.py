@@ -23,7 +23,7 @@ def test_grams_predict_the_outputs_power() -> None:
                 out if module is not net.classifier else out - module.bias
             )
         )
-    for x in data.images:
+    for x in data.inputs:
         net(x)
     for name in names:
         weight = net.get_submodule(name).weight.flatten(1)

@@ -177,7 +177,12 @@ X = torch.zeros(10, 1, 8, 8)
         (3, X, None, "data batch 0 has 10 images, and as their labels a NoneType"),
         (3, (torch.arange(10), X), None, r"data batch 0 is a tensor \(10,\) of torch.int64; each"),
         (3, (X.byte(), torch.zeros(10).long()), None, "of torch.uint8; each batch must be images"),
-        (3, {"image": X}, None, "data batch 0 is a dict; each batch must be images"),
+        (
+            3,
+            {"image": X},
+            None,
+            r"data batch 0 has 10 images, and as their labels a NoneType; each batch must be",
+        ),
         (3, (X + torch.nan, torch.zeros(10).long()), None, "data batch 0 holds NaN or infinity"),
         (3, (X, torch.zeros(10).long()), "hinge", "loss 'hinge' is unknown"),
     ],
