@@ -15,14 +15,14 @@ from prune_dn.base.defaults import usual_defaults
 from prune_dn.errors import PruningError, PruningWarning
 from prune_dn.graph import Graph
 from prune_dn.graph.types import OUTPUT
-from prune_dn.measure.profiling import Cost, count, module_rows, total
-from prune_dn.models.families import NetConfig, config_of, default_image_size, known_family
+from prune_dn.models.families import default_image_size
 from prune_dn.models.losses import LossFunction, loss_name
 from prune_dn.models.sizes import sides
 from prune_dn.models.weights import shorten
 from prune_dn.pruning import budget as budgets
 from prune_dn.pruning.config import LATENCY, PruneConfig
 from prune_dn.pruning.criteria import CRITERIA, follows_loss
+from prune_dn.pruning.figures import Baseline, Measure, checked_baseline
 from prune_dn.pruning.importance import calibration_for, importance
 from prune_dn.pruning.latency_model import (
     LatencyModel,
@@ -33,7 +33,7 @@ from prune_dn.pruning.latency_model import (
 from prune_dn.pruning.parts import Mask, Positions, Scores
 from prune_dn.pruning.plan import Plan, plan_of
 from prune_dn.pruning.protect import protected_units
-from prune_dn.pruning.rates import COUNTED, Costing
+from prune_dn.pruning.rates import COUNTED
 from prune_dn.pruning.ratios import Ratios, measured_drops, read_ratios
 from prune_dn.pruning.readings import judged
 from prune_dn.pruning.request import check_ratios, check_rounding, request_of, with_defaults
@@ -41,8 +41,6 @@ from prune_dn.pruning.settle import settled
 from prune_dn.pruning.siblings import keep_to_competing
 from prune_dn.pruning.subject import NetShape, Subject, subject
 from prune_dn.pruning.units import Units
-
-Baseline = NetConfig | nn.Module
 
 
 @usual_defaults()
@@ -76,7 +74,8 @@ def make_plan(
     linearly; beyond the largest, and in groups that were not measured, nothing goes.
 
     Some criteria need `calibration`: batches of images (N, C, H, W), or (images, labels) batches for
-    `taylor` and `fisher`; any iterable, normalised as in training. `prune-dn criteria` lists them. With
+    `taylor` and `fisher`; any iterable, normalised as in training. Several inputs are a tuple or a dict in the
+    place of the images (see `data.batches.each_batch`). `prune-dn criteria` lists them. With
     `calibration` the default criterion is `reconstruction`.
     These three follow the `loss` that the net was trained with: `softmax` (one class
     of several), `sigmoid` (yes or no for each output), `mse` (numbers), or a callable (outputs,
@@ -160,8 +159,8 @@ def decide(
     check_rounding(table, asked.units, asked.round_to)
     may_go, protected = allowed(given, table, asked)
     latency = _latency_model(latency_model, given, asked)
-    baseline = _before(given, baseline)
-    measure = _Measure(given, table, asked, latency)
+    baseline = checked_baseline(given, baseline)
+    measure = Measure(given, table, asked, latency)
     whole = measure.before if baseline is None else measure.of(baseline)
     target = (1.0 - asked.pruning_ratio) * whole[unit]
     if measure.before[unit] <= target:
@@ -295,62 +294,6 @@ def _sized(given: Subject, config: PruneConfig) -> PruneConfig:
     return dataclasses.replace(
         config, input_size=config.input_size or default_image_size(given.config)
     )
-
-
-def _before(given: Subject, baseline: Baseline | None) -> Baseline | None:
-    """The baseline, of a net of ours its config. Raises PruningError for one of another kind."""
-    config, found, wanted = given.config, baseline, "the net"
-    kind: type[Any] = nn.Module
-    if not isinstance(config, NetShape):
-        found, kind = config_of(baseline) or baseline, type(config)
-        wanted = f"a {known_family(config).name} or its config"
-    if found is None or isinstance(found, kind):
-        return found
-    raise PruningError(f"baseline is a {type(baseline).__name__}; give {wanted}")
-
-
-class _Measure:
-    """What nets have of each unit of cost.
-
-    `before` is what the net has, `rest` what of the asked unit is not among its units of pruning.
-    """
-
-    def __init__(
-        self, given: Subject, table: Units, asked: PruneConfig, latency: LatencyModel | None
-    ) -> None:
-        self.given, self.asked, self.latency = given, asked, latency
-        self.costing, everything = Costing(table), np.ones(table.size, dtype=bool)
-        self.counted = {u: self.costing.total(everything, r) for u, r in COUNTED.items()}
-        self.before = self._costs(self._count(None))
-        if latency is not None:
-            whole = self.costing.total(everything, latency.rates)
-            self.before[LATENCY] = latency.constant + whole
-        counted = self.counted.get(asked.unit)
-        self.rest = 0.0 if counted is None else self.before[asked.unit] - counted
-
-    def of(self, baseline: Baseline) -> dict[str, float]:
-        """Costs of another net."""
-        found = self._costs(self._count(baseline))
-        if self.latency is not None:
-            assert not isinstance(baseline, nn.Module)
-            found[LATENCY] = self.latency.predict(baseline)
-        return found
-
-    def after(self, keep: Mask) -> dict[str, float]:
-        """Costs of what a closed `keep` leaves."""
-        saved = {u: self.counted[u] - self.costing.total(keep, r) for u, r in COUNTED.items()}
-        return {unit: round(self.before[unit] - saved[unit]) for unit in COUNTED}
-
-    def _count(self, baseline: Baseline | None) -> Cost:
-        if baseline is None:
-            return total(list(module_rows(self.given.model, self.given.graph.uses())))
-        if isinstance(baseline, nn.Module):
-            return count(baseline, example_inputs=self.given.inputs)
-        return count(baseline, self.asked.input_size)
-
-    @staticmethod
-    def _costs(cost: Cost) -> dict[str, float]:
-        return dict(dataclasses.asdict(cost))
 
 
 def _latency_model(

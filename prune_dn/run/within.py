@@ -20,8 +20,8 @@ from prune_dn.base.intervals import paired_drop
 from prune_dn.errors import BudgetError, ExportError, PruningError
 from prune_dn.measure.latency import compare_latency
 from prune_dn.measure.profiling import count
+from prune_dn.models.families import default_image_size
 from prune_dn.models.losses import LossFunction
-from prune_dn.models.sizes import default_image_size
 from prune_dn.pruning.compensate import check_compensation
 from prune_dn.pruning.config import LATENCY, PruneConfig
 from prune_dn.pruning.latency_model import fit_latency_model
