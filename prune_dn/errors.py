@@ -47,6 +47,10 @@ class PruningError(PruneDNError):
     """A pruning request that cannot be met."""
 
 
+class RuntimeMissingError(PruneDNError):
+    """A runtime that is not installed; the message names the extra that brings it."""
+
+
 class BudgetError(PruningError):
     """A budget that no cut meets, given what must stay."""
 

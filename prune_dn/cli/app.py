@@ -108,7 +108,7 @@ def schema() -> None:
 
 
 # Registers the commands on checkpoints; here, so that help lists the ones above first.
-from prune_dn.cli import checkpoints, compare, sensitivity  # noqa: E402, F401
+from prune_dn.cli import checkpoints, compare, sensitivity, sweep  # noqa: E402, F401
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

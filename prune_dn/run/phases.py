@@ -8,7 +8,7 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -48,6 +48,8 @@ KEPT_HISTORY = ("epoch", "loss", "accuracy", "val_loss", "val_accuracy", "learni
 PACKAGE = Path(__file__).parents[1]
 PACKAGES = ("prune_dn", "torch", "torchvision", "accelerate", "numpy", "onnxruntime")
 
+Watch = Callable[[str, dict[str, Any]], object]  # a stage's name and figures
+
 
 @dataclass
 class Phases:
@@ -61,6 +63,7 @@ class Phases:
     folder: RunFolder
     progress: bool
     built: nn.Module
+    watch: Watch | None = None
 
     def __post_init__(self) -> None:
         metrics, spec = self.folder.metrics, self.data.spec
@@ -320,6 +323,8 @@ class Phases:
         size = None if file is None else self._bytes(file)
         figures = {**stage_figures(model, self.data), "file_bytes": size}
         self.folder.metrics["stages"][stage] = figures
+        if self.watch is not None:
+            self.watch(stage, figures)
 
 
 def environment(seed: int) -> dict[str, Any]:

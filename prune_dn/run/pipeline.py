@@ -9,11 +9,12 @@ from typing import Any
 
 from torch import nn
 
+from prune_dn.errors import RecipeError
 from prune_dn.measure.profiling import count
 from prune_dn.pruning import apply_plan
 from prune_dn.run.building import load_data, start
 from prune_dn.run.folder import RunFolder
-from prune_dn.run.phases import Phases
+from prune_dn.run.phases import Phases, Watch
 from prune_dn.run.pixels import warn_of_other_pixels
 from prune_dn.run.recipe import Recipe
 from prune_dn.run.rounds import plan_round
@@ -29,21 +30,31 @@ class RunResult:
 
 
 def run(
-    recipe: Recipe, *, overwrite: bool = False, progress: bool = True, only_train: bool = False
+    recipe: Recipe,
+    *,
+    overwrite: bool = False,
+    progress: bool = True,
+    only_train: bool = False,
+    watch: Watch | None = None,
 ) -> RunResult:
     """Carry out a recipe; every phase leaves whole files in `recipe.output_dir`.
 
     A run that was stopped goes on where it was: phases that are done are read, not repeated.
-    `overwrite` starts anew in a folder that holds another run; `only_train` stops at the dense net.
+    `overwrite` starts anew in a folder that holds another run; `only_train` stops at the dense net. `watch`
+    gets each stage's name and figures when it is scored.
 
     Raises RecipeError when the folder holds a run of another recipe, DataError when the data does
     not fit, and what training, pruning and export raise.
     """
+    if recipe.sweep is not None:
+        raise RecipeError(
+            "the recipe has a part sweep: use `prune-dn sweep`, or leave it out (--set sweep=null)"
+        )
     data = load_data(recipe.data, seed=recipe.seed)
     model = start(recipe, data)
     folder = RunFolder(recipe, data.contents, overwrite=overwrite)
     try:
-        phases = Phases(recipe, data, folder, progress, built=model)
+        phases = Phases(recipe, data, folder, progress, built=model, watch=watch)
         dense = model = phases.train()
         plans: list[dict[str, Any]] = []
         if recipe.prune is not None and not only_train:

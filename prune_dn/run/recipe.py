@@ -41,6 +41,7 @@ from prune_dn.pruning.config import (
 from prune_dn.pruning.criteria import follows_loss, reads_images
 from prune_dn.pruning.request import check_ratios
 from prune_dn.run.recipe_model import FilePath, ModelSection
+from prune_dn.run.sweep_section import SweepSection
 from prune_dn.run.trials import TOLERANCE
 from prune_dn.run.unfit import unfit
 from prune_dn.training import FitConfig
@@ -248,6 +249,7 @@ class Recipe(Strict):
     finetune: FitConfig | None = None
     export: ExportSection = ExportSection()
     report: ReportSection = ReportSection()
+    sweep: SweepSection | None = None
     seed: Seed = 0
     output_dir: FilePath = "runs/recipe"
 

@@ -179,6 +179,12 @@ class ModelSection(Strict):
         """Whether `name` is that of a net of torchvision or timm."""
         return self.name is not None and self.name not in BUILDERS
 
+    def from_checkpoint(self, path: str) -> ModelSection:
+        """The same net with the weights of a file."""
+        kept = {"name"} if self.is_of_a_library else set()
+        kept |= {"factory", "arguments"} if self.factory is not None else set()
+        return type(self)(checkpoint=path, **self.model_dump(include=kept, exclude_unset=True))
+
     @property
     def title(self) -> str:
         """The net, as messages name it."""

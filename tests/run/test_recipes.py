@@ -29,6 +29,7 @@ NAMES = {
     "densenet121_imagefolder",
     "resnet18_imagefolder",
     "light_cnn_9_digits",
+    "criteria_sweep",
 }
 MFM_TABLE = {
     "plain",
@@ -88,6 +89,7 @@ def test_recipe_runs_to_the_end(path: Path, images: Path, tmp_path: Path) -> Non
         f"data={{name: image_folder, root: {json.dumps(str(images))}, image_size: {size}}}",
         "export={onnx: false, state_dict: false}",
         "report={batch_sizes: [1], repeats: 1}",
+        "sweep=null",
     ]
     light = path.stem.startswith("light_cnn")
     if given.model.checkpoint is not None:
