@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prune_dn.errors import ConfigError
-from prune_dn.graph.pieces import Piece, concatenated, pieces_of
+from prune_dn.graph.pieces import Piece, concatenated, pieces_of, ranges_of
 from prune_dn.models.config import DenseNetConfig, Indices, LayerConfig, TransitionConfig
 from prune_dn.models.mfm import MFM_KINDS, MaxFeatureMap
 from prune_dn.models.shared_memory import pooled_features, usable
+from prune_dn.models.stream_reading import MOST_RANGES
 
 
 class ReadStream(nn.Module):
@@ -45,6 +46,10 @@ class ReadStream(nn.Module):
         for name, indices in (("input_indices", input_indices), ("rival_indices", rival_indices)):
             index = None if indices is None else torch.tensor(indices, device=device)
             self.register_buffer(name, index, persistent=False)
+        ranges = () if input_indices is None else tuple(ranges_of(input_indices))
+        self.ranges = (
+            ranges if len(ranges) <= MOST_RANGES else None
+        )  # for training with little memory
         self.pieces: tuple[Piece, ...] | None = None
         if input_indices is not None and rival_indices is None:
             self.pieces = pieces_of(input_indices, widths or (input_indices[-1] + 1,))

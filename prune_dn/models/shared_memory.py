@@ -257,7 +257,9 @@ def _run(
             weights.append(conv.weight)
         positions = None if read is None else read.input_indices
         rivals = None if read is None else read.rival_indices
-        return Reader(norm, norm.training, norm.num_features, positions, rivals, by, at)
+        width = norm.num_features
+        ranges = ((0, width),) if positions is None else read.ranges
+        return Reader(norm, norm.training, width, positions, ranges, rivals, by, at)
 
     layers, stop = [], x.shape[1]
     for layer in block.children():

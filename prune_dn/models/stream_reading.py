@@ -17,13 +17,16 @@ from torch import Tensor, nn
 from prune_dn.models import fused
 
 By = Literal["1x1", "3x3", "pool", "mean"]
+Ranges = tuple[tuple[int, int], ...]
+MOST_RANGES = 8  # of a stream: more are gathered, channel by channel
 CHUNK_BYTES = 1 << 22  # of a reader's activated inputs, on a CPU
 
 
 class Reader(NamedTuple):
     """Which stream positions are read (None = the first `width`), through which norm, by what.
 
-    With `rivals` the maximum of each channel that is read and its rival is what the norm sees.
+    `ranges`, (start, stop), are the same where they are few: one is a view, and several are copied faster
+    than single channels; None = the positions are gathered. With `rivals` the maximum of each channel that is read and its rival is what the norm sees.
 
     `by` is "1x1" or "3x3" (a conv with "same" padding), "pool" (a 1x1 conv, then 2x2 average pooling:
     done in the other order, which commutes) or "mean" (of all pixels, without a conv). `at` is where
@@ -34,6 +37,7 @@ class Reader(NamedTuple):
     training: bool
     width: int
     positions: Tensor | None
+    ranges: Ranges | None
     rivals: Tensor | None
     by: By
     at: int
@@ -107,7 +111,8 @@ def competed(stream: Tensor, reader: Reader) -> tuple[Tensor, Reader]:
         return stream, reader
     assert reader.positions is not None
     both = (stream.index_select(3, index) for index in (reader.positions, reader.rivals))
-    return torch.maximum(*both), reader._replace(positions=None, rivals=None)
+    alone = reader._replace(positions=None, ranges=((0, reader.width),), rivals=None)
+    return torch.maximum(*both), alone
 
 
 def competed_backward_(stream: Tensor, reader: Reader, grad: Tensor, grad_stream: Tensor) -> None:
@@ -144,9 +149,7 @@ def read_backward(
         d, part = _use_backward(activated, reader.by, weight, grad[rows])
         if part is not None:
             grad_weight = part.to(norm.scale) if grad_weight is None else grad_weight.add_(part)
-        into = grad_stream[rows][..., : reader.width]
-        if reader.positions is not None:
-            into = grad_stream[rows].index_select(3, reader.positions)
+        into = _taken_from(grad_stream[rows], reader)
         if fused.runs(x, into):
             fused.backward_(d.contiguous(), x, norm.scale, norm.shift, into, total)
         else:
@@ -154,8 +157,7 @@ def read_backward(
             total[0] += d.sum((0, 1, 2), dtype=norm.scale.dtype)
             total[1] += (d * x).sum((0, 1, 2), dtype=norm.scale.dtype)
             into.addcmul_(d, norm.scale.to(d.dtype))
-        if reader.positions is not None:
-            grad_stream[rows].index_copy_(3, reader.positions, into)
+        _put_back_(grad_stream[rows], reader, into)
     beta, by_x = total
     gamma = norm.invstd * (by_x - norm.mean * beta)
     found = [gamma.to(norm.scale), beta.to(norm.scale)]
@@ -200,11 +202,28 @@ def _chunks(stream: Tensor, reader: Reader) -> Iterator[tuple[Tensor, slice]]:
         size = max(CHUNK_BYTES // max(image, 1), 1)
     for start in range(0, len(stream), size):
         rows = slice(start, start + size)
-        x = stream[rows]
-        if reader.positions is None:
-            yield x[..., : reader.width], rows
-        else:
-            yield x.index_select(3, reader.positions), rows
+        yield _taken_from(stream[rows], reader), rows
+
+
+def _taken_from(stream: Tensor, reader: Reader) -> Tensor:
+    """What the reader takes of a stream (N, H, W, C): a view where that is one range."""
+    if reader.ranges is None:
+        assert reader.positions is not None
+        return stream.index_select(3, reader.positions)
+    parts = [stream[..., start:stop] for start, stop in reader.ranges]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 3)
+
+
+def _put_back_(stream: Tensor, reader: Reader, values: Tensor) -> None:
+    """Let what `_taken_from` gave, as it is now, be in the stream."""
+    if reader.ranges is None:
+        assert reader.positions is not None
+        stream.index_copy_(3, reader.positions, values)
+    elif len(reader.ranges) > 1:
+        at = 0
+        for start, stop in reader.ranges:
+            stream[..., start:stop] = values[..., at : at + stop - start]
+            at += stop - start
 
 
 def _activated(x: Tensor, norm: Affine) -> tuple[Tensor, Tensor]:

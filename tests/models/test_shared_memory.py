@@ -25,10 +25,12 @@ from prune_dn.models import (
     DenseNetConfig,
     LayerConfig,
     TransitionConfig,
+    dense_net,
     densenet,
     fused,
     shared_memory,
 )
+from prune_dn.models.dense_net import ReadStream
 
 UNEVEN = DenseNetConfig(
     num_init_features=4,
@@ -163,6 +165,30 @@ def test_rivals_that_are_equal_share_the_gradient() -> None:
         net(images(config)).square().sum().backward()
     assert plain.features.conv0.weight.grad[[0, 2]].abs().amax((1, 2, 3)).all()
     assert_same(plain, lean, 1e-10, 1e-12)
+
+
+@pytest.mark.parametrize("most", [0, 1, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_ranges_train_as_positions_do(monkeypatch, dtype: torch.dtype, most: int) -> None:
+    """Many ranges are gathered, few are copied, and one is a view."""
+    monkeypatch.setattr(dense_net, "MOST_RANGES", most)
+    layers = tuple(
+        LayerConfig(f"denselayer{n}", 4, None, read)
+        for n, read in enumerate([(2, 3, 4), (0, 1, 6, 7), (0, 2, 4, 5, 9, 13), None], start=1)
+    )
+    config = DenseNetConfig(6, (layers,), (), 3, stem="cifar", classifier_indices=(1, 2, 3, 8, 20))
+    plain, lean = (net.to(dtype) for net in twins(config, 1))
+    kept = [
+        m.ranges
+        for m in lean.modules()
+        if isinstance(m, ReadStream) and m.input_indices is not None
+    ]
+    assert [r is not None for r in kept] == {0: [False] * 4, 1: [True, False, False, False],
+                                             3: [True, True, False, True]}[most]  # fmt: skip
+    for net in (plain, lean):
+        net(images(config).to(dtype)).square().sum().backward()
+    close = (1e-10, 1e-12) if dtype == torch.float64 else (1e-3, 1e-4)
+    assert_same(plain, lean, *close)
 
 
 @settings(max_examples=15)
