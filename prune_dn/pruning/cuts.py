@@ -15,7 +15,7 @@ from prune_dn.graph.selecting import select_inputs_
 from prune_dn.models.families import empty_net, shares_memory
 from prune_dn.models.shapes import set_widths_
 from prune_dn.pruning.kept import indices_of
-from prune_dn.pruning.parts import STAYS, Mask, Positions, Selection
+from prune_dn.pruning.parts import Mask, Positions
 from prune_dn.pruning.patches import Transposed
 from prune_dn.pruning.subject import NetShape, Subject, shapes_of
 from prune_dn.pruning.units import Units
@@ -35,7 +35,10 @@ class Cut(NamedTuple):
 def cuts(units: Units, keep: Mask) -> dict[str, Cut]:
     """What stays of each layer that a closed `keep` changes."""
     readers = {reader.layer: reader for reader in units.graph.readers}
-    behind = {s.reader.select: _changed(s.order(keep), s.edges.size) for s in units.selections}
+    behind = {
+        s.reader.select: _changed(units.selected(s, keep)[0], s.edges.size)
+        for s in units.selections
+    }
     found = {}
     for producer in units.graph.producers:
         layer, width = producer.layer, len(producer.channels)
@@ -44,7 +47,7 @@ def cuts(units: Units, keep: Mask) -> dict[str, Cut]:
         found[layer] = Cut(outputs, inputs, width)
     for follower in units.graph.followers:
         at = units.unit(follower.channels)
-        kept = _changed(np.flatnonzero((at == STAYS) | keep[at]), len(at))
+        kept = _changed(units.kept(at, keep), len(at))
         found[follower.layer] = Cut(behind.get(follower.layer, kept), None, len(at))
     return {n: c for n, c in found.items() if c.outputs is not None or c.inputs is not None}
 
@@ -62,7 +65,9 @@ def cut_net(subject: Subject, units: Units, keep: Mask) -> nn.Module:
             _shrink_(net, name, cut)
         for selection in units.selections:
             norm = net.get_submodule(str(selection.reader.select))
-            select_inputs_(norm, _selected(selection, keep))
+            positions = units.selected(selection, keep)[1]
+            width = len(units.kept(selection.stream, keep))
+            select_inputs_(norm, _changed(positions, width))
         return net
     old_modules = dict(subject.model.named_modules())
     device = next(subject.model.parameters()).device
@@ -94,13 +99,6 @@ def shape_after(subject: Subject, units: Units, keep: Mask) -> NetShape:
     }
     tensors = shapes_of(cut_net(subject, units, keep))
     return NetShape(before.model, tensors, groups, before.inputs)
-
-
-def _selected(selection: Selection, keep: Mask) -> Tensor | None:
-    """The positions that a norm takes of what is left of its stream; None = all."""
-    stays = (selection.stream == STAYS) | keep[selection.stream]
-    indices = (np.cumsum(stays) - 1)[selection.positions[selection.order(keep)]]
-    return _changed(indices, int(stays.sum()))
 
 
 def _fill_(new: nn.Module, old: nn.Module, cut: Cut) -> None:

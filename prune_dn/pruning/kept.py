@@ -10,6 +10,7 @@ import numpy as np
 
 from prune_dn.errors import ConfigError, PruningError
 from prune_dn.models.families import family_of
+from prune_dn.pruning.arrange import arranged_as
 from prune_dn.pruning.config import Kind
 from prune_dn.pruning.parts import Group, Mask, Positions
 from prune_dn.pruning.subject import Config, NetShape
@@ -30,7 +31,7 @@ def indices_of(table: Units, keep: Mask) -> Kept:
 def kept_channels(table: Units, keep: Mask) -> Iterator[tuple[Group, Positions]]:
     """For each group those channels of its module that stay, in their new order.
 
-    The order changes where a sibling goes: the one that is left becomes the first of its pair, and
+    The order is that of the table (see `arrange`). It changes where a sibling goes: the one that is left becomes the first of its pair, and
     where what is read competes the pairs lie in the order of their first position.
     """
     pairs = {found.group.name: found for found in table.pairs}
@@ -40,7 +41,7 @@ def kept_channels(table: Units, keep: Mask) -> Iterator[tuple[Group, Positions]]
     for group in table.groups:
         kept = np.flatnonzero(keep[group.units])
         if group.kind == "edge":
-            kept = selections[group.name].order(keep)
+            kept, _ = table.selected(selections[group.name], keep)
         elif group.kind == "sibling" or (group.name in makers and table.is_channel[group.start]):
             found = pairs[group.name] if group.kind == "sibling" else makers[group.name]
             firsts, seconds = found.left(keep)
@@ -50,11 +51,13 @@ def kept_channels(table: Units, keep: Mask) -> Iterator[tuple[Group, Positions]]
             kept = np.concatenate([firsts, seconds[seconds != firsts]])
         elif group.siblings > 1:
             kept = (np.arange(group.siblings)[:, None] * group.size + kept).ravel()
+        else:
+            kept = table.moved[group.start + kept] - group.start
         yield group, kept
 
 
 def units_of(table: Units, keep_indices: Mapping[str, Sequence[int]]) -> Mask:
-    """The units that `keep_indices` leave: what `indices_of` was made from.
+    """The units that `keep_indices` leave: what `indices_of` was made from, in whatever order they name.
 
     Raises PruningError for names and channels that the net does not have, and where modules disagree.
     """
@@ -71,7 +74,7 @@ def units_of(table: Units, keep_indices: Mapping[str, Sequence[int]]) -> Mask:
     for pairs in table.pairs:
         if pairs.group.name not in keep_indices:  # in plans of whole units that are older
             keep[pairs.group.units] = keep[pairs.whole.units][pairs.owner]
-    _check_modules_agree(table, keep, keep_indices)
+    _check_modules_agree(arranged_as(table, keep_indices), keep, keep_indices)
     return keep
 
 
@@ -97,7 +100,7 @@ def consistent(before: Config, after: Config, keep_indices: Mapping[str, Sequenc
         }
     table = Units(before.graph())
     keep = units_of(table, keep_indices)
-    kept = indices_of(table, keep)
+    kept = indices_of(arranged_as(table, keep_indices), keep)
     try:
         left = before.after(kept)
     except ConfigError as error:

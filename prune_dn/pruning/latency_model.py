@@ -16,6 +16,7 @@ from prune_dn.errors import PruningError
 from prune_dn.measure.latency import compare_latency
 from prune_dn.models.families import NetConfig, built, default_image_size
 from prune_dn.models.sizes import ImageSize
+from prune_dn.pruning.arrange import arranged
 from prune_dn.pruning.budget import Budget, choose
 from prune_dn.pruning.config import TIMED
 from prune_dn.pruning.kept import indices_of
@@ -110,7 +111,7 @@ def fit_latency_model(
     generator = np.random.default_rng(seed)
     keeps = [np.ones(units.size, dtype=bool)]
     keeps += [_random_cut(units, generator) for _ in range(nets - 1)]
-    configs = [config.after(indices_of(units, keep)) for keep in keeps]
+    configs = [config.after(indices_of(arranged(units, keep), keep)) for keep in keeps]
     times, where, spread = _measure(configs, runtime, batch_size, size, repeats)
     taken = np.array(times)
     tables = {step: _table(units, keeps, step) for step in STEPS}
@@ -173,7 +174,7 @@ def meet_latency(
             if not found:
                 raise
             break
-        small = config.after(indices_of(units, keep))
+        small = config.after(indices_of(arranged(units, keep), keep))
         dense, before, after = model.measure(baseline, config, small)
         over = after / (share * dense)
         found.append((over, keep, {"baseline": dense, "before": before, "after": after}))

@@ -108,15 +108,6 @@ class Selection:
         """What reads one channel each: edges, or their sides where they compete."""
         return self.edges if self.sides is None else self.sides.group
 
-    def order(self, keep: Mask) -> Positions:
-        """The edges that stay, counted from their start, in their new order: by what they read first."""
-        kept = np.flatnonzero(keep[self.edges.units])
-        if self.sides is None:
-            return kept
-        firsts, _ = self.sides.left(keep)
-        order: Positions = kept[np.argsort(self.positions[firsts])]
-        return order
-
 
 @dataclass(frozen=True)
 class Block:

@@ -18,6 +18,7 @@ from prune_dn.errors import PruneDNError, PruningError
 from prune_dn.models.convert import as_ours
 from prune_dn.models.families import config_from, known_family
 from prune_dn.models.probe import make
+from prune_dn.pruning.arrange import arranged_as
 from prune_dn.pruning.config import LATENCY
 from prune_dn.pruning.cuts import shape_after
 from prune_dn.pruning.kept import Kept, channels_of, consistent, indices_of, units_of
@@ -162,7 +163,8 @@ def planned(model: nn.Module, plan: Plan) -> tuple[Subject, Units, Mask]:
             "model (a plan fits only the net that it was made for, before the cut)"
         )
     table = Units(given.graph)
-    return given, table, units_of(table, plan.keep_indices)
+    keep = units_of(table, plan.keep_indices)
+    return given, arranged_as(table, plan.keep_indices), keep
 
 
 def _named(config: Config) -> str:

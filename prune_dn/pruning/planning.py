@@ -20,6 +20,7 @@ from prune_dn.models.losses import LossFunction, loss_name
 from prune_dn.models.sizes import sides
 from prune_dn.models.weights import shorten
 from prune_dn.pruning import budget as budgets
+from prune_dn.pruning.arrange import arranged
 from prune_dn.pruning.config import LATENCY, PruneConfig
 from prune_dn.pruning.criteria import CRITERIA, follows_loss
 from prune_dn.pruning.figures import Baseline, Measure, checked_baseline
@@ -202,6 +203,7 @@ def decide(
         base = given.config if baseline is None else baseline
         assert not isinstance(base, nn.Module)
         keep, times = meet_latency(table, given.config, scores, may_go, budget, latency, base)
+    table = arranged(table, keep)
     requested = {
         **dataclasses.asdict(asked),
         "calibration_images": None if batches is None else len(batches),

@@ -22,7 +22,8 @@ class Units:
     `unit_of` is the channel unit of each id, `sibling_of` the sibling that it is, STAYS where there is
     none. `is_read` marks channel units of which some layer reads all that is left. `connection` is the
     number of the connection that each edge belongs to, NONE for all other units: the edges from what one
-    layer makes to one reader. What competes before a reader has none, as two layers may make it.
+    layer makes to one reader. What competes before a reader has none, as two layers may make it. `moved`
+    says which unit lies in the new net where each would lie in its old order (see `arrange`).
     """
 
     def __init__(self, graph: Graph, places: Mapping[str, Positions] | None = None) -> None:
@@ -111,7 +112,7 @@ class Units:
         """Which outputs of a layer stay, in their new order: of pairs the first ones, then the second."""
         pairs = next((p for p in self.pairs if p.maker == layer), None)
         if pairs is None:
-            return np.flatnonzero(self._stays(self.made_by(ids), keep))
+            return self.kept(self.made_by(ids), keep)
         firsts, seconds = pairs.left(keep)
         return np.concatenate([firsts, seconds[seconds != firsts]])
 
@@ -119,12 +120,35 @@ class Units:
         """Which inputs of a layer stay, in their new order."""
         selection = next((s for s in self.selections if s.reader is reader), None)
         if selection is None:
-            return np.flatnonzero(self._stays(self.unit(reader.channels), keep))
+            return self.kept(self.unit(reader.channels), keep)
         place = np.full(selection.edges.size, len(selection.edge_at))
-        order = selection.order(keep)
+        order, _ = self.selected(selection, keep)
         place[order] = np.arange(len(order))
         kept = np.flatnonzero(keep[selection.edges.start + selection.edge_at])
         return kept[np.argsort(place[selection.edge_at[kept]], kind="stable")]
+
+    def kept(self, units: Positions, keep: Mask) -> Positions:
+        """Which channels stay of a tensor, in their new order; `units` are theirs."""
+        left = np.flatnonzero((units == STAYS) | keep[units])
+        mine = units[left]
+        moved = np.where(mine == STAYS, STAYS, self.moved[mine])
+        kept = (
+            left.copy()
+        )  # the n-th channel that is a unit comes where that is wanted for the n-th time
+        kept[np.argsort(moved, kind="stable")] = left[np.argsort(mine, kind="stable")]
+        return kept
+
+    def selected(self, selection: Selection, keep: Mask) -> tuple[Positions, Positions]:
+        """The edges of a reader that stay, counted from their start, in their new order: by what they read
+        first; and where that lies in what is left of the stream."""
+        stream = self.kept(selection.stream, keep)
+        place = np.zeros(len(selection.stream), dtype=np.int64)
+        place[stream] = np.arange(len(stream))
+        kept = np.flatnonzero(keep[selection.edges.units])
+        firsts = kept if selection.sides is None else selection.sides.left(keep)[0]
+        found = place[selection.positions[firsts]]
+        order = np.argsort(found, kind="stable")
+        return kept[order], found[order]
 
     def paired(self, scores: Scores) -> tuple[Units, Positions]:
         """The units of which each block of a grouped convolution gives up one at a time.
@@ -142,11 +166,6 @@ class Units:
         table = Units(self.graph, places)
         new = [mine.start + places.get(mine.name, np.arange(mine.size)) for mine in table.groups]
         return table, np.concatenate(new)
-
-    @staticmethod
-    def _stays(units: Positions, keep: Mask) -> Mask:
-        stays: Mask = (units == STAYS) | keep[units]
-        return stays
 
     def _group(self, kind: Kind, name: str, size: int, **more: int) -> Group:
         group = Group(kind, name, self.size, size, **more)
@@ -249,6 +268,7 @@ class Units:
             if reader.stream is None:
                 units = self.unit(reader.channels)
                 self.is_read[units[units != STAYS]] = True
+        self.moved = np.arange(self.size)
         self.connection = np.full(self.size, NONE)
         maker = self._makers()
         for number, selection in enumerate(self.selections):

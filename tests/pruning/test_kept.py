@@ -159,7 +159,7 @@ def test_what_disagrees_is_named() -> None:
         r"unit \d+",
         keep_indices={**kept, first: kept[first][1:]},
     )
-    fails(f"{first} are not in the order of", keep_indices={**kept, first: kept[first][::-1]})
+    fails(r"norm1 are not in the order of", keep_indices={**kept, first: kept[first][::-1]})
     fails("keep_indices is None; it must be a mapping", keep_indices=None)
     fails("two descriptions of nets, not a DenseNet", config_before=net)
     classes = dataclasses.replace(plan.config_after, num_classes=3)
