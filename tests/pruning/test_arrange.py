@@ -69,7 +69,9 @@ def rising(plan: Plan) -> Plan:
 
 
 def pieces(model: nn.Module) -> int:
-    reads = [m for m in model.modules() if isinstance(m, ReadStream) and m.input_indices is not None]
+    reads = [
+        m for m in model.modules() if isinstance(m, ReadStream) and m.input_indices is not None
+    ]
     return sum(len(ranges_of(m.input_indices.tolist())) for m in reads)
 
 
@@ -89,9 +91,17 @@ def test_readers_get_fewer_ranges_and_the_answers_stay() -> None:
 
 
 @settings(max_examples=25)
-@given(st.integers(0, 9999), st.sampled_from([None, 2]), st.sampled_from([{}, {"denseblock1.*": "2/1"}]))
-def test_any_cut_in_its_order_equals_masked(seed: int, bn_size: int | None, mfm: dict[str, str]) -> None:
-    dense = net(seed, bn_size=bn_size, mfm=mfm, mfm_skipped={"denseblock2.*": "2/1"} if seed % 2 else {})
+@given(
+    st.integers(0, 9999),
+    st.sampled_from([None, 2]),
+    st.sampled_from([{}, {"denseblock1.*": "2/1"}]),
+)
+def test_any_cut_in_its_order_equals_masked(
+    seed: int, bn_size: int | None, mfm: dict[str, str]
+) -> None:
+    dense = net(
+        seed, bn_size=bn_size, mfm=mfm, mfm_skipped={"denseblock2.*": "2/1"} if seed % 2 else {}
+    )
     generator = np.random.default_rng(seed)
     for _ in range(2):
         table = Units(dense.config.graph())
