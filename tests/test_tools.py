@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import bench_calibration
 import bench_planning
 import bench_tracing
 import bench_training
@@ -52,6 +53,8 @@ def test_rows_variants_and_nets_of_the_others(tmp_path: Path) -> None:
         SystemExit, match=r"no net matches 'densenet999'; choose from .*densenet121"
     ):
         bench_planning.main(["densenet121", "densenet999"])
+    with pytest.raises(SystemExit, match=r"no net matches 'resnet5'; choose from .*resnet50"):
+        bench_calibration.main(["resnet5"])
     with pytest.raises(SystemExit, match=r"no net matches 'unet3'; choose from .*unet"):
         bench_tracing.main(["unet3"])
     assert not (tmp_path / "out").exists()

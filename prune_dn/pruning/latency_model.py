@@ -1,9 +1,10 @@
-"""How long a DenseNet or Light CNN takes, as a sum over its parts, fitted on the machine at hand."""
+"""How long a net takes, as a sum over its parts, fitted on the machine at hand."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -14,16 +15,17 @@ from prune_dn.base.defaults import usual_defaults
 from prune_dn.base.runtimes import Runtime
 from prune_dn.errors import PruningError
 from prune_dn.measure.latency import compare_latency
-from prune_dn.models.families import NetConfig, built, default_image_size
+from prune_dn.models.families import NetConfig, built, config_of, known_family
+from prune_dn.models.probe import make
 from prune_dn.models.sizes import ImageSize
 from prune_dn.pruning.arrange import arranged
-from prune_dn.pruning.budget import Budget, choose
+from prune_dn.pruning.budget import Budget
 from prune_dn.pruning.config import TIMED
+from prune_dn.pruning.cuts import cut_net
 from prune_dn.pruning.kept import indices_of
 from prune_dn.pruning.parts import Mask
-from prune_dn.pruning.prices import Scores
 from prune_dn.pruning.rates import Costing, Rates
-from prune_dn.pruning.subject import NetShape, subject
+from prune_dn.pruning.subject import NetShape, Subject, subject
 from prune_dn.pruning.units import Units
 
 TRIES = 4
@@ -51,7 +53,8 @@ class LatencyModel:
     """Milliseconds of a batch = `constant` + the sum that `rates` stand for; JSON-able.
 
     `error` is the median of |predicted - measured| / measured over nets that the fit did not see;
-    `spread` the share of their median time by which the slowest and the fastest tenth of runs differ.
+    `spread` the share of their median time by which the slowest and the fastest tenth of runs differ. Of a
+    net without a config `inputs` describe what it was followed and timed on, and `image_size` is None.
     """
 
     rates: Rates
@@ -59,21 +62,27 @@ class LatencyModel:
     error: float
     runtime: Runtime
     batch_size: int
-    image_size: ImageSize
+    image_size: ImageSize | None
     machine: str
     spread: float = 0.0
+    inputs: Any = None
 
-    def predict(self, config: NetConfig) -> float:
-        """Milliseconds of one batch of a net of this shape."""
-        units = Units(config.graph(self.image_size))
+    def predict(self, net: NetConfig | nn.Module) -> float:
+        """Milliseconds of one batch of a net, or of one of this config."""
+        config = net if not isinstance(net, nn.Module) else config_of(net)
+        if config is None:
+            units = Units(subject(cast(nn.Module, net), None, make(self.inputs)).graph)
+        else:
+            units = Units(config.graph(self.image_size))
         everything = np.ones(units.size, dtype=bool)
         return self.constant + Costing(units).total(everything, self.rates)
 
-    def measure(self, *configs: NetConfig, repeats: int = 30) -> list[float]:
-        """Milliseconds of one batch, median, of nets of these shapes, timed in turns."""
-        different = list(dict.fromkeys(configs))
-        times, _, _ = _measure(different, self.runtime, self.batch_size, self.image_size, repeats)
-        return [times[different.index(config)] for config in configs]
+    def measure(self, *nets: NetConfig | nn.Module, repeats: int = 30) -> list[float]:
+        """Milliseconds of one batch, median, of these nets, or nets of these configs, timed in turns."""
+        different = list(dict.fromkeys(nets))
+        where = self.inputs if self.image_size is None else self.image_size
+        times, _, _ = _measure(different, self.runtime, self.batch_size, where, repeats)
+        return [times[different.index(net)] for net in nets]
 
 
 @usual_defaults()
@@ -83,13 +92,14 @@ def fit_latency_model(
     runtime: Runtime = TIMED[0],
     batch_size: int = TIMED[1],
     image_size: ImageSize | None = None,
+    example_inputs: Any = None,
     nets: int = 16,
     repeats: int = 30,
     seed: int = 0,
 ) -> LatencyModel:
-    """Time `nets` random cuts of a DenseNet or Light CNN, in turns, and fit the rates that explain the times.
+    """Time `nets` random cuts of a net, in turns, and fit the rates that explain the times.
 
-    The cuts are of all kinds of units and depend on `seed`; the fit is least squares of relative
+    A net that is not ours needs `image_size` or `example_inputs`, as `make_plan` takes them. The cuts are of all kinds of units and depend on `seed`; the fit is least squares of relative
     errors with rates that are not negative. `rates.step` is that of 1, 8 and 16 with the least
     error. For onnxruntime most of the time goes into exporting the nets; threads are PyTorch's
     present number.
@@ -100,19 +110,19 @@ def fit_latency_model(
     >>> timing.predict(net.config) > 0
     True
     """
-    config = subject(model, image_size).config
+    given = subject(model, image_size, example_inputs)
+    config, units = given.config, Units(given.graph)
+    inputs: Any = None
+    size: ImageSize | None = None
     if isinstance(config, NetShape):
-        raise PruningError(
-            f"the latency of a {type(model).__name__} has no model: it is for DenseNets and Light CNNs; "
-            "measure it with compare_latency"
-        )
-    size = default_image_size(config) if image_size is None else image_size
-    units = Units(config.graph(size))
+        inputs = config.inputs
+    else:
+        size = known_family(config).side(config, image_size)
     generator = np.random.default_rng(seed)
     keeps = [np.ones(units.size, dtype=bool)]
     keeps += [_random_cut(units, generator) for _ in range(nets - 1)]
-    configs = [config.after(indices_of(arranged(units, keep), keep)) for keep in keeps]
-    times, where, spread = _measure(configs, runtime, batch_size, size, repeats)
+    cut = [_left(given, units, keep) for keep in keeps]
+    times, where, spread = _measure(cut, runtime, batch_size, size or inputs, repeats)
     taken = np.array(times)
     tables = {step: _table(units, keeps, step) for step in STEPS}
     errors = {step: _error(table, taken) for step, table in tables.items()}
@@ -120,7 +130,9 @@ def fit_latency_model(
     found = _least_squares(tables[step], taken)
     rates = Rates(**dict(zip(FEATURES, found[1:].tolist(), strict=True)), step=step)
     error = errors[step]
-    return LatencyModel(rates, float(found[0]), error, runtime, batch_size, size, where, spread)
+    return LatencyModel(
+        rates, float(found[0]), error, runtime, batch_size, size, where, spread, inputs
+    )
 
 
 def doubts(model: LatencyModel, ratio: float, times: Mapping[str, float]) -> list[str]:
@@ -148,34 +160,34 @@ def doubts(model: LatencyModel, ratio: float, times: Mapping[str, float]) -> lis
 
 
 def meet_latency(
+    given: Subject,
     units: Units,
-    config: NetConfig,
-    scores: Scores,
-    may_go: Mask,
+    chosen: Callable[[Budget], Mask],
     budget: Budget,
     model: LatencyModel,
-    baseline: NetConfig,
+    baseline: NetConfig | nn.Module,
 ) -> tuple[Mask, dict[str, float]]:
     """The `keep` whose measured time meets `budget.target`, and the times in ms.
 
-    What the model predicts wrongly is measured and asked for again, up to four times; the result is
+    `chosen` gives the units that stay for a budget. What the model predicts wrongly is measured and asked for again, up to four times; the result is
     the cut with the longest time of those that meet the request, or else the shortest. Modules wider
     than a block of the runtime's channels are cut to whole blocks, unless these cannot meet it.
     """
     share = budget.target / model.predict(baseline)
     wanted = budget.target
-    budget = _in_blocks(units, scores, may_go, budget, model)
+    budget = _in_blocks(chosen, budget, model)
+    now = given.model if isinstance(given.config, NetShape) else given.config
     found: list[tuple[float, Mask, dict[str, float]]] = []
     for _ in range(TRIES):
         asked = replace(budget, target=wanted - model.constant)
         try:
-            keep = choose(units, scores, may_go, asked)
+            keep = chosen(asked)
         except PruningError:
             if not found:
                 raise
             break
-        small = config.after(indices_of(arranged(units, keep), keep))
-        dense, before, after = model.measure(baseline, config, small)
+        small = _left(given, units, keep)
+        dense, before, after = model.measure(baseline, now, small)
         over = after / (share * dense)
         found.append((over, keep, {"baseline": dense, "before": before, "after": after}))
         if 1 - TOLERANCE <= over <= 1:
@@ -185,32 +197,50 @@ def meet_latency(
     return keep, times
 
 
-def _in_blocks(
-    units: Units, scores: Scores, may_go: Mask, budget: Budget, model: LatencyModel
-) -> Budget:
+def _left(given: Subject, units: Units, keep: Mask) -> NetConfig | nn.Module:
+    """What a closed `keep` leaves: a config, of a net without one the net itself."""
+    units = arranged(units, keep)
+    if isinstance(given.config, NetShape):
+        return cut_net(given, units, keep)
+    return given.config.after(indices_of(units, keep))
+
+
+def _in_blocks(chosen: Callable[[Budget], Mask], budget: Budget, model: LatencyModel) -> Budget:
     """`budget` with the widths that cost no more than narrower ones, if that can meet it."""
     in_blocks = replace(budget, block=model.rates.step)
     try:
-        choose(units, scores, may_go, replace(in_blocks, target=budget.target - model.constant))
+        chosen(replace(in_blocks, target=budget.target - model.constant))
     except PruningError:
         return budget
     return in_blocks
 
 
 def _measure(
-    configs: Sequence[NetConfig],
+    nets: Sequence[NetConfig | nn.Module],
     runtime: Runtime,
     batch_size: int,
-    image_size: ImageSize,
+    where: Any,
     repeats: int,
 ) -> tuple[list[float], str, float]:
-    """Medians of nets with random weights, which take the time of any others; machine; spread."""
+    """Medians of nets, or nets of configs with random weights, which take the time of any others; machine; spread.
+
+    `where` is a size of images, or what describes other inputs.
+    """
     with torch.random.fork_rng(devices=[]):
-        nets = {str(i): built(config).eval() for i, config in enumerate(configs)}
+        timed = {
+            str(i): net if isinstance(net, nn.Module) else built(net).eval()
+            for i, net in enumerate(nets)
+        }
+    is_size = isinstance(where, int | tuple)
     found = compare_latency(
-        nets, batch_size=batch_size, image_size=image_size, runtime=runtime, repeats=repeats
+        timed,
+        batch_size=batch_size,
+        image_size=where if is_size else None,
+        example_inputs=None if is_size else make(where),
+        runtime=runtime,
+        repeats=repeats,
     )
-    times = [found[str(i)].median_ms for i in range(len(configs))]
+    times = [found[str(i)].median_ms for i in range(len(nets))]
     spread = float(np.median([(x.p90_ms - x.p10_ms) / x.median_ms for x in found.values()]))
     return times, found["0"].machine, spread
 
@@ -233,8 +263,10 @@ def _random_cut(units: Units, generator: np.random.Generator) -> Mask:
             for gone in block.groups:
                 keep[gone.units] = False
         if group.kind in kinds and keep[group.units].all():
-            keep[group.units] = generator.random(group.size) < shares[kinds[group.kind], stage]
-            keep[group.start] = True
+            drawn = generator.random(group.size // group.blocks)
+            mine = drawn < shares[kinds[group.kind], stage]
+            mine[0] = True
+            keep[group.units] = np.tile(mine, group.blocks)
     return units.close(keep)
 
 

@@ -196,13 +196,16 @@ def decide(
         stays=_what_stays(given.graph),
     )
     times: dict[str, float] = {}
+
+    def chosen(asked: budgets.Budget) -> Mask:
+        return budgets.choose(whole_units, summed, all_may, asked)[place]
+
     if latency is None:
-        keep = budgets.choose(whole_units, summed, all_may, budget)[place]
+        keep = chosen(budget)
     else:
-        assert not isinstance(given.config, NetShape)
-        base = given.config if baseline is None else baseline
-        assert not isinstance(base, nn.Module)
-        keep, times = meet_latency(table, given.config, scores, may_go, budget, latency, base)
+        own = given.model if isinstance(given.config, NetShape) else given.config
+        base = own if baseline is None else baseline
+        keep, times = meet_latency(given, table, chosen, budget, latency, base)
     table = arranged(table, keep)
     requested = {
         **dataclasses.asdict(asked),
@@ -310,13 +313,8 @@ def _latency_model(
         )
     if asked.unit != LATENCY:
         return None
-    if isinstance(given.config, NetShape):
-        raise PruningError(
-            f"a latency budget is for DenseNets and Light CNNs; for a {type(given.model).__name__} "
-            "choose unit='macs', and compare_latency afterwards"
-        )
-    size = asked.input_size
-    assert size is not None
+    inputs = given.config.inputs if isinstance(given.config, NetShape) else None
+    size = asked.input_size if inputs is None else None
     if given_model is None:
         runtime, batch_size = asked.timed
         return fit_latency_model(
@@ -324,10 +322,16 @@ def _latency_model(
             runtime=runtime,
             batch_size=batch_size,
             image_size=size,
+            example_inputs=given.inputs,
             seed=asked.seed,
         )
     found = given_model if isinstance(given_model, LatencyModel) else given_model()
-    if sides(found.image_size) != sides(size):
+    if found.inputs != inputs:
+        raise PruningError(
+            "latency_model was fitted on other inputs than this net was followed on; fit it on this "
+            f"{type(given.model).__name__}, with the same image_size or example_inputs"
+        )
+    if size is not None and found.image_size is not None and sides(found.image_size) != sides(size):
         raise PruningError(
             f"latency_model was fitted on images of {found.image_size} pixels, and input_size is "
             f"{size}; fit it with image_size={size}"

@@ -11,7 +11,7 @@ from torch import nn
 from prune_dn.errors import ConversionError, PruningError
 from prune_dn.models.examples import example_image, inference_copy
 from prune_dn.models.families import family_of
-from prune_dn.pruning.config import LATENCY, PruneConfig
+from prune_dn.pruning.config import PruneConfig
 from prune_dn.pruning.planning import allowed
 from prune_dn.pruning.ratios import read_ratios
 from prune_dn.pruning.request import check_rounding, with_defaults
@@ -58,11 +58,6 @@ def unfit(
             read_ratios(ratios, table, request.units)
     except (PruningError, ConversionError) as error:
         yield f"prune: {error}"
-    if request.unit == LATENCY and family_of(model) is None:
-        yield (
-            "prune.unit: only of DenseNets and Light CNNs the latency can be predicted; choose macs, and "
-            "see the measured latencies in the report"
-        )
 
 
 def _unfit_training(model: nn.Module, name: str, fit: FitConfig) -> Iterator[str]:

@@ -213,7 +213,7 @@ class _Search:
                 self.given.model,
                 runtime=runtime,
                 batch_size=size,
-                image_size=self.config.input_size,
+                **self._inputs(),
                 seed=self.config.seed,
             )
         small, (net, table, keep, told) = cut_in_rounds(

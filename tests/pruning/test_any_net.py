@@ -280,8 +280,6 @@ def test_a_variant_of_a_densenet_has_edges_too() -> None:
     assert sum(isinstance(m, SelectingBatchNorm2d) for m in small.modules()) > 2
     with pytest.raises(PruningError, match="size of images is needed"):
         prune(model, 0.4)
-    with pytest.raises(PruningError, match="a latency budget is for DenseNets and Light CNNs"):
-        prune(model, 0.4, unit="latency", input_size=64)
 
 
 class Halves(nn.Module):

@@ -354,10 +354,6 @@ LABELLED = [(torch.randn(2, 3, 64, 64), torch.tensor([0, 9]))]
         ({"scope": "here"}, "scope 'here' is unknown; choose from global, local"),
         ({"units": ["edge"]}, r"units=\['edge'\]: this net has none of them"),
         ({"compensate": "mean"}, "compensate='mean' needs calibration images: give"),
-        (
-            {"unit": "latency"},
-            "latency budget is for DenseNets and Light CNNs; for a ResNet choose",
-        ),
         ({"min_channels": 0}, "min_channels is 0; it must be an integer from 1 to"),
         (
             {"protect": ["layer9"]},

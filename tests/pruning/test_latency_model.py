@@ -9,11 +9,13 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
 from prune_dn.errors import PruningError, PruningWarning
 from prune_dn.measure.latency import Latency
 from prune_dn.models import densenet
-from prune_dn.pruning import fit_latency_model, latency_model, make_plan
+from prune_dn.models.probe import describe
+from prune_dn.pruning import Plan, apply_plan, fit_latency_model, latency_model, make_plan
 from prune_dn.pruning.latency_model import LatencyModel
 from prune_dn.pruning.rates import Rates
 
@@ -174,3 +176,93 @@ def test_the_spread_is_that_of_the_runs(monkeypatch) -> None:
     monkeypatch.setattr(latency_model, "compare_latency", timed)
     found = fit_latency_model(NET, runtime="eager", nets=8, repeats=1)
     assert found.spread == 1.0 and found.machine == "here"
+
+
+# -- nets that are traced -------------------------------------------------------------------------
+
+
+class Grouped(nn.Module):
+    """A residual sum, a grouped convolution, and a batch norm before a reader of a stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.branch = nn.Sequential(
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.Conv2d(16, 24, 1),
+            nn.BatchNorm2d(24),
+            nn.ReLU(),
+            nn.Conv2d(24, 24, 3, padding=1, groups=2),
+            nn.BatchNorm2d(24),
+            nn.ReLU(),
+            nn.Conv2d(24, 16, 1),
+        )
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, 3, H, W) -> (N, 5)."""
+        x = self.stem(x)
+        return self.head((x + self.branch(x)).relu().mean((2, 3)))
+
+
+def traced() -> tuple[Grouped, LatencyModel]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = Grouped().eval()
+    example = describe(torch.zeros(1, 3, 16, 16))
+    rates = Rates(mac_1x1=2e-7, mac_kxk=1e-7, normalised=3e-6)
+    return net, LatencyModel(rates, 0.03, 0.0, "eager", 1, None, "made up", inputs=example)
+
+
+def pretend_of(monkeypatch: pytest.MonkeyPatch, known: LatencyModel, factor: float = 1.0) -> None:
+    def measure(nets, runtime, batch_size, where, repeats):
+        assert where == known.inputs
+        first = known.predict(nets[0])
+        times = [known.predict(net) for net in nets]
+        return [t * (1 if t == first else factor) for t in times], "made up", 0.0
+
+    monkeypatch.setattr(latency_model, "_measure", measure)
+
+
+def test_rates_of_a_traced_net_are_found_again(monkeypatch) -> None:
+    net, known = traced()
+    pretend_of(monkeypatch, known)
+    for given in ({"image_size": 16}, {"example_inputs": torch.zeros(1, 3, 16, 16)}):
+        found = fit_latency_model(net, runtime="eager", nets=24, **given)
+        assert found.error < 1e-6 and found.inputs == known.inputs and found.image_size is None
+        for rate in ("mac_1x1", "mac_kxk", "normalised"):
+            assert getattr(found.rates, rate) == pytest.approx(getattr(known.rates, rate), rel=1e-3)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.25, 0.8])
+def test_the_measured_time_of_a_traced_net_meets_the_request(monkeypatch, factor) -> None:
+    net, known = traced()
+    pretend_of(monkeypatch, known, factor)
+    asked = {"unit": "latency", "latency_model": known, "criterion": "l1", "input_size": 16}
+    plan = make_plan(net, 0.4, **asked)
+    dense, after = (plan.achieved[when]["latency"] for when in ("before", "after"))
+    assert dense == pytest.approx(known.predict(net))
+    small = apply_plan(net, plan)
+    assert after == pytest.approx(factor * known.predict(small))
+    assert 0.9 * 0.6 <= after / dense <= 0.6
+    assert small.branch[5].groups == 2 and small.branch[5].in_channels % 2 == 0
+    again = make_plan(small, 0.7, baseline=net, **asked)
+    assert again.achieved["baseline"]["latency"] == pytest.approx(dense)
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_a_traced_net_is_timed_for_real() -> None:
+    net, _ = traced()
+    found = fit_latency_model(net, runtime="eager", image_size=16, nets=8, repeats=3)
+    assert found.predict(net) > 0 and found.machine.endswith(torch.__version__)
+    one, same = found.measure(net, net, repeats=3)
+    assert one == same > 0
+
+
+def test_a_model_of_other_inputs_is_refused() -> None:
+    net, known = traced()
+    asked = {"unit": "latency", "criterion": "l1"}
+    for model, given, fitted in ((net, 24, known), (net, 16, TRUE), (NET, 32, known)):
+        with pytest.raises(PruningError, match="was fitted on other inputs than this net was"):
+            make_plan(model, 0.4, input_size=given, latency_model=fitted, **asked)

@@ -124,11 +124,6 @@ def test_a_plain_densenet_of_a_library_becomes_ours(tmp_path: Path) -> None:
     ("overrides", "error", "message"),
     [
         (
-            ["prune.unit=latency"],
-            RecipeError,
-            r"prune.unit: only of DenseNets and Light CNNs .*macs",
-        ),
-        (
             ["prune.units=[stream, sibling]"],
             RecipeError,
             "prune.units: it has no sibling; leave that",
