@@ -26,6 +26,7 @@ from prune_dn.pruning.kept import indices_of
 from prune_dn.pruning.latency_model import LatencyModel
 from prune_dn.pruning.parts import Mask
 from prune_dn.pruning.plan import plan_of
+from prune_dn.pruning.statistics import Wins
 from prune_dn.pruning.subject import subject
 from prune_dn.pruning.units import Units
 from prune_dn.run.rivals import THEIR_CRITERIA, THEIR_SCOPES, macs_of, torch_pruned
@@ -53,7 +54,7 @@ def methods(net: nn.Module, round_to: int = 1) -> dict[str, Method]:
     for criterion in sorted(CRITERIA):
         for compensate in ("none", "mean", "least_squares"):
             if not ours_dense:
-                if CRITERIA[criterion].need != "wins":
+                if CRITERIA[criterion].need is not Wins:
                     found[f"ours/{criterion}/{compensate}"] = ours(
                         criterion, compensate, unit="macs", round_to=round_to
                     )

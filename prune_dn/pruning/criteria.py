@@ -7,7 +7,7 @@ is the sum over its readers. Of what competes (MFM) a unit has the sum over what
 siblings share that (see `siblings`); only a criterion that needs `wins` looks at the competition.
 
 A criterion is a function `(reading) -> (channels,)`, finite, higher = keep, registered by name with
-what it needs from calibration images (see `calibration.Statistics`). Scores are compared between
+what it needs from calibration images, a dataclass (see `statistics`). Scores are compared between
 readers as they are: `reconstruction`, `taylor` and `fisher` are in units of the loss, and the others
 in those of their formula.
 
@@ -23,8 +23,8 @@ in those of their formula.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,8 +33,8 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from prune_dn.errors import PruningError
-from prune_dn.pruning.calibration import NEEDS, Need, Statistics
 from prune_dn.pruning.elimination import elimination_losses
+from prune_dn.pruning.statistics import Activations, Gradients, Gram, Wins, check_statistic
 
 Scores = npt.NDArray[np.float64]
 
@@ -52,29 +52,29 @@ class Reading:
     norm: _BatchNorm | None
     weight: Tensor
     generator: torch.Generator
-    statistics: Statistics = field(default_factory=Statistics)
+    statistics: Any = None
 
 
 class Criterion(NamedTuple):
     """A function from a reading to (channels,), and what it needs from calibration images."""
 
     function: Callable[[Reading], Tensor]
-    need: Need | None
+    need: type[Any] | None
 
 
 CRITERIA: dict[str, Criterion] = {}
 
 
 def register_criterion(
-    name: str, *, need: Need | None = None
+    name: str, *, need: type[Any] | None = None
 ) -> Callable[[Callable[[Reading], Tensor]], Callable[[Reading], Tensor]]:
     """Make a criterion available by name, also to recipes. A name that is taken raises.
 
-    `need`: `activations`, `gradients` (with labels), `gram`, or `wins`; None = the weights say it all.
-    With `wins` a reading is an MFM or a competing reader: its channels are the siblings.
+    `need`: a class of statistics, such as `Activations`, `Gradients` (with labels), `Gram` or `Wins`, whose
+    instance is the reading's `statistics`; None = the weights say it all. With `Wins` a reading is an MFM or a competing reader: its channels are the siblings.
     """
-    if need is not None and need not in NEEDS:
-        raise PruningError(f"need {need!r} is unknown; choose one of {', '.join(NEEDS)}")
+    if need is not None:
+        check_statistic(need)
 
     def register(function: Callable[[Reading], Tensor]) -> Callable[[Reading], Tensor]:
         if name in CRITERIA:
@@ -127,28 +127,28 @@ def lamp(reading: Reading) -> Tensor:
     return scores
 
 
-@register_criterion("activation", need="activations")
+@register_criterion("activation", need=Activations)
 def activation(reading: Reading) -> Tensor:
     """Mean activation of the channel as the reader sees it (arXiv:1611.06440, section 2.2)."""
-    assert reading.statistics.activation is not None
-    return reading.statistics.activation
+    found: Tensor = reading.statistics.activation
+    return found
 
 
-@register_criterion("taylor", need="gradients")
+@register_criterion("taylor", need=Gradients)
 def taylor(reading: Reading) -> Tensor:
     """|activation x gradient|, summed over pixels, mean over images (arXiv:1611.06440, eq. 8)."""
-    assert reading.statistics.taylor is not None
-    return reading.statistics.taylor
+    found: Tensor = reading.statistics.taylor
+    return found
 
 
-@register_criterion("fisher", need="gradients")
+@register_criterion("fisher", need=Gradients)
 def fisher(reading: Reading) -> Tensor:
     """Half the mean squared (activation x gradient): diagonal Fisher (arXiv:1801.05787)."""
-    assert reading.statistics.fisher is not None
-    return reading.statistics.fisher
+    found: Tensor = reading.statistics.fisher
+    return found
 
 
-@register_criterion("reconstruction", need="gram")
+@register_criterion("reconstruction", need=Gram)
 def reconstruction(reading: Reading) -> Tensor:
     """Rise of the loss when the channel goes and the rest is refitted (optimal brain surgeon).
 
@@ -156,18 +156,17 @@ def reconstruction(reading: Reading) -> Tensor:
     with half the diagonal Fisher information there, which makes readers comparable. No labels, but
     the `loss` says what the outputs mean.
     """
-    statistics = reading.statistics
-    assert statistics.gram is not None and statistics.sensitivity is not None
+    statistics: Gram = reading.statistics
     weight = reading.weight.detach()
     scaled = weight.flatten(1) * (statistics.sensitivity[:, None] / 2).sqrt()
     return elimination_losses(statistics.gram, scaled.T, weight.shape[2] * weight.shape[3])
 
 
-@register_criterion("mfm_win_rate", need="wins")
+@register_criterion("mfm_win_rate", need=Wins)
 def mfm_win_rate(reading: Reading) -> Tensor:
     """What the MFM loses with the sibling: its mean margin over its rival, 0 where that wins."""
-    assert reading.statistics.margins is not None
-    return reading.statistics.margins
+    found: Tensor = reading.statistics.margins
+    return found
 
 
 def reads_images(criterion: str | None) -> bool:
@@ -177,10 +176,17 @@ def reads_images(criterion: str | None) -> bool:
 
 def follows_loss(criterion: str | None) -> bool:
     """Whether the criterion depends on what the outputs mean; False as for `reads_images`."""
-    return _need(criterion) in ("gradients", "gram")
+    need = _need(criterion)
+    return need is not None and need.slopes is not None
 
 
-def _need(criterion: object) -> Need | None:
+def needs_labels(criterion: str) -> bool:
+    """Whether the criterion looks at the gradient of the loss at the labels that are given."""
+    need = _need(criterion)
+    return need is not None and need.slopes == "inputs"
+
+
+def _need(criterion: object) -> type[Any] | None:
     return (
         CRITERIA[criterion].need if isinstance(criterion, str) and criterion in CRITERIA else None
     )
@@ -188,8 +194,7 @@ def _need(criterion: object) -> Need | None:
 
 def needs_images(criterion: str) -> PruningError:
     """The error for a criterion that reads images where none are given."""
-    labels = CRITERIA[criterion].need == "gradients"
-    kind = "(images, labels) batches" if labels else "batches of images"
+    kind = "(images, labels) batches" if needs_labels(criterion) else "batches of images"
     return PruningError(
         f"criterion {criterion!r} needs calibration images: give calibration={kind}"
     )

@@ -11,10 +11,19 @@ from torch import nn
 from prune_dn.data.batches import Batches, read_batches
 from prune_dn.errors import PruningError
 from prune_dn.models.losses import LossFunction
-from prune_dn.pruning.criteria import CRITERIA, Reading, Scores, follows_loss, judge, needs_images
+from prune_dn.pruning.criteria import (
+    CRITERIA,
+    Reading,
+    Scores,
+    follows_loss,
+    judge,
+    needs_images,
+    needs_labels,
+)
 from prune_dn.pruning.parts import STAYS
 from prune_dn.pruning.readings import kernels, observe, of_readers
 from prune_dn.pruning.siblings import contests, share_out
+from prune_dn.pruning.statistics import Wins
 from prune_dn.pruning.units import Units
 
 
@@ -36,7 +45,7 @@ def importance(
             f"criterion {criterion!r} is unknown; choose one of {', '.join(sorted(CRITERIA))}"
         )
     generator = torch.Generator().manual_seed(seed)
-    competes = CRITERIA[criterion].need == "wins"
+    competes = CRITERIA[criterion].need is Wins
     if competes:
         scores = _of_competition(model, units, criterion, calibration, generator, seed)
     else:
@@ -106,5 +115,5 @@ def calibration_for(
         return None
     if calibration is None:
         raise needs_images(criterion)
-    labelled = need == "gradients" or (need == "gram" and callable(loss))
+    labelled = needs_labels(criterion) or (follows_loss(criterion) and callable(loss))
     return read_batches(calibration, needs_labels=labelled, loss=loss)

@@ -40,6 +40,7 @@ from prune_dn.pruning.readings import judged
 from prune_dn.pruning.request import check_ratios, check_rounding, request_of, with_defaults
 from prune_dn.pruning.settle import settled
 from prune_dn.pruning.siblings import keep_to_competing
+from prune_dn.pruning.statistics import Gram, Wins
 from prune_dn.pruning.subject import NetShape, Subject, subject
 from prune_dn.pruning.units import Units
 
@@ -175,7 +176,7 @@ def decide(
     ranks = None
     if asked.scope == "local":
         ranks = budgets.quantiles(whole_units, summed)
-    elif not table.selections and CRITERIA[criterion].need != "gram":
+    elif not table.selections and CRITERIA[criterion].need is not Gram:
         # Where no layer selects from a stream, layers are of many kinds: scores that are no loss are
         # compared within their group.
         ranks = budgets.shares(whole_units, summed, all_may)
@@ -263,7 +264,7 @@ def allowed(given: Subject, table: Units, asked: PruneConfig) -> tuple[Mask, dic
         raise PruningError(
             f"protect={list(asked.protect)} leaves no channels of this {kind} that could be cut"
         )
-    if CRITERIA[criterion].need == "wins":
+    if CRITERIA[criterion].need is Wins:
         may_go, why = keep_to_competing(table, may_go, asked.units, criterion)
         return may_go, {**why, **protected}
     can = judged(given.model, table, criterion)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,12 +12,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from prune_dn.data.batches import Batches
+from prune_dn.errors import PruningError
 from prune_dn.graph.types import NONE, Reader
-from prune_dn.pruning.calibration import Statistics, collect
+from prune_dn.pruning.calibration import collect
 from prune_dn.pruning.criteria import CRITERIA, Reading, Scores, check_losses, judge, needs_images
 from prune_dn.pruning.parts import STAYS, Mask, Positions
 from prune_dn.pruning.patches import Convolution, Transposed, kernel_matrix, taps_of
 from prune_dn.pruning.siblings import competing
+from prune_dn.pruning.statistics import Gram, Wins
 from prune_dn.pruning.units import Units
 
 
@@ -53,7 +56,7 @@ def of_readers(
     scores = np.zeros(units.size)
     for read in everyone:
         layer = layers[read.reader.layer]
-        statistics = found.pop(read.reader.layer, Statistics())
+        statistics = found.pop(read.reader.layer, None)
         losses = np.zeros(len(read.units))
         for classes, reading in _readings(model, layer, read, statistics, generator):
             np.add.at(losses, classes, judge(reading, criterion))
@@ -67,7 +70,7 @@ def judged(model: nn.Module, units: Units, criterion: str) -> Mask:
 
     What only training runs makes, or reads, is not judged.
     """
-    if CRITERIA[criterion].need == "wins":
+    if CRITERIA[criterion].need is Wins:
         return competing(units)
     found = np.zeros(units.size, dtype=bool)
     for read in _reads(units):
@@ -98,7 +101,7 @@ def observe(
     calibration: Batches | None,
     seed: int,
     owners: Mapping[str, Tensor] | None = None,
-) -> dict[str, Statistics]:
+) -> dict[str, Any]:
     """What the criterion needs to know of the inputs of each layer; empty = nothing.
 
     `owners` are those of `collect`.
@@ -150,7 +153,7 @@ def _readings(
     model: nn.Module,
     layer: nn.Module,
     read: _Read,
-    statistics: Statistics,
+    statistics: Any,
     generator: torch.Generator,
 ) -> Iterator[tuple[Positions, Reading]]:
     """How a layer reads its classes: all of them at once where that can be, else in parts.
@@ -162,7 +165,7 @@ def _readings(
     norm = norm if isinstance(norm, _BatchNorm) and norm.affine else None
     name = read.reader.select or read.reader.layer
     everyone = np.arange(len(read.units))
-    if statistics.gram is not None:
+    if isinstance(statistics, Gram):
         yield from _whole_readings(name, norm, layer, read, statistics, generator)
     elif read.is_plain:
         yield everyone, Reading(name, norm, kernels(layer), generator, statistics)
@@ -174,12 +177,21 @@ def _readings(
             columns = torch.from_numpy(order[np.isin(read.local[order], classes)])
             mine = weight[:, columns].unflatten(1, (len(classes), -1)).flatten(2)[..., None]
             index = torch.from_numpy(classes)
-            known = {
-                f.name: value[index]
-                for f in fields(Statistics)
-                if (value := getattr(statistics, f.name)) is not None
-            }
-            yield classes, Reading(name, None, mine, generator, Statistics(**known))
+            known = None if statistics is None else _of_classes(statistics, index, read)
+            yield classes, Reading(name, None, mine, generator, known)
+
+
+def _of_classes(statistics: Any, index: Tensor, read: _Read) -> Any:
+    """The statistics of some classes. Raises PruningError where they are not of classes."""
+    found = {field.name: getattr(statistics, field.name) for field in fields(statistics)}
+    for name, value in found.items():
+        if len(value) != len(read.units):
+            raise PruningError(
+                f"{type(statistics).__name__}.{name} has {len(value)} entries for {read.reader.layer}, which "
+                f"reads {len(read.units)} units in {len(read.local)} places: take them from `seen.maps` or "
+                "`seen.per_unit`"
+            )
+    return replace(statistics, **{name: value[index] for name, value in found.items()})
 
 
 def _whole_readings(
@@ -187,12 +199,11 @@ def _whole_readings(
     norm: _BatchNorm | None,
     layer: nn.Module,
     read: _Read,
-    statistics: Statistics,
+    statistics: Gram,
     generator: torch.Generator,
 ) -> Iterator[tuple[Positions, Reading]]:
     """For criteria that judge an input beside all others: each group of a conv is a reader of its own."""
     gram, sensitivity = statistics.gram, statistics.sensitivity
-    assert gram is not None and sensitivity is not None
     if read.is_plain and int(getattr(layer, "groups", 1)) == 1:
         yield np.arange(len(read.units)), Reading(name, norm, kernels(layer), generator, statistics)
         return
@@ -212,7 +223,7 @@ def _whole_readings(
             None,
             weight[columns].T.unflatten(1, (-1, copies * taps))[..., None],
             generator,
-            Statistics(gram=own[columns][:, columns], sensitivity=outputs),
+            Gram(own[columns][:, columns], outputs),
         )
         yield mine[order[::copies]], reading
 

@@ -18,6 +18,7 @@ from prune_dn.pruning import apply_plan, compensate_plan, settling_plan
 from prune_dn.pruning.calibration import collect
 from prune_dn.pruning.importance import importance
 from prune_dn.pruning.sensitivity import sensitivity
+from prune_dn.pruning.statistics import Gram
 from prune_dn.pruning.units import Units
 
 
@@ -104,7 +105,7 @@ def test_the_sensitivity_of_outputs_is_their_fisher_information() -> None:
     x = images(1).expand(4000, -1, -1, -1)
     p = model(x[:1])[0].detach().double().sigmoid()
     for loss, expected in (("sigmoid", p * (1 - p)), ("mse", torch.ones(4).double())):
-        found = collect(model, ["classifier"], read_batches(x.split(1000), loss=loss), "gram")
+        found = collect(model, ["classifier"], read_batches(x.split(1000), loss=loss), Gram)
         torch.testing.assert_close(
             found["classifier"].sensitivity, expected, rtol=0.1, atol=0.01
         )  # 4,000 draws

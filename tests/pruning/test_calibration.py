@@ -8,6 +8,7 @@ from oracle import randomise_
 from prune_dn.data.batches import read_batches
 from prune_dn.models import densenet
 from prune_dn.pruning.calibration import PixelSampler, collect
+from prune_dn.pruning.statistics import Activations, Gradients, Gram
 
 
 def test_grams_predict_the_outputs_power() -> None:
@@ -15,7 +16,7 @@ def test_grams_predict_the_outputs_power() -> None:
     net = randomise_(densenet([2, 1], 4, bn_size=2, stem="cifar", num_classes=3), 1).eval()
     data = read_batches([torch.randn(3, 3, 8, 8), torch.randn(2, 3, 8, 8)], loss="mse")
     names = ["features.denseblock1.denselayer2.conv2", "features.transition1.conv", "classifier"]
-    found = collect(net, names, data, "gram")
+    found = collect(net, names, data, Gram)
     outputs: dict[str, list[torch.Tensor]] = {name: [] for name in names}
     for name in names:
         net.get_submodule(name).register_forward_hook(
@@ -38,7 +39,7 @@ def test_sensitivity_is_the_fisher_information_of_the_logits() -> None:
     net = densenet([1], 4, stem="cifar", num_classes=3).eval()
     x = torch.randn(1, 3, 8, 8).expand(4000, -1, -1, -1)
     p = net(x[:1]).softmax(1)[0].detach()
-    found = collect(net, ["classifier"], read_batches(x.split(1000), loss="softmax"), "gram")
+    found = collect(net, ["classifier"], read_batches(x.split(1000), loss="softmax"), Gram)
     expected = (p * (1 - p)).double()
     torch.testing.assert_close(found["classifier"].sensitivity, expected, rtol=0.1, atol=0.01)
 
@@ -75,8 +76,8 @@ def test_statistics_are_of_one_reader_at_a_time() -> None:
     gates = [torch.ones(6, 8, 1, 1, requires_grad=True) for _ in range(2)]
     loss = torch.nn.functional.cross_entropy(net(images, *gates), labels, reduction="sum")
     maps = net.stem(images).relu().mean((0, 2, 3))
-    gradients = collect(net, ["left", "right"], data, "gradients")
-    activations = collect(net, ["left", "right"], data, "activations")
+    gradients = collect(net, ["left", "right"], data, Gradients)
+    activations = collect(net, ["left", "right"], data, Activations)
     for name, slopes in zip(("left", "right"), torch.autograd.grad(loss, gates), strict=True):
         torch.testing.assert_close(
             gradients[name].taylor, slopes.abs().mean((0, 2, 3)), check_dtype=False

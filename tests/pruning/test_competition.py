@@ -16,6 +16,7 @@ from prune_dn.models import MaxFeatureMap, densenet
 from prune_dn.models.dense_net import ReadStream
 from prune_dn.pruning.calibration import collect
 from prune_dn.pruning.competition import competition
+from prune_dn.pruning.statistics import Wins
 
 
 def slow(x: torch.Tensor, units: list[tuple[int, ...]]) -> dict[int, tuple[float, float]]:
@@ -98,7 +99,7 @@ def test_statistics_are_means_over_all_images() -> None:
     randomise_(net, 1).eval()
     images = torch.randn(5, 3, 6, 6)
     names = ["features.denseblock1.denselayer2.mfm", "read"]
-    found = collect(net, names, read_batches(images.split(2)), "wins")
+    found = collect(net, names, read_batches(images.split(2)), Wins)
     inputs: dict[str, torch.Tensor] = {}
     for name in names:
         net.get_submodule(name).register_forward_hook(

@@ -181,5 +181,7 @@ def test_what_a_criterion_needs() -> None:
             make_plan(net, 0.5, criterion="reconstruction", calibration=wrong)
     with pytest.raises(PruningError, match="labels must be integers from 0 to 2"):
         make_plan(net, 0.5, criterion="fisher", calibration=[(x, torch.tensor([0, 3]))])
-    with pytest.raises(PruningError, match="need 'images' is unknown"):
+    with pytest.raises(
+        PruningError, match="need 'images' is no statistic: give a dataclass with `slopes`"
+    ):
         register_criterion("x", need="images")

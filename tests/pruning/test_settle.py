@@ -11,6 +11,7 @@ from prune_dn.errors import PruningError
 from prune_dn.models import DenseNet, MaxFeatureMap, densenet
 from prune_dn.pruning import PruneConfig, apply_plan, make_plan, prune, settling_plan
 from prune_dn.pruning.calibration import collect
+from prune_dn.pruning.statistics import Wins
 
 
 def net_with(**options: object) -> DenseNet:
@@ -32,7 +33,7 @@ def test_the_winner_of_each_pair_is_what_is_left() -> None:
     assert not any(isinstance(module, MaxFeatureMap) for module in small.modules())
     assert [x.out_channels for b in small.config.blocks for x in b] == [4, 4, 4, 8, 8]
     name = "features.denseblock1.denselayer2"
-    found = collect(net, [f"{name}.mfm"], read_batches([IMAGES]), "wins")[f"{name}.mfm"]
+    found = collect(net, [f"{name}.mfm"], read_batches([IMAGES]), Wins)[f"{name}.mfm"]
     margins = found.margins.reshape(2, 4)
     winners = [int(unit) + 4 * int(margins[1, unit] > margins[0, unit]) for unit in range(4)]
     conv = net.get_submodule(f"{name}.conv2")

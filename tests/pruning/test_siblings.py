@@ -18,6 +18,7 @@ from prune_dn.pruning.budget import floor, losers
 from prune_dn.pruning.calibration import collect
 from prune_dn.pruning.importance import importance
 from prune_dn.pruning.parts import Group
+from prune_dn.pruning.statistics import Wins
 from prune_dn.pruning.units import Units
 
 LAYER = "features.denseblock1.denselayer2"
@@ -85,7 +86,7 @@ def test_the_win_rate_scores_margins() -> None:
     net = made()
     units, scores = scores_of(net, "mfm_win_rate")
     names = [f"{LAYER}.mfm", f"{LAYER}.read", "read"]
-    found = collect(net, names, read_batches(batches()), "wins")
+    found = collect(net, names, read_batches(batches()), Wins)
     for name in names:
         margins = found[name].margins.numpy()
         np.testing.assert_allclose(scores[group(units, name).units], margins, rtol=1e-6)
@@ -109,7 +110,7 @@ def test_three_siblings_are_judged_as_a_unit() -> None:
     net = made(mfm_skipped=None)
     units, scores = scores_of(net, "mfm_win_rate")
     name = "features.transition1.mfm"
-    margins = collect(net, [name], read_batches(batches()), "wins")[name].margins.numpy()
+    margins = collect(net, [name], read_batches(batches()), Wins)[name].margins.numpy()
     made_up = scores[group(units, "features.transition1.conv").units]
     np.testing.assert_allclose(made_up, margins.reshape(3, -1).sum(0), rtol=1e-6)
 
