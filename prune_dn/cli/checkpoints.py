@@ -92,12 +92,7 @@ def prune(
         ),
     ] = PruneConfig.compensate,
     calibration: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            max=limits.IMAGES,
-            help="Training images for criterion and refit.  [default: 512]",
-        ),
+        int | None, options.images("Training images for criterion and refit.  [default: 512]")
     ] = None,
     loss: options.Loss = None,
     data: options.DataName = None,
@@ -230,9 +225,7 @@ def evaluate(
     mean: options.Mean = None,
     std: options.Std = None,
     normalize: options.Normalize = None,
-    split: Annotated[
-        str, typer.Option(help="test, or val (of its own, or part of the training images).")
-    ] = "test",
+    split: options.Split = "test",
     recalibrate: Annotated[
         int,
         typer.Option(
@@ -244,7 +237,7 @@ def evaluate(
     batch_size: Annotated[
         int, typer.Option(min=1, max=limits.BATCH_SIZE, help="Images at a time.")
     ] = 64,
-    precision: Annotated[str, typer.Option(help="no (float32) or bf16 autocast.")] = "no",
+    precision: options.Precision = "no",
     seed: options.Seed = 0,
     model: options.Model = None,
     ema: options.Ema = False,

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prune_dn.base import limits
 from prune_dn.base.console import show as _show
 from prune_dn.base.intervals import percent, wilson
 from prune_dn.cli import options
@@ -38,31 +37,18 @@ def compare(
         str | None, typer.Option(help="Torch-Pruning's criteria.  [default: all of them]")
     ] = None,
     calibration: Annotated[
-        int,
-        typer.Option(
-            min=1, max=limits.IMAGES, help="Training images to score, refit and recalibrate with."
-        ),
+        int, options.images("Training images to score, refit and recalibrate with.")
     ] = 512,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            "--data", help="Data set, or a folder of images; default: the checkpoint's data set."
-        ),
-    ] = None,
+    data: options.DataName = None,
     data_root: options.DataRoot = None,
     image_size: options.ImageSize = None,
     resize: options.Resize = None,
     mean: options.Mean = None,
     std: options.Std = None,
     normalize: options.Normalize = None,
-    split: Annotated[
-        str, typer.Option(help="test, or val (of its own, or part of the training images).")
-    ] = "test",
-    max_images: Annotated[
-        int | None,
-        typer.Option(min=1, max=limits.IMAGES, help="Evaluate on at most so many images."),
-    ] = None,
-    precision: Annotated[str, typer.Option(help="no (float32) or bf16 autocast.")] = "no",
+    split: options.Split = "test",
+    max_images: Annotated[int | None, options.images("Evaluate on at most so many images.")] = None,
+    precision: options.Precision = "no",
     seed: options.Seed = 0,
     ema: options.Ema = False,
     as_json: options.AsJson = False,

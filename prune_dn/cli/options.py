@@ -61,9 +61,6 @@ DataName = Annotated[
 DataRoot = Annotated[
     str | None, typer.Option(help="The folder that holds the data.  [default: data]")
 ]
-Limit = Annotated[
-    int | None, typer.Option(min=1, max=limits.IMAGES, help="Use only so many training images.")
-]
 ImageSize = Annotated[
     int | None,
     typer.Option(min=1, max=limits.IMAGE_SIZE, help="Pixels; default: the checkpoint's."),
@@ -86,6 +83,17 @@ def bounded(name: str, text: str) -> typer.models.OptionInfo:
     return found
 
 
+def images(text: str) -> typer.models.OptionInfo:
+    """A number of images."""
+    found: typer.models.OptionInfo = typer.Option(min=1, max=limits.IMAGES, help=text)
+    return found
+
+
+Split = Annotated[
+    str, typer.Option(help="test, or val (of its own, or part of the training images).")
+]
+Precision = Annotated[str, typer.Option(help="no (float32) or bf16 autocast.")]
+Limit = Annotated[int | None, images("Use only so many training images.")]
 Seed = Annotated[int, bounded("seed", "Seed of every random choice.")]
 
 

@@ -42,10 +42,7 @@ def sensitivity(
         ),
     ] = None,
     max_images: Annotated[
-        int,
-        typer.Option(
-            min=1, max=limits.IMAGES, help="Evaluate on at most so many validation images."
-        ),
+        int, options.images("Evaluate on at most so many validation images.")
     ] = 1000,
     recalibrate: Annotated[
         int,
@@ -56,10 +53,7 @@ def sensitivity(
         ),
     ] = 0,
     calibration: Annotated[
-        int | None,
-        typer.Option(
-            min=1, max=limits.IMAGES, help="Training images for the criterion.  [default: 512]"
-        ),
+        int | None, options.images("Training images for the criterion.  [default: 512]")
     ] = None,
     loss: options.Loss = None,
     data: options.DataName = None,

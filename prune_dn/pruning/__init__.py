@@ -12,9 +12,8 @@ if typing.TYPE_CHECKING:
     from prune_dn.pruning.criteria import CRITERIA, register_criterion
     from prune_dn.pruning.latency_model import LatencyModel, fit_latency_model
     from prune_dn.pruning.plan import Plan
-    from prune_dn.pruning.planning import make_plan
+    from prune_dn.pruning.planning import make_plan, settling_plan
     from prune_dn.pruning.recalibrate import recalibrate_batch_norm_
-    from prune_dn.pruning.settle import settling_plan
     from prune_dn.pruning.surgery import apply_plan, prune
 
 __all__ = [
@@ -38,9 +37,8 @@ _HOMES = {
     "criteria": ("CRITERIA", "register_criterion"),
     "latency_model": ("LatencyModel", "fit_latency_model"),
     "plan": ("Plan",),
-    "planning": ("make_plan",),
+    "planning": ("make_plan", "settling_plan"),
     "recalibrate": ("recalibrate_batch_norm_",),
-    "settle": ("settling_plan",),
     "surgery": ("apply_plan", "prune"),
 }
 

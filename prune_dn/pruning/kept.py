@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from prune_dn.errors import ConfigError, PruningError
 from prune_dn.models.families import family_of
@@ -85,7 +86,8 @@ def consistent(before: Config, after: Config, keep_indices: Mapping[str, Sequenc
     known only when the plan is applied: here only what can be told from the plan itself is checked.
     """
     for config in (before, after):
-        if not isinstance(config, NetShape) and family_of(config) is None:
+        is_config = family_of(config) is not None and not isinstance(config, nn.Module)
+        if not isinstance(config, NetShape) and not is_config:
             raise PruningError(
                 f"a plan is between two descriptions of nets, not a {type(config).__name__}"
             )

@@ -128,6 +128,38 @@ def make_plan(
     return plan_of(given, table, keep, *told)
 
 
+def settling_plan(
+    model: nn.Module,
+    calibration: Iterable[object] | None = None,
+    *,
+    criterion: str = "mfm_win_rate",
+    loss: str | LossFunction | None = None,
+    **fields: Any,
+) -> Plan:
+    """The plan that settles every MFM of a DenseNet: of each pair the loser goes, nothing else.
+
+    On new maps the net then has plain convs of half the filters, and as wide a stream as before. Of two
+    stream channels that compete before a reader it reads the one that wins; a channel that loses
+    before every reader is cut as well. `apply_plan`, `compensate_plan` and `Plan.save` take the plan.
+    `calibration` are batches of images, (N, C, H, W), for criteria that read
+    them, and `loss` what the outputs mean, for those that follow it (see `make_plan`). `fields` are those of
+    `PruneConfig` that may stand beside `settle`.
+
+    Raises PruningError where there is no MFM 2/1, or one of three siblings, which have no loser.
+
+    >>> import torch
+    >>> from prune_dn.models import densenet
+    >>> from prune_dn.pruning import apply_plan
+    >>> net = densenet([2], 8, stem="cifar", num_classes=3, mfm={"*": "2/1"}, mfm_skipped={"*": "2/1"})
+    >>> plan = settling_plan(net, [torch.randn(4, 3, 8, 8)])
+    >>> plain = apply_plan(net, plan)
+    >>> {layer.mfm for layer in plain.config.blocks[0]}, plain.config.classifier_rivals
+    ({None}, None)
+    """
+    asked = PruneConfig(None, settle=True, criterion=criterion, **fields)
+    return make_plan(model, asked, calibration=calibration, loss=loss)
+
+
 Told = tuple[dict[str, Any], dict[str, Any], dict[str, str]]
 
 
