@@ -225,11 +225,6 @@ def whole_number(name: str, value: Any, least: int = 1, most: int | None = None)
     return int(value)
 
 
-def check_seed(seed: Any) -> int:
-    """A seed as a plain integer."""
-    return whole_number("seed", seed, *BOUNDS["seed"])
-
-
 def units_in(values: Iterable[str], allowed: tuple[str, ...] = UNITS) -> tuple[Any, ...]:
     """Kinds of units, each once, in the order of `allowed`."""
     kinds = names_in(values, "units")

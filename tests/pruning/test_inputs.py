@@ -216,13 +216,35 @@ def test_slices_make_no_difference_to_scores(need: type, monkeypatch: pytest.Mon
                 np.testing.assert_allclose(getattr(parts[name], key), value, rtol=1e-5, atol=1e-12)
 
 
+class Summed(nn.Module):
+    """A residual sum: the refit also fits what it lacks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.branch = nn.Sequential(
+            nn.Conv2d(6, 8, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(8, 6, 3, padding=1),
+            nn.BatchNorm2d(6),
+        )
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W) -> (N, 3)."""
+        x = self.stem(x).relu()
+        return self.head((x + self.branch(x)).relu().mean((2, 3)))
+
+
 def test_slices_make_no_difference_to_a_refit(monkeypatch: pytest.MonkeyPatch) -> None:
-    net = towers().double()
-    batch = ((*data(40)[:2],),)
-    plan = make_plan(net, 0.4, unit="macs", criterion="l2", example_inputs=data(1)[:2])
-    asked = (apply_plan(net, plan), net, plan, [batch])
+    net = randomise_(Summed(), 3).double().eval()
+    images = torch.randn(90, 3, 12, 12, generator=torch.Generator().manual_seed(4)).double()
+    plan = make_plan(net, 0.4, unit="macs", criterion="l2", input_size=12)
+    asked = (apply_plan(net, plan), net, plan, [images[:37], images[37:]])
     whole = compensate_plan(*asked).state_dict()
+    assert 4096 // len(images) < 12 * 12  # so that positions are drawn
     monkeypatch.setattr(slices, "MEMORY", 50_000)
     parts = compensate_plan(*asked).state_dict()
+    assert not torch.equal(whole["branch.2.weight"], asked[0].branch[2].weight)
     for key, value in whole.items():
         torch.testing.assert_close(parts[key], value, rtol=1e-7, atol=1e-9)
