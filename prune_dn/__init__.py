@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prune_dn.checkpoints.checkpoint import load, read_info, read_plan, save, save_state_dict
-    from prune_dn.deploy.export import export_onnx, export_torch
+    from prune_dn.deploy.deployed import Deployed
+    from prune_dn.deploy.onnx_files import export_onnx
+    from prune_dn.deploy.openvino_files import export_openvino
+    from prune_dn.deploy.torch_files import export_torch
     from prune_dn.graph import trace
     from prune_dn.measure.latency import compare_latency, measure_latency
     from prune_dn.measure.profiling import count, count_per_layer
+    from prune_dn.measure.quantize import quantize
     from prune_dn.models import DenseNet, DenseNetConfig
     from prune_dn.models.convert import convert
     from prune_dn.pruning import (
@@ -34,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DenseNet",
     "DenseNetConfig",
+    "Deployed",
     "Plan",
     "PruneConfig",
     "apply_plan",
@@ -44,6 +49,7 @@ __all__ = [
     "count",
     "count_per_layer",
     "export_onnx",
+    "export_openvino",
     "export_torch",
     "fit_latency_model",
     "load",
@@ -51,6 +57,7 @@ __all__ = [
     "measure_latency",
     "prune",
     "prune_within",
+    "quantize",
     "read_info",
     "read_plan",
     "recalibrate_batch_norm_",
@@ -63,10 +70,14 @@ __all__ = [
 
 _HOMES = {
     "checkpoints.checkpoint": ("load", "read_info", "read_plan", "save", "save_state_dict"),
-    "deploy.export": ("export_onnx", "export_torch"),
+    "deploy.deployed": ("Deployed",),
+    "deploy.onnx_files": ("export_onnx",),
+    "deploy.openvino_files": ("export_openvino",),
+    "deploy.torch_files": ("export_torch",),
     "graph": ("trace",),
     "measure.latency": ("compare_latency", "measure_latency"),
     "measure.profiling": ("count", "count_per_layer"),
+    "measure.quantize": ("quantize",),
     "models": ("DenseNet", "DenseNetConfig"),
     "models.convert": ("convert",),
     "pruning": (

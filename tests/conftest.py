@@ -54,7 +54,7 @@ def made_up_times(monkeypatch: pytest.MonkeyPatch) -> None:
     from prune_dn.measure.profiling import count
     from prune_dn.pruning import latency_model
 
-    def measure(configs, runtime, batch_size, image_size, repeats):
+    def measure(configs, timing, image_size, repeats):
         return [0.1 + 1e-6 * count(config, image_size).macs for config in configs], "made up", 0.0
 
     monkeypatch.setattr(latency_model, "_measure", measure)

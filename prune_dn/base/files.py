@@ -34,20 +34,60 @@ def atomic_path(path: StrPath) -> Iterator[Path]:
     >>> target.read_text()
     'whole'
     """
-    final, temporary = Path(path), None
-    try:
-        temporary = _beside(final)
+    with atomic_paths(path) as (temporary,):
         yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, final)
+
+
+@contextmanager
+def atomic_paths(*paths: StrPath) -> Iterator[tuple[Path, ...]]:
+    """Yield temporary paths beside files that belong together: all get their names, or none.
+
+    As `atomic_path`; of several, new and old files never stand side by side: the old ones are put aside first,
+    and put back where that fails. A kill in that moment leaves them aside, under names in `.tmp`.
+    """
+    finals = [Path(path) for path in paths]
+    temporaries: list[Path] = []
+    try:
+        for final in finals:
+            temporaries.append(_beside(final))  # noqa: PERF401 - those made so far are removed
+        yield tuple(temporaries)
+        for temporary in temporaries:
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.chmod(0o666 & ~_umask())
+        _place(temporaries, finals)
     except OSError as error:
         reason = error.strerror or str(error) or type(error).__name__
-        raise WriteError(f"cannot write {final}: {reason}; nothing was changed") from error
+        names = " and ".join(str(final) for final in finals)
+        raise WriteError(f"cannot write {names}: {reason}; nothing was changed") from error
     finally:
-        if temporary is not None:
+        for temporary in temporaries:
             temporary.unlink(missing_ok=True)
+
+
+def _place(temporaries: list[Path], finals: list[Path]) -> None:
+    """Give all files their names; where one cannot have it, all is as before."""
+    aside: list[tuple[Path, Path]] = []
+    placed: list[Path] = []
+    try:
+        for final in finals if len(finals) > 1 else ():
+            if final.exists():
+                aside.append((_beside(final), final))
+                os.replace(final, aside[-1][0])
+        for temporary, final in zip(temporaries, finals, strict=True):
+            os.replace(temporary, final)
+            placed.append(final)
+    except OSError:
+        for final in placed:
+            final.unlink()
+        for old, final in aside:
+            if final.exists():  # it was not moved: the empty file made for it goes
+                old.unlink()
+            else:
+                os.replace(old, final)
+        raise
+    for old, _ in aside:
+        old.unlink()
 
 
 def write_text(path: StrPath, text: str) -> None:

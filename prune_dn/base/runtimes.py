@@ -1,4 +1,4 @@
-"""What runs a net when it is timed."""
+"""What runs a net when it is timed or deployed, and in which precision."""
 
 from __future__ import annotations
 
@@ -8,8 +8,30 @@ from typing import Literal, get_args
 
 from prune_dn.errors import RuntimeMissingError
 
-Runtime = Literal["eager", "onnxruntime"]
+Runtime = Literal["eager", "onnxruntime", "openvino"]
+Precision = Literal["fp32", "bf16", "int8"]
 RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+# What each one computes in on a CPU. PyTorch itself has no int8 any more: its quantised modules are deprecated.
+OFFERED: dict[Runtime, tuple[Precision, ...]] = {
+    "eager": ("fp32", "bf16"),
+    "onnxruntime": ("fp32", "int8"),
+    "openvino": ("fp32", "bf16", "int8"),
+}
+QUANTISED: tuple[Runtime, ...] = tuple(name for name in RUNTIMES if "int8" in OFFERED[name])
+
+
+def why_not_offered(runtime: Runtime, precision: Precision) -> str | None:
+    """Why a runtime does not compute in a precision, in words; None = it does.
+
+    >>> why_not_offered("onnxruntime", "bf16")
+    'onnxruntime has no bf16; it has fp32, int8, and bf16 is in eager, openvino'
+    """
+    if precision in OFFERED[runtime]:
+        return None
+    others = ", ".join(name for name in RUNTIMES if precision in OFFERED[name])
+    has = ", ".join(OFFERED[runtime])
+    return f"{runtime} has no {precision}; it has {has}, and {precision} is in {others}"
 
 
 def extra(module: str, name: str) -> ModuleType:

@@ -10,8 +10,11 @@ from torch import nn
 
 from prune_dn.base import limits
 from prune_dn.base.processes import process_state
+from prune_dn.base.runtimes import Precision
 from prune_dn.checkpoints.checkpoint import load, read_info
 from prune_dn.data.augment import AUGMENTATIONS
+from prune_dn.deploy.deployed import Deployed
+from prune_dn.deploy.formats import deployed_info
 from prune_dn.errors import CheckpointError
 
 
@@ -26,6 +29,17 @@ def open_checkpoint(
     """
     net, info = load(path, ema=ema, model=model), read_known_info(path)
     return net.to(process_state().device), info
+
+
+def open_deployed_net(path: Path, precision: Precision = "fp32") -> tuple[Deployed, dict[str, Any]]:
+    """A deployed file (.onnx, .xml, .pt2) as a net, and the info that it holds.
+
+    Raises ExportError for a file that its runtime cannot read, CheckpointError for an info that
+    commands cannot go by.
+    """
+    info = deployed_info(path)
+    _check_info(path, info)
+    return Deployed(path, precision), info
 
 
 def read_known_info(path: Path) -> dict[str, Any]:

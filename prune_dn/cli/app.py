@@ -108,7 +108,13 @@ def schema() -> None:
 
 
 # Registers the commands on checkpoints; here, so that help lists the ones above first.
-from prune_dn.cli import checkpoints, compare, sensitivity, sweep  # noqa: E402, F401
+from prune_dn.cli import (  # noqa: E402
+    checkpoints,  # noqa: F401
+    compare,  # noqa: F401
+    deploying,  # noqa: F401
+    sensitivity,  # noqa: F401
+    sweep,  # noqa: F401
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,7 +10,7 @@ import typer
 from prune_dn.base import limits
 from prune_dn.base.console import show as _show
 from prune_dn.base.intervals import percent
-from prune_dn.base.runtimes import RUNTIMES
+from prune_dn.base.runtimes import PRECISIONS, RUNTIMES
 from prune_dn.cli import options
 from prune_dn.cli.options import example, read_recipe, words
 from prune_dn.errors import PruningError, RecipeError
@@ -45,11 +45,17 @@ def prune(
     ] = PruneConfig.unit,
     runtime: Annotated[
         str | None,
-        typer.Option(help=f"For latency: {' or '.join(RUNTIMES)}.  [default: {TIMED[0]}]"),
+        typer.Option(help=f"For latency: {', '.join(RUNTIMES)}.  [default: {TIMED.runtime}]"),
     ] = PruneConfig.runtime,
+    precision: Annotated[
+        str | None,
+        typer.Option(help=f"For latency: {', '.join(PRECISIONS)}.  [default: {TIMED.precision}]"),
+    ] = PruneConfig.precision,
     batch_size: Annotated[
         int | None,
-        options.bounded("batch_size", f"For latency: images at once.  [default: {TIMED[1]}]"),
+        options.bounded(
+            "batch_size", f"For latency: images at once.  [default: {TIMED.batch_size}]"
+        ),
     ] = PruneConfig.batch_size,
     criterion: Annotated[
         str | None,
@@ -131,6 +137,7 @@ def prune(
         "round_to": round_to,
         "compensate": compensate,
         "runtime": runtime,
+        "precision": precision,
         "batch_size": batch_size,
         "seed": seed,
     }
@@ -209,15 +216,16 @@ def finetune(
         progress=not as_json,
         ema=ema,
     )
-    _show(figures, as_json, lines=_with_intervals(figures))
+    _show(figures, as_json, lines=with_intervals(figures))
 
 
 @example(
     "evaluate runs/quickstart/pruned.safetensors",
+    "evaluate small.int8.onnx --data cifar10",
     "evaluate net.safetensors --data image_folder --data-root data/cifar10 --normalize cifar10",
 )
 def evaluate(
-    checkpoint: options.Checkpoint,
+    checkpoint: options.CheckpointOrFile,
     data: options.DataName = None,
     data_root: options.DataRoot = None,
     image_size: options.ImageSize = None,
@@ -237,13 +245,15 @@ def evaluate(
     batch_size: Annotated[
         int, typer.Option(min=1, max=limits.BATCH_SIZE, help="Images at a time.")
     ] = 64,
-    precision: options.Precision = "no",
+    precision: Annotated[
+        str, typer.Option(help="no (float32) or bf16: autocast, or OpenVINO's.")
+    ] = "no",
     seed: options.Seed = 0,
     model: options.Model = None,
     ema: options.Ema = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Accuracy and loss of a checkpoint."""
+    """Accuracy and loss of a checkpoint, or of a deployed file in its own runtime."""
     from prune_dn.run import jobs
     from prune_dn.run.data_options import DataOptions
 
@@ -257,60 +267,7 @@ def evaluate(
         ema=ema,
         model=model,
     )
-    _show(figures, as_json, lines=_with_intervals(figures))
-
-
-@example("export pruned.safetensors -o net.onnx", "export pruned.safetensors -o net.pt2")
-def export(
-    checkpoint: options.Checkpoint,
-    output: options.Output,
-    image_size: options.ImageSize = None,
-    model: options.Model = None,
-    ema: options.Ema = False,
-    as_json: options.AsJson = False,
-) -> None:
-    """Write ONNX (.onnx), torch.export (.pt2) or a plain state dict (.pt), by OUTPUT's ending."""
-    from prune_dn.run import jobs
-
-    _show(jobs.export_checkpoint(checkpoint, output, image_size, ema=ema, model=model), as_json)
-
-
-@example(
-    "profile pruned.safetensors",
-    "profile pruned.safetensors --batch-size 1 --json",
-    "profile resnet18.pth --model torchvision/resnet18 --verify",
-)
-def profile(
-    checkpoint: options.Checkpoint,
-    image_size: options.ImageSize = None,
-    batch_size: Annotated[
-        list[int] | None, typer.Option(min=1, max=limits.BATCH_SIZE, help="Default: 1 and 32.")
-    ] = None,
-    repeats: Annotated[
-        int, typer.Option(min=1, max=limits.REPEATS, help="Runs per latency figure.")
-    ] = 30,
-    verify: Annotated[bool, typer.Option("--verify", help="Also count MACs by thop.")] = False,
-    model: options.Model = None,
-    ema: options.Ema = False,
-    as_json: options.AsJson = False,
-) -> None:
-    """Params and MACs per layer, and measured latency."""
-    from prune_dn.run import inspection
-
-    facts = inspection.profile_checkpoint(
-        checkpoint, image_size, batch_size or [1, 32], repeats, ema=ema, model=model, verify=verify
-    )
-    rows = [[r["name"], f"{r['params']:,}", f"{r['macs']:,}"] for r in facts["layers"]]
-    rows.append(["total", f"{facts['params']:,}", f"{facts['macs']:,}"])
-    latency = {
-        f"batch {x['batch_size']}": f"{x['median_ms']:.2f} ms (median of {x['n']}; 10 % "
-        f"{x['p10_ms']:.2f}, 90 % {x['p90_ms']:.2f})"
-        for x in facts["latency"]
-    }
-    lines: dict[str, Any] = {"latency": latency, "machine": facts["latency"][0]["machine"]}
-    if verify:
-        lines["MACs by thop"] = _checked(**facts["verify"])
-    _show(facts, as_json, table=(["layer", "params", "MACs"], rows), lines=lines)
+    _show(figures, as_json, lines=with_intervals(figures))
 
 
 @example("show runs/quickstart/pruned.safetensors", "show runs/quickstart/plan.json")
@@ -329,21 +286,7 @@ def show(
     _show(facts, as_json, table=table, lines=lines)
 
 
-def _checked(
-    thop_layers: int,
-    layers_difference_percent: float,
-    thop: int,
-    difference_percent: float,
-    **_: Any,
-) -> dict[str, str]:
-    """The counts of thop beside ours; what differs by its rules is said."""
-    return {
-        "convs and linear layers": f"{thop_layers:,} ({layers_difference_percent:+.2f} %)",
-        "with norms, poolings and others as it counts them": f"{thop:,} ({difference_percent:+.2f} %)",
-    }
-
-
-def _with_intervals(figures: dict[str, Any]) -> dict[str, Any]:
+def with_intervals(figures: dict[str, Any]) -> dict[str, Any]:
     """The figures as a person reads them: each accuracy with its interval, and no empty notice."""
     shown = {}
     for key, value in figures.items():

@@ -27,6 +27,10 @@ RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", sho
 Checkpoint = Annotated[
     Path, typer.Argument(help="A checkpoint: .safetensors, or .pt state dict.", show_default=False)
 ]
+CheckpointOrFile = Annotated[
+    Path,
+    typer.Argument(help="A checkpoint, or a deployed file: .onnx, .xml, .pt2.", show_default=False),
+]
 Ema = Annotated[
     bool, typer.Option("--ema", help="Of a checkpoint with several weights take the averaged ones.")
 ]

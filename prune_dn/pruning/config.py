@@ -10,10 +10,10 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from prune_dn.base import limits
-from prune_dn.base.runtimes import RUNTIMES, Runtime
+from prune_dn.base.runtimes import PRECISIONS, RUNTIMES, Precision, Runtime, why_not_offered
 from prune_dn.errors import PruningError
 
 Unit = Literal["channels", "params", "macs", "latency"]
@@ -31,7 +31,17 @@ SIBLINGS: tuple[UnitKind, ...] = ("sibling",)
 CALIBRATED: tuple[str, Compensation] = ("reconstruction", "least_squares")
 # What may stand beside `settle`.
 SETTLING = {"settle", "criterion", "loss", "compensate", "input_size", "seed"}
-TIMED: tuple[Runtime, int] = ("onnxruntime", 1)  # runtime and batch size of latencies by default
+
+
+class Timing(NamedTuple):
+    """What a latency is of: who runs the net, on how many images at once, in which precision."""
+
+    runtime: Runtime
+    batch_size: int
+    precision: Precision
+
+
+TIMED = Timing("onnxruntime", 1, "fp32")  # by default
 # The least and the most of each whole number in a request.
 BOUNDS: dict[str, tuple[int, int]] = {
     "min_channels": (1, limits.CHANNELS),
@@ -59,7 +69,7 @@ class PruneConfig:
     is cut. `loss` is the name of what the net's outputs mean (`softmax`, `sigmoid`, `mse`).
     `rounds` above 1 are for `prune`, which then scores, cuts and refits in as many equal steps, without training.
     `settle` takes the place of the ratio, which is None: every loser of an MFM goes, nothing else
-    (`settling_plan`). `runtime` and `batch_size` are those of the unit `latency` (None: as `TIMED`).
+    (`settling_plan`). `runtime`, `precision` and `batch_size` are those of the unit `latency` (None: as `TIMED`).
 
     `criterion` and `compensate` None stand for the best that is known (`with_defaults`): with
     calibration images `reconstruction` and `least_squares`; without, `bn_scale` where norms have
@@ -87,6 +97,7 @@ class PruneConfig:
     round_to: int = 1
     compensate: Compensation | None = None
     runtime: Runtime | None = None
+    precision: Precision | None = None
     batch_size: int | None = None
     input_size: int | tuple[int, int] | None = None
     seed: int = 0
@@ -124,6 +135,10 @@ class PruneConfig:
             check_loss(self.loss)
         if self.runtime is not None:
             check_choice("runtime", self.runtime, RUNTIMES)
+        if self.precision is not None:
+            check_choice("precision", self.precision, PRECISIONS)
+            if why := why_not_offered(self.timed.runtime, self.precision):
+                raise PruningError(f"precision {self.precision!r} cannot be had: {why}")
         if "layer" in self.units and ("stream" not in self.units or self.scope != "global"):
             raise PruningError("units 'layer' needs 'stream' among the units, and scope 'global'")
         if {"edge", "connection"} <= set(self.units):
@@ -131,7 +146,7 @@ class PruneConfig:
                 "units 'edge' and 'connection' do not go together: a connection is all edges from one "
                 "layer to one reader; leave one of the two out"
             )
-        for name in ("runtime", "batch_size"):
+        for name in ("runtime", "precision", "batch_size"):
             if self.unit != LATENCY and getattr(self, name) is not None:
                 raise PruningError(
                     f"{name} has no effect with unit {self.unit!r}; use unit {LATENCY!r}"
@@ -146,10 +161,12 @@ class PruneConfig:
             )
 
     @property
-    def timed(self) -> tuple[Runtime, int]:
-        """Runtime and batch size of the unit `latency`."""
-        runtime, batch_size = TIMED
-        return self.runtime or runtime, self.batch_size or batch_size
+    def timed(self) -> Timing:
+        """What the unit `latency` is of."""
+        runtime, batch_size, precision = TIMED
+        return Timing(
+            self.runtime or runtime, self.batch_size or batch_size, self.precision or precision
+        )
 
     def counting(self, images: int | None) -> PruneConfig:
         """The request of a recipe or a command that gives so many calibration images (None: unsaid).

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from prune_dn.base.defaults import usual_defaults
-from prune_dn.base.runtimes import Runtime
+from prune_dn.base.runtimes import Precision, Runtime
 from prune_dn.errors import PruningError
 from prune_dn.measure.latency import compare_latency
 from prune_dn.models.families import NetConfig, built, config_of, known_family
@@ -20,7 +20,7 @@ from prune_dn.models.probe import make
 from prune_dn.models.sizes import ImageSize
 from prune_dn.pruning.arrange import arranged
 from prune_dn.pruning.budget import Budget
-from prune_dn.pruning.config import TIMED
+from prune_dn.pruning.config import TIMED, Timing
 from prune_dn.pruning.cuts import cut_net
 from prune_dn.pruning.kept import indices_of
 from prune_dn.pruning.parts import Mask
@@ -66,6 +66,7 @@ class LatencyModel:
     machine: str
     spread: float = 0.0
     inputs: Any = None
+    precision: Precision = "fp32"
 
     def predict(self, net: NetConfig | nn.Module) -> float:
         """Milliseconds of one batch of a net, or of one of this config."""
@@ -81,7 +82,7 @@ class LatencyModel:
         """Milliseconds of one batch, median, of these nets, or nets of these configs, timed in turns."""
         different = list(dict.fromkeys(nets))
         where = self.inputs if self.image_size is None else self.image_size
-        times, _, _ = _measure(different, self.runtime, self.batch_size, where, repeats)
+        times, _, _ = _measure(different, self, where, repeats)
         return [times[different.index(net)] for net in nets]
 
 
@@ -89,8 +90,9 @@ class LatencyModel:
 def fit_latency_model(
     model: nn.Module,
     *,
-    runtime: Runtime = TIMED[0],
-    batch_size: int = TIMED[1],
+    runtime: Runtime = TIMED.runtime,
+    batch_size: int = TIMED.batch_size,
+    precision: Precision = TIMED.precision,
     image_size: ImageSize | None = None,
     example_inputs: Any = None,
     nets: int = 16,
@@ -101,8 +103,9 @@ def fit_latency_model(
 
     A net that is not ours needs `image_size` or `example_inputs`, as `make_plan` takes them. The cuts are of all kinds of units and depend on `seed`; the fit is least squares of relative
     errors with rates that are not negative. `rates.step` is that of 1, 8 and 16 with the least
-    error. For onnxruntime most of the time goes into exporting the nets; threads are PyTorch's
-    present number.
+    error. In onnxruntime and OpenVINO most of the time goes into exporting (and quantising) the nets; threads are
+    PyTorch's present number. Rates of `int8` are those of nets with their nodes that quantise: what these cost
+    goes by the same elements as the norms before them.
 
     >>> from prune_dn.models import densenet
     >>> net = densenet([2, 2], 8, stem="cifar", num_classes=10)
@@ -122,7 +125,8 @@ def fit_latency_model(
     keeps = [np.ones(units.size, dtype=bool)]
     keeps += [_random_cut(units, generator) for _ in range(nets - 1)]
     cut = [_left(given, units, keep) for keep in keeps]
-    times, where, spread = _measure(cut, runtime, batch_size, size or inputs, repeats)
+    timing = Timing(runtime, batch_size, precision)
+    times, where, spread = _measure(cut, timing, size or inputs, repeats)
     taken = np.array(times)
     tables = {step: _table(units, keeps, step) for step in STEPS}
     errors = {step: _error(table, taken) for step, table in tables.items()}
@@ -131,7 +135,7 @@ def fit_latency_model(
     rates = Rates(**dict(zip(FEATURES, found[1:].tolist(), strict=True)), step=step)
     error = errors[step]
     return LatencyModel(
-        rates, float(found[0]), error, runtime, batch_size, size, where, spread, inputs
+        rates, float(found[0]), error, runtime, batch_size, size, where, spread, inputs, precision
     )
 
 
@@ -217,8 +221,7 @@ def _in_blocks(chosen: Callable[[Budget], Mask], budget: Budget, model: LatencyM
 
 def _measure(
     nets: Sequence[NetConfig | nn.Module],
-    runtime: Runtime,
-    batch_size: int,
+    timing: Timing | LatencyModel,
     where: Any,
     repeats: int,
 ) -> tuple[list[float], str, float]:
@@ -234,10 +237,11 @@ def _measure(
     is_size = isinstance(where, int | tuple)
     found = compare_latency(
         timed,
-        batch_size=batch_size,
+        batch_size=timing.batch_size,
         image_size=where if is_size else None,
         example_inputs=None if is_size else make(where),
-        runtime=runtime,
+        runtime=timing.runtime,
+        precision=timing.precision,
         repeats=repeats,
     )
     times = [found[str(i)].median_ms for i in range(len(nets))]

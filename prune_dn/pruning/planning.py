@@ -21,7 +21,7 @@ from prune_dn.models.sizes import sides
 from prune_dn.models.weights import shorten
 from prune_dn.pruning import budget as budgets
 from prune_dn.pruning.arrange import arranged
-from prune_dn.pruning.config import LATENCY, PruneConfig
+from prune_dn.pruning.config import LATENCY, PruneConfig, Timing
 from prune_dn.pruning.criteria import CRITERIA, follows_loss
 from prune_dn.pruning.figures import Baseline, Measure, checked_baseline
 from prune_dn.pruning.importance import calibration_for, importance
@@ -86,7 +86,7 @@ def make_plan(
     `mfm_win_rate` judges only what competes; the rest stays, as `protected` says.
 
     `latency` is priced by `latency_model`, or a function that fits one once nothing else is wrong; by
-    default `fit_latency_model(model)`, with the request's `runtime` (onnxruntime) and `batch_size` (1) on
+    default `fit_latency_model(model)`, with the request's `runtime` (onnxruntime), `precision` (fp32) and `batch_size` (1) on
     this machine. Widths above the block
     of channels that the runtime computes in (`rates.step`) are cut to multiples of it too, where that
     can meet the budget: others would lose channels and save no time. The net is then timed
@@ -258,7 +258,7 @@ def decide(
             achieved[when][LATENCY] = times[when]
     achieved["ratio"] = 1.0 - achieved["after"][unit] / achieved["baseline"][unit]
     if latency is not None:
-        achieved["runtime"] = latency.runtime
+        achieved["runtime"], achieved["precision"] = latency.runtime, latency.precision
         achieved["warnings"] = doubts(latency, asked.pruning_ratio, times)
         for doubt in achieved["warnings"]:
             warnings.warn(doubt, PruningWarning, stacklevel=4)
@@ -349,11 +349,9 @@ def _latency_model(
     inputs = given.config.inputs if isinstance(given.config, NetShape) else None
     size = asked.input_size if inputs is None else None
     if given_model is None:
-        runtime, batch_size = asked.timed
         return fit_latency_model(
             given.model,
-            runtime=runtime,
-            batch_size=batch_size,
+            **asked.timed._asdict(),
             image_size=size,
             example_inputs=given.inputs,
             seed=asked.seed,
@@ -369,7 +367,7 @@ def _latency_model(
             f"latency_model was fitted on images of {found.image_size} pixels, and input_size is "
             f"{size}; fit it with image_size={size}"
         )
-    for name in ("runtime", "batch_size"):
+    for name in Timing._fields:
         if getattr(asked, name) not in (None, getattr(found, name)):
             raise PruningError(
                 f"latency_model was fitted with {name} {getattr(found, name)!r}, and "

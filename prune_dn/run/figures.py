@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from prune_dn.base.runtimes import Runtime
 from prune_dn.data.datasets import Datasets
 from prune_dn.measure.latency import compare_latency
 from prune_dn.measure.profiling import count
-from prune_dn.pruning.config import LATENCY
+from prune_dn.pruning.config import LATENCY, Timing
+from prune_dn.run.deploying import file_name
 from prune_dn.run.recipe import Recipe
 from prune_dn.training import evaluate
 
@@ -31,35 +31,36 @@ def stage_figures(model: nn.Module, data: Datasets) -> dict[str, Any]:
     }
 
 
-def asked_latency(recipe: Recipe) -> tuple[Runtime, int] | None:
-    """Runtime and batch size of the latency that a recipe asks for; None where it asks for none."""
+def asked_latency(recipe: Recipe) -> Timing | None:
+    """What the latency that a recipe asks for is of; None where it asks for none."""
     if recipe.prune is None or recipe.prune.unit != LATENCY:
         return None
     return recipe.prune.request().timed
 
 
 def latency_rows(
-    recipe: Recipe, nets: Mapping[str, nn.Module], image_size: int, exported: Path
+    recipe: Recipe, nets: Mapping[str, nn.Module], image_size: int, folder: Path
 ) -> dict[str, list[dict[str, Any]]]:
     """Rows of each net, all nets timed in turns: eager, and in the runtime that the recipe asks for.
 
-    In onnxruntime the pruned net is the file `exported`, where there is one.
+    There the pruned net is the exported file in `folder`, where there is one.
     """
-    wishes: list[tuple[Runtime, int]] = [("eager", size) for size in recipe.report.batch_sizes]
+    wishes = [Timing("eager", size, "fp32") for size in recipe.report.batch_sizes]
     asked = asked_latency(recipe)
     if asked is not None and asked not in wishes:
         wishes.append(asked)
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in nets}
-    for runtime, batch_size in wishes:
-        there = runtime == "onnxruntime" and "pruned" in nets and exported.is_file()
+    for timing in wishes:
+        models: dict[str, Any] = dict(nets)
+        if timing.runtime != "eager" and "pruned" in nets:
+            exported = folder / file_name(timing.runtime, timing.precision)
+            models["pruned"] = exported if exported.is_file() else nets["pruned"]
         found = compare_latency(
-            nets,
-            batch_size=batch_size,
+            models,
+            **timing._asdict(),
             image_size=image_size,
             repeats=recipe.report.repeats,
             max_seconds=recipe.report.max_seconds,
-            runtime=runtime,
-            onnx_paths={"pruned": exported} if there else None,
         )
         for name, latency in found.items():
             rows[name].append(dataclasses.asdict(latency))

@@ -15,7 +15,7 @@ from prune_dn.base.console import say
 from prune_dn.base.files import same_file
 from prune_dn.base.intervals import fell, wilson
 from prune_dn.base.processes import process_state
-from prune_dn.checkpoints.checkpoint import load, save, save_state_dict
+from prune_dn.checkpoints.checkpoint import load, read_plan, save, save_state_dict
 from prune_dn.checkpoints.opened import open_checkpoint
 from prune_dn.data.datasets import (
     CALIBRATION_IMAGES,
@@ -23,7 +23,8 @@ from prune_dn.data.datasets import (
     calibration_batches,
     calibration_loader,
 )
-from prune_dn.deploy.export import export_onnx, export_torch
+from prune_dn.deploy.deployed import Deployed
+from prune_dn.deploy.formats import FORMATS
 from prune_dn.errors import DataError, ExportError, PruningError, RecipeError
 from prune_dn.measure.profiling import count
 from prune_dn.models.convert import as_ours
@@ -41,6 +42,7 @@ from prune_dn.pruning.config import PruneConfig
 from prune_dn.pruning.criteria import follows_loss, reads_images
 from prune_dn.run.building import load_data
 from prune_dn.run.data_options import DataOptions, refuse_calibration
+from prune_dn.run.deploying import digest_of, open_any, write_deployed
 from prune_dn.run.pixels import (
     GUESSED,
     check_fit,
@@ -154,17 +156,13 @@ def prune_checkpoint(
         _recalibrate(small, sets, recalibrate, info, data.seed)
     if plan_out is not None:
         plan.save(plan_out)
-    _save(small, output, {**kept, "plan": plan.requested}, inputs)
+    saved = {**kept, "plan": plan.requested, **digest_of(plan)}
+    _save(small, output, saved, inputs)
     done = plan.achieved
     figures = _cut_figures(output, plan)
     warned = list(done.get("warnings", []))
-    return {
-        **figures,
-        **told,
-        **_exported(small, export, inputs),
-        "warnings": warned,
-        "images": pixels,
-    }
+    exported = _exported(small, export, inputs, saved)
+    return {**figures, **told, **exported, "warnings": warned, "images": pixels}
 
 
 def _kind(model: nn.Module) -> str:
@@ -186,14 +184,16 @@ def _save(model: nn.Module, path: Path, info: Mapping[str, Any], inputs: Mapping
     )
 
 
-def _exported(model: nn.Module, path: Path | None, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def _exported(
+    model: nn.Module, path: Path | None, inputs: Mapping[str, Any], info: Mapping[str, Any]
+) -> dict[str, Any]:
     """Write the net in the format of the ending, if a path is given; what was written, as facts."""
     if path is None:
         return {}
     if path.suffix in (".pt", ".pth"):
         save_state_dict(model, path)
     else:
-        (export_onnx if path.suffix == ".onnx" else export_torch)(model, path, **inputs)
+        write_deployed(model, path, inputs, info)
     return {"exported": str(path)}
 
 
@@ -307,13 +307,17 @@ def evaluate_checkpoint(
         raise DataError(f"--split {split!r} is unknown; choose test or val")
     if precision not in ("no", "bf16"):
         raise DataError(f"--precision {precision!r} is unknown; choose no or bf16")
-    net, info = open_checkpoint(checkpoint, ema, model)
+    net, info = open_any(checkpoint, precision, ema=ema, model=model, recalibrate=recalibrate)
     sets, pixels = data.load(info, net, checkpoint)
     if recalibrate:
         _recalibrate(net, sets, recalibrate, info, data.seed)
     result = score(net, getattr(sets, split), batch_size=batch_size, precision=precision)
     assert result.accuracy is not None
-    cost = count(net, sets.spec.image_size)
+    cost = (
+        {key: info.get(key) for key in ("params", "macs")}
+        if isinstance(net, Deployed)
+        else dataclasses.asdict(count(net, sets.spec.image_size))
+    )
     return {
         "checkpoint": str(checkpoint),
         "data": sets.spec.name,
@@ -324,8 +328,8 @@ def evaluate_checkpoint(
         "n": result.n,
         "recalibrated_on_batches": recalibrate,
         "precision": precision,
-        "params": cost.params,
-        "macs": cost.macs,
+        "params": cost["params"],
+        "macs": cost["macs"],
         "images": pixels,
     }
 
@@ -351,14 +355,15 @@ def export_checkpoint(
         inputs, inputs_from = inputs_for(net, info, image_size, checkpoint)
         say_inputs(inputs, inputs_from)
         facts = {**describe_inputs(inputs), "image_size_from": inputs_from}
-    _exported(net, output, inputs)
+    _exported(net, output, inputs, {**info, **digest_of(read_plan(checkpoint))})
     return {"output": str(output), **facts, "file_bytes": output.stat().st_size}
 
 
 def check_exported(output: Path) -> None:
     """Raise ExportError for a file name whose ending says no format."""
-    if output.suffix not in (".onnx", ".pt2", ".pt", ".pth"):
-        raise ExportError(f"{output}: the ending says the format; use .onnx, .pt2 or .pt")
+    endings = (*FORMATS, ".pt", ".pth")
+    if output.suffix not in endings:
+        raise ExportError(f"{output}: the ending says the format; use {', '.join(endings)}")
 
 
 def _recalibrate(

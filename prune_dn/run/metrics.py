@@ -41,6 +41,15 @@ class _Latency(_Part):
     batch_size: Some
     runtime: str
     machine: str
+    precision: str = "fp32"
+
+
+class _File(_Part):
+    test_accuracy: Share
+    n_test: Some
+    file_bytes: Some
+    float_layers: list[str]
+    latency: list[_Latency]
 
 
 class _Round(_Part):
@@ -48,6 +57,7 @@ class _Round(_Part):
     requested: Figure
     achieved: Figure
     runtime: str = ""
+    precision: str = "fp32"
     batch_size: Count = 0
 
 
@@ -75,6 +85,7 @@ class _Metrics(_Part):
     stages: dict[str, _Stage] = {}
     history: dict[str, list[_Epoch]] = {}
     latency: dict[str, list[_Latency]] = {}
+    files: dict[str, _File] = {}
     rounds: list[_Round] = []
     notices: list[_Notice] = []
 

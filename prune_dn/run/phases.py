@@ -23,7 +23,6 @@ from prune_dn.base.intervals import fell
 from prune_dn.base.processes import process_state
 from prune_dn.checkpoints.checkpoint import load, save, save_state_dict
 from prune_dn.data.datasets import Datasets, calibration_loader
-from prune_dn.deploy.export import export_onnx, export_torch
 from prune_dn.errors import PruneDNError
 from prune_dn.measure.latency import machine
 from prune_dn.models.examples import example_image
@@ -35,6 +34,7 @@ from prune_dn.pruning import (
     compensate_plan,
     recalibrate_batch_norm_,
 )
+from prune_dn.run import deploying
 from prune_dn.run.figures import asked_latency, latency_rows, stage_figures
 from prune_dn.run.folder import RunFolder
 from prune_dn.run.pixels import warn_of_other_pixels
@@ -103,7 +103,7 @@ class Phases:
     ) -> tuple[Plan, nn.Module]:
         """Plan, cut, compensate, recalibrate; each step is scored."""
         ending = "" if section.rounds == 1 else f"-{number}"
-        plan_file = f"plan{ending}.json"
+        plan_file = self._plan_file(number)
         has_norms = any(isinstance(module, _BatchNorm) for module in model.modules())
         batches = (section.recalibrate_batches or 0) if has_norms else 0
         done = "recalibrated" if batches else "cut"
@@ -133,6 +133,10 @@ class Phases:
                 self._record_round(number, plan.requested["pruning_ratio"], plan.achieved["ratio"])
         return plan, small
 
+    def _plan_file(self, number: int) -> str:
+        assert self.recipe.prune is not None
+        return "plan.json" if self.recipe.prune.rounds == 1 else f"plan-{number}.json"
+
     def _record_round(self, number: int, requested: float, achieved: float) -> None:
         assert self.recipe.prune is not None
         row: dict[str, Any] = {
@@ -141,7 +145,7 @@ class Phases:
             "achieved": achieved,
         }
         if (asked := asked_latency(self.recipe)) is not None:
-            row["runtime"], row["batch_size"] = asked
+            row |= asked._asdict()
         self.folder.metrics["rounds"][number - 1 :] = [row]
 
     def finetune(
@@ -176,28 +180,40 @@ class Phases:
         with self._phase("latency"):
             rows = None
             if self.folder.is_main:
-                size, exported = self.data.spec.image_size, self._path("model.onnx")
-                rows = latency_rows(self.recipe, nets, size, exported)
+                rows = latency_rows(self.recipe, nets, self.data.spec.image_size, self.folder.path)
             self.folder.metrics["latency"] = self.folder.agree(rows)
 
-    def export(self, model: nn.Module) -> None:
-        """The files that the recipe asks for, each verified before it gets its name."""
-        spec, wish = self.data.spec, self.recipe.export
-        files = {
-            "model.onnx": wish.onnx,
-            "model.pt2": wish.torch_export,
-            "pruned.pt": wish.state_dict,
-        }
-        if self.folder.done("export", [name for name, wanted in files.items() if wanted]):
+    def export(self, model: nn.Module, plans: list[dict[str, Any]]) -> None:
+        """The files that the recipe asks for, each verified before it gets its name, and their figures."""
+        wish, files = self.recipe.export, deploying.wanted_files(self.recipe.export)
+        plain = ["pruned.pt"] if wish.state_dict else []
+        if self.folder.done("export", [*files, *plain]):
             return
-        with self._phase("export"):
+        with self._phase("export") as notices:
+            said: list[str] = []
             if self.folder.is_main:
-                if wish.onnx:
-                    export_onnx(model, self._path("model.onnx"), image_size=spec.image_size)
-                if wish.torch_export:
-                    export_torch(model, self._path("model.pt2"), image_size=spec.image_size)
-                if wish.state_dict:
-                    save_state_dict(model, self._path("pruned.pt"))
+                for name, kind in files.items():
+                    said += self._deploy(model, name, kind, plans)
+                if plain:
+                    save_state_dict(model, self._path(plain[0]))
+            process_state().wait_for_everyone()
+            paths, main = {name: self._path(name) for name in files}, self.folder.is_main
+            figures = deploying.file_figures(paths, self.data, self.recipe.report, timed=main)
+            self.folder.metrics["files"] = self.folder.agree(figures)
+            notices += self.folder.agree(said)
+
+    def _deploy(
+        self, model: nn.Module, name: str, kind: deploying.Kind, plans: list[dict[str, Any]]
+    ) -> list[str]:
+        info: dict[str, Any] = {"data": self.data.spec.to_dict()}
+        if plans:
+            last = Plan.load(self._path(self._plan_file(len(plans))))
+            info |= {"plan": last.requested, **deploying.digest_of(last)}
+        cut, seed = self.recipe.prune, self.recipe.seed
+        images = None if cut is None else cut.calibration
+        return deploying.write_file(
+            model, self._path(name), *kind, self.data, info, images, seed=seed
+        )
 
     def report(self, plans: list[dict[str, Any]]) -> None:
         """report.md with its plots; what `fit` keeps for going on is no longer needed."""
@@ -305,7 +321,7 @@ class Phases:
             for name, rows in self.folder.metrics["history"].items()
         }
         spec, augment = self.data.spec.to_dict(), self.data.train.augment
-        info = {"data": spec, "augment": augment, "history": history}
+        info: dict[str, Any] = {"data": spec, "augment": augment, "history": history}
         if self.folder.is_main:
             save(model, self._path(file), info=info, **self._origin(model))
 

@@ -12,6 +12,7 @@ from torch import nn
 from prune_dn.errors import RecipeError
 from prune_dn.measure.profiling import count
 from prune_dn.pruning import apply_plan
+from prune_dn.run import deploying
 from prune_dn.run.building import load_data, start
 from prune_dn.run.folder import RunFolder
 from prune_dn.run.phases import Phases, Watch
@@ -51,6 +52,7 @@ def run(
             "the recipe has a part sweep: use `prune-dn sweep`, or leave it out (--set sweep=null)"
         )
     data = load_data(recipe.data, seed=recipe.seed)
+    deploying.check_installed(list(deploying.wanted_files(recipe.export).values()))
     model = start(recipe, data)
     folder = RunFolder(recipe, data.contents, overwrite=overwrite)
     try:
@@ -63,7 +65,7 @@ def run(
                 plans.append({"round": number, **plan})
                 model = phases.finetune(model, dense, recipe.prune, number)
         if not only_train:
-            phases.export(model)
+            phases.export(model, plans)
             phases.measure(
                 {"dense": dense} if model is dense else {"dense": dense, "pruned": model}
             )
@@ -85,6 +87,7 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
     be met and what sizes it gives. Raises what `run` would raise for the same mistakes.
     """
     data = load_data(recipe.data, seed=recipe.seed)
+    deploying.check_installed(list(deploying.wanted_files(recipe.export).values()))
     model = start(recipe, data)
     if recipe.model.checkpoint is not None:
         warn_of_other_pixels(recipe.data, data.spec, recipe.model.checkpoint)

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from prune_dn.checkpoints.checkpoint import read_example, read_info
 from prune_dn.data.datasets import DataSpec
+from prune_dn.deploy.deployed import Deployed
 from prune_dn.errors import DataError, DataWarning
 from prune_dn.models.examples import in_channels
 from prune_dn.models.families import config_of, known_family
@@ -33,6 +34,17 @@ def image_size_for(
     Raises DataError for another size than that of a Light CNN, whose linear layer fits one, and where the
     net was saved with inputs that are no square images.
     """
+    if isinstance(model, Deployed):
+        height, width = model.image_size
+        if height != width:
+            raise DataError(
+                f"{where} takes images of {height}x{width} pixels; this command reads square ones"
+            )
+        if given not in (None, height):
+            raise DataError(
+                f"{where} takes {height} pixels a side, --image-size says {given}; leave it out"
+            )
+        return height, "from the file"
     config = config_of(model)
     if config is not None and known_family(config).one_size:
         own = known_family(config).image_size(config)
@@ -64,7 +76,8 @@ def check_fit(model: nn.Module, spec: DataSpec, where: str) -> None:
 
     Of a net that is not ours only input channels are known; its classes show when it runs.
     """
-    has = {"input channels": in_channels(model)}
+    deployed = isinstance(model, Deployed)
+    has = {"input channels": model.in_channels if deployed else in_channels(model)}
     if (config := config_of(model)) is not None:
         family = known_family(config)
         size = family.image_size(config) if family.one_size else spec.image_size

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from prune_dn.base import limits
-from prune_dn.base.runtimes import Runtime
+from prune_dn.base.runtimes import QUANTISED, Precision, Runtime
 from prune_dn.base.yaml_lines import dump
 from prune_dn.data.augment import AUGMENTATIONS
 from prune_dn.data.datasets import CALIBRATION_IMAGES
@@ -132,6 +132,7 @@ class PruneSection(Strict):
     settle: bool = PruneConfig.settle
     unit: Unit = PruneConfig.unit
     runtime: Runtime | None = PruneConfig.runtime
+    precision: Precision | None = PruneConfig.precision
     batch_size: _limited("batch_size") | None = PruneConfig.batch_size  # type: ignore[valid-type]
     criterion: _choice("criterion", CRITERIA) | None = PruneConfig.criterion  # type: ignore[valid-type]
     scope: Scope = PruneConfig.scope
@@ -224,11 +225,13 @@ class PruneSection(Strict):
 
 
 class ExportSection(Strict):
-    """Which files to leave beside the checkpoints."""
+    """Which files to leave beside the checkpoints; `int8` are the runtimes to quantise for."""
 
     onnx: bool = True
+    openvino: bool = False
     torch_export: bool = False
     state_dict: bool = True
+    int8: tuple[_choice("int8", QUANTISED), ...] = ()  # type: ignore[valid-type]
 
 
 class ReportSection(Strict):

@@ -46,6 +46,8 @@ def render(metrics: Metrics, environment: Metrics, plans: Sequence[Metrics]) -> 
     ]
     if "search" in metrics:
         parts += ["## As far as the accuracy allows", *_search_parts(metrics["search"])]
+    if metrics.get("files"):
+        parts += ["## Deployed files", *_file_parts(metrics)]
     if any(metrics.get("latency", {}).values()):
         parts += ["## Latency", *_latency_parts(metrics)]
     for plan in plans:
@@ -112,7 +114,7 @@ def _asked(done: Metrics) -> str:
     asked = f"asked: {100 * done['requested']:g} % fewer {_UNITS[done['unit']]}"
     achieved = f"achieved: {100 * done['achieved']:.2f} %"
     if "runtime" in done:
-        asked += f", {done['runtime']}, batch {done['batch_size']}"
+        asked += f", {_runtime(done)}, batch {done['batch_size']}"
         achieved += " as timed while planning"
     return f"{asked}; {achieved}"
 
@@ -127,7 +129,32 @@ def _pairs(metrics: Metrics) -> list[tuple[Metrics, Metrics]]:
 
 
 def _timed(row: Metrics) -> str:
-    return f"{row['runtime']}, batch {row['batch_size']}"
+    return f"{_runtime(row)}, batch {row['batch_size']}"
+
+
+def _runtime(row: Metrics) -> str:
+    precision = row.get("precision", "fp32")
+    return str(row["runtime"]) + ("" if precision == "fp32" else f" {precision}")
+
+
+def _file_parts(metrics: Metrics) -> list[str]:
+    files = metrics["files"]
+    batches = [row["batch_size"] for row in next(iter(files.values()))["latency"]]
+    rows = [
+        [
+            code(name),
+            _runtime(file["latency"][0]) if file["latency"] else "",
+            percent(file["test_accuracy"], file["n_test"]),
+            f"{human(file['file_bytes'])}B",
+            *(f"{row['median_ms']:.2f} ms" for row in file["latency"]),
+        ]
+        for name, file in files.items()
+    ]
+    header = ["file", "runtime", "test accuracy", "bytes", *(f"batch {n}" for n in batches)]
+    return [
+        "Each file run by its own runtime: on the test images, and timed in turns with the others (medians).",
+        markdown_table(header, rows),
+    ]
 
 
 def _search_parts(search: Metrics) -> list[str]:
@@ -158,7 +185,7 @@ def _latency_parts(metrics: Metrics) -> list[str]:
     rows = [
         [
             net,
-            row["runtime"],
+            _runtime(row),
             str(row["batch_size"]),
             *(f"{row[key]:.2f}" for key in ("median_ms", "p10_ms", "p90_ms")),
             str(row["n"]),
@@ -169,8 +196,8 @@ def _latency_parts(metrics: Metrics) -> list[str]:
     ]
     header = ["net", "runtime", "batch", "median, ms", "10 %", "90 %", "n", "machine"]
     return [
-        "Milliseconds for one batch, the nets timed in turns. In onnxruntime it is the exported "
-        "file that runs.",
+        "Milliseconds for one batch, the nets timed in turns. In onnxruntime and OpenVINO it is the "
+        "exported file that runs, where there is one.",
         markdown_table(header, rows),
     ]
 

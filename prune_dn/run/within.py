@@ -208,11 +208,9 @@ class _Search:
         if self.scores is None:
             self.scores = scores_of(self.given, self.config, self.calibration, self.loss)
         if self.config.unit == LATENCY and self.latency is None:
-            runtime, size = self.config.timed
             self.latency = fit_latency_model(
                 self.given.model,
-                runtime=runtime,
-                batch_size=size,
+                **self.config.timed._asdict(),
                 **self._inputs(),
                 seed=self.config.seed,
             )
@@ -256,12 +254,10 @@ class _Search:
 
     def _times(self, small: nn.Module, shape: dict[str, Any]) -> tuple[float | None, float | None]:
         """Medians of the small and the dense net on the request's runtime."""
-        runtime, size = self.config.timed
         try:
             found = compare_latency(
                 {"small": small, "dense": self.given.model},
-                batch_size=size,
-                runtime=runtime,
+                **self.config.timed._asdict(),
                 **shape,
             )
         except ExportError:

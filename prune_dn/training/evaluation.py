@@ -67,7 +67,7 @@ def evaluate(
     sums = torch.zeros(4, dtype=torch.float64)  # loss, right, images, images with a right or wrong
     low = precision == "bf16"
     with eval_mode(model), in_float32(model if low else None):
-        like = next(model.parameters())
+        like = next(model.parameters(), torch.empty(0))  # a deployed file has none
         for number, (inputs, labels) in enumerate(each_batch(loader, "data", DataError)):
             if number % state.num_processes != state.process_index:
                 continue

@@ -19,7 +19,9 @@ from light_cnn_oracle import slow
 from oracle import randomise_
 from other_nets import NETS
 
-from prune_dn.deploy.export import OnnxReport, export_onnx, export_torch
+from prune_dn.deploy.onnx_files import export_onnx
+from prune_dn.deploy.preparing import ExportReport
+from prune_dn.deploy.torch_files import export_torch
 from prune_dn.errors import ConfigError, ExportError
 from prune_dn.graph import call, tensors
 from prune_dn.models import (
@@ -66,7 +68,7 @@ def run(path: Path, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[DenseNet, Path, OnnxReport, str]:
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[DenseNet, Path, ExportReport, str]:
     """A net in an odd state, its ONNX file, the report, and the state as text before."""
     net = uneven().double().train()
     net.memory_efficient = True
@@ -85,7 +87,7 @@ def state_of(net: DenseNet) -> str:
 
 
 def test_onnx_gives_the_same_logits_at_any_batch(
-    exported: tuple[DenseNet, Path, OnnxReport, str],
+    exported: tuple[DenseNet, Path, ExportReport, str],
 ) -> None:
     net, path, report, before = exported
     assert state_of(net) == before
@@ -99,7 +101,7 @@ def test_onnx_gives_the_same_logits_at_any_batch(
     assert 0 <= report.max_abs_error < 1e-5
 
 
-def test_onnx_file_is_one_clean_file(exported: tuple[DenseNet, Path, OnnxReport, str]) -> None:
+def test_onnx_file_is_one_clean_file(exported: tuple[DenseNet, Path, ExportReport, str]) -> None:
     _, path, _, _ = exported
     assert os.listdir(path.parent) == ["net.onnx"]
     onnx.checker.check_model(str(path), full_check=True)
@@ -145,7 +147,7 @@ def test_an_opset_that_cannot_be_written(tmp_path: Path, opset: object) -> None:
 
 @pytest.mark.parametrize("entry", [("", 18), ("pkg.other", 1)])
 def test_a_file_of_another_opset_is_not_left(
-    exported: tuple[DenseNet, Path, OnnxReport, str],
+    exported: tuple[DenseNet, Path, ExportReport, str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     entry: tuple[str, int],
@@ -171,7 +173,7 @@ def test_sizes_that_are_none(tmp_path: Path, size: object) -> None:
 
 
 def test_another_answer_is_no_file(
-    exported: tuple[DenseNet, Path, OnnxReport, str],
+    exported: tuple[DenseNet, Path, ExportReport, str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -346,7 +348,8 @@ def test_what_is_said_of_other_nets(tmp_path: Path) -> None:
 FULL_DISK = """
 import resource, sys
 from prune_dn.errors import WriteError
-from prune_dn.deploy.export import export_onnx, export_torch
+from prune_dn.deploy.onnx_files import export_onnx
+from prune_dn.deploy.torch_files import export_torch
 from prune_dn.models import densenet
 resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))
 net = densenet([1], 4, stem="cifar", num_classes=3)

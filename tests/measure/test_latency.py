@@ -14,7 +14,7 @@ from other_nets import NETS
 from torch import nn
 
 import prune_dn.measure.latency
-from prune_dn.deploy.export import export_onnx
+from prune_dn.deploy.onnx_files import export_onnx
 from prune_dn.errors import PruneDNError
 from prune_dn.measure.latency import compare_latency, machine, measure_latency
 from prune_dn.models import DenseNet, densenet
@@ -121,10 +121,10 @@ def test_onnxruntime(tmp_path: Path) -> None:
     model, path = net(), tmp_path / "net.onnx"
     export_onnx(model, path, image_size=8)
     options = {"batch_size": 2, "image_size": 8, "runtime": "onnxruntime", "repeats": 3}
-    found = measure_latency(model, onnx_path=path, **options)
+    found = measure_latency(model, **options)
     assert found.n == 3 and found.runtime.startswith("onnxruntime 1.")
     assert 0 < found.p10_ms <= found.median_ms
-    both = compare_latency({"a": model, "b": model}, onnx_paths={"a": path}, **options)
+    both = compare_latency({"a": path, "b": model}, **options)
     assert both["a"].n == both["b"].n == 3
     assert os.listdir(tmp_path) == ["net.onnx"]  # the export of b is gone again
 
@@ -154,8 +154,8 @@ def test_who_is_not_timed_leaves_the_cores_alone(
         "InferenceSession",
         lambda file, given, **how: options.append(given) or session(file, given, **how),
     )
-    prune_dn.measure.latency._onnx_run(path, torch.zeros(1, 3, 8, 8), threads=2)()
-    (given,) = options
+    measure_latency(path, batch_size=1, threads=2, repeats=1)
+    given = options[-1]
     assert given.get_session_config_entry("session.force_spinning_stop") == "1"
     assert given.intra_op_num_threads == 2
 
@@ -177,11 +177,19 @@ def test_machine_says_what_it_is() -> None:
         ({"repeats": 0}, "repeats is 0; it must be at least 1"),
         ({"warmup": -1}, "warmup is -1; it must be at least 0"),
         ({"threads": 0}, "threads is 0; it must be at least 1"),
-        ({"runtime": "tensorrt"}, "runtime is 'tensorrt'; choose 'eager' or 'onnxruntime'"),
+        (
+            {"runtime": "tensorrt"},
+            "runtime is 'tensorrt'; choose 'eager' or 'onnxruntime' or 'openvino'",
+        ),
         ({"image_size": None}, "give image_size in pixels, or example_inputs"),
         ({"in_channels": None}, "in_channels is needed to time a function"),
-        ({"onnx_path": "x.onnx"}, "an ONNX file is only timed with runtime='onnxruntime'"),
-        ({"onnx_path": "x.onnx", "runtime": "onnxruntime"}, "the ONNX file x.onnx .* is missing"),
+        ({"precision": "int4"}, "precision is 'int4'; choose 'fp32' or 'bf16' or 'int8'"),
+        ({"precision": "int8"}, "eager has no int8; it has fp32, bf16, and int8 is in onnxruntime"),
+        (
+            {"precision": "bf16", "runtime": "onnxruntime"},
+            "onnxruntime has no bf16; it has fp32, int8",
+        ),
+        ({"precision": "bf16"}, "precision has no effect on a function; leave it out"),
     ],
 )
 def test_errors(options: dict[str, object], text: str) -> None:

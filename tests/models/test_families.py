@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_dn import apply_plan, compensate_plan, count, load, make_plan, save
-from prune_dn.deploy.export import export_onnx
+from prune_dn.deploy.onnx_files import export_onnx
 from prune_dn.errors import CheckpointError, ConfigError, ConversionError, PruningError
 from prune_dn.graph import Graph, Op, Producer, Reader, trace
 from prune_dn.graph.types import NONE, OUTPUT, Follower

@@ -29,7 +29,7 @@ TRUE = LatencyModel(RATES, 0.3, 0.0, "eager", 1, 32, "made up")
 def pretend(monkeypatch: pytest.MonkeyPatch, factor: float = 1.0) -> None:
     """Let nets take `factor` times what TRUE predicts for the cut ones, instead of timing them."""
 
-    def measure(configs, runtime, batch_size, image_size, repeats):
+    def measure(configs, timing, image_size, repeats):
         times = [TRUE.predict(c) * (1 if c == NET.config else factor) for c in configs]
         return times, "made up", 0.0
 

@@ -146,8 +146,10 @@ def test_environment_and_resolved_recipe(finished: pipeline.RunResult) -> None:
 def test_finished_phases_are_read_not_run(
     finished: pipeline.RunResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("fit", "stage_figures", "plan_round", "export_onnx", "latency_rows"):
+    for name in ("fit", "stage_figures", "plan_round", "latency_rows"):
         monkeypatch.setattr(phases, name, None)  # a call would be an error
+    for name in ("write_file", "file_figures"):
+        monkeypatch.setattr(phases.deploying, name, None)
     again = go(tiny(finished.output_dir))
     assert again.metrics == finished.metrics
     assert torch.equal(again.model.classifier.weight, finished.model.classifier.weight)
@@ -361,19 +363,17 @@ def test_a_warning_of_ours_is_in_the_report(
 def test_the_exported_file_is_timed_in_the_runtime_that_was_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[str, int, object]] = []
+    asked: list[tuple[str, int, str, object]] = []
     real = figures.compare_latency
 
     def seen(nets, **how):
-        asked.append((how["runtime"], how["batch_size"], how["onnx_paths"]))
+        asked.append((how["runtime"], how["batch_size"], how["precision"], nets["pruned"]))
         return real(nets, **how)
 
     monkeypatch.setattr(figures, "compare_latency", seen)
     result = go(tiny(tmp_path, "prune={pruning_ratio: 0.3, unit: latency, batch_size: 3}"))
-    assert asked == [
-        ("eager", 2, None),
-        ("onnxruntime", 3, {"pruned": tmp_path / "model.onnx"}),
-    ]
+    assert [x[:3] for x in asked] == [("eager", 2, "fp32"), ("onnxruntime", 3, "fp32")]
+    assert isinstance(asked[0][3], torch.nn.Module) and asked[1][3] == tmp_path / "model.onnx"
     for net in ("dense", "pruned"):
         rows = result.metrics["latency"][net]
         assert [row["batch_size"] for row in rows] == [2, 3]
