@@ -21,6 +21,7 @@ FLOORS = [
     {"data", "deploy"},
     {"measure"},
     {"training", "pruning"},
+    {"page"},
     {"checkpoints", "run"},
     {"cli", "__main__"},
 ]

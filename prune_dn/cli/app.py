@@ -41,7 +41,8 @@ def run(
     as_json: options.AsJson = False,
 ) -> None:
     """Carry out a recipe: train, prune, fine-tune, export, report. A stopped run goes on."""
-    from prune_dn.run import pipeline, report
+    from prune_dn.run import pipeline
+    from prune_dn.run.report import below_table, stage_table
 
     read = read_recipe(recipe, sets, output_dir)
     if dry_run and overwrite:
@@ -54,9 +55,10 @@ def run(
         return
     result = pipeline.run(read, overwrite=overwrite, progress=not as_json)
     if _is_main():
-        table, lines = report.stage_table(result.metrics), report.below_table(result.metrics)
+        table, lines = stage_table(result.metrics), below_table(result.metrics)
         _show(result.metrics, as_json, table=table, lines=lines)
         _say(as_json, f"report: {result.output_dir / 'report.md'}")
+        _say(as_json, f"page: {result.output_dir / 'report.html'}")
     _part()
 
 
@@ -69,7 +71,8 @@ def train(
     as_json: options.AsJson = False,
 ) -> None:
     """Only the train part of a recipe; leaves dense.safetensors. `run` can go on from there."""
-    from prune_dn.run import pipeline, report
+    from prune_dn.run import pipeline
+    from prune_dn.run.report import below_table, stage_table
 
     read = read_recipe(recipe, sets, output_dir)
     if read.train is None:
@@ -78,7 +81,7 @@ def train(
         )
     result = pipeline.run(read, overwrite=overwrite, progress=not as_json, only_train=True)
     if _is_main():
-        table, lines = report.stage_table(result.metrics), report.below_table(result.metrics)
+        table, lines = stage_table(result.metrics), below_table(result.metrics)
         _show(result.metrics, as_json, table=table, lines=lines)
         _say(as_json, f"checkpoint: {result.output_dir / 'dense.safetensors'}")
     _part()
@@ -112,6 +115,7 @@ from prune_dn.cli import (  # noqa: E402
     checkpoints,  # noqa: F401
     compare,  # noqa: F401
     deploying,  # noqa: F401
+    report,  # noqa: F401
     sensitivity,  # noqa: F401
     sweep,  # noqa: F401
 )

@@ -84,6 +84,10 @@ def prune(
         Path | None, typer.Option(help="Also write ONNX (.onnx) or another format of `export`.")
     ] = None,
     plan_out: Annotated[Path | None, typer.Option(help="Also write the plan (JSON).")] = None,
+    report: Annotated[
+        bool,
+        typer.Option(help="Write a page (HTML) beside the output: what was cut, the connections."),
+    ] = True,
     recalibrate: Annotated[
         int,
         typer.Option(
@@ -154,6 +158,7 @@ def prune(
         ema=ema,
         named=model,
         export=export,
+        page=report,
     )
     _show(figures, as_json)
 

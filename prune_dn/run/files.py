@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 RECIPE, LOCK = "recipe.yaml", ".lock"
+PAGE, SAMPLES = "report.html", "samples.json"
 # Everything else that a run may leave; --overwrite removes these and nothing else.
 _FIT = r"(train|finetune(-\d+)?)"
 ARTEFACTS = re.compile(
     "|".join(
         (
-            r"(metrics|environment|data|plan(-\d+)?)\.json",
-            r"report\.md",
+            r"(metrics|environment|data|samples|plan(-\d+)?)\.json",
+            r"report\.(md|html)",
             r"(widths|training)\.png",
             r"(dense|pruned|(cut|recalibrated|finetuned)(-\d+)?)\.safetensors",
             r"pruned\.pt",

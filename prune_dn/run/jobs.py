@@ -31,6 +31,7 @@ from prune_dn.models.convert import as_ours
 from prune_dn.models.examples import example_image
 from prune_dn.models.families import config_of, family_of
 from prune_dn.models.losses import USUAL
+from prune_dn.page.document import write as write_page
 from prune_dn.pruning import (
     Plan,
     apply_plan,
@@ -43,6 +44,8 @@ from prune_dn.pruning.criteria import follows_loss, reads_images
 from prune_dn.run.building import load_data
 from prune_dn.run.data_options import DataOptions, refuse_calibration
 from prune_dn.run.deploying import digest_of, open_any, write_deployed
+from prune_dn.run.page_files import page_of, page_path
+from prune_dn.run.pages import Nets, cut_page
 from prune_dn.run.pixels import (
     GUESSED,
     check_fit,
@@ -74,11 +77,12 @@ def prune_checkpoint(
     ema: bool = False,
     named: str | None = None,
     export: Path | None = None,
+    page: bool = True,
 ) -> dict[str, Any]:
     """Cut a checkpoint as `request` says.
 
     `ratios` is the file of a sensitivity, `named` what net a training script's weights are of; with `export`
-    the result is written there too, in the format of its ending. `calibration` is how many training images the
+    the result is written there too, in the format of its ending; with `page` a page (HTML) beside it. `calibration` is how many training images the
     criterion and the compensation see (None = 512; see `PruneConfig.counting`); a loss of None is
     `softmax`: the data have classes. With `max_drop`, points of accuracy, the ratio is found on the
     validation images (`prune_within`), the trials are kept beside the output, and where neither criterion nor
@@ -162,6 +166,11 @@ def prune_checkpoint(
     figures = _cut_figures(output, plan)
     warned = list(done.get("warnings", []))
     exported = _exported(small, export, inputs, saved)
+    if page:
+        path = page_path(output)
+        shown = cut_page(output.stem, plan, Nets.of(model, small, **inputs), {**figures, **told})
+        write_page(shown, path)
+        told["page"] = str(path)
     return {**figures, **told, **exported, "warnings": warned, "images": pixels}
 
 
@@ -357,6 +366,16 @@ def export_checkpoint(
         facts = {**describe_inputs(inputs), "image_size_from": inputs_from}
     _exported(net, output, inputs, {**info, **digest_of(read_plan(checkpoint))})
     return {"output": str(output), **facts, "file_bytes": output.stat().st_size}
+
+
+def report_page(source: Path, against: Path | None, output: Path | None) -> dict[str, Any]:
+    """Write the page of a folder, a plan or a checkpoint; without `output` in the folder or beside the file."""
+    path = page_path(source) if output is None else output
+    if path.suffix not in (".html", ".htm"):
+        raise ExportError(f"{path}: a page is an .html file; name it {path.stem}.html")
+    _apart("--output", path, **{"the file": source, "the dense checkpoint": against})
+    write_page(page_of(source, against), path)
+    return {"page": str(path), "file_bytes": path.stat().st_size}
 
 
 def check_exported(output: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import shlex
 import sys
@@ -28,17 +27,20 @@ from prune_dn.measure.latency import machine
 from prune_dn.models.examples import example_image
 from prune_dn.models.families import config_of
 from prune_dn.models.losses import USUAL
+from prune_dn.page.document import write as write_page
 from prune_dn.pruning import (
     Plan,
     apply_plan,
     compensate_plan,
     recalibrate_batch_norm_,
 )
-from prune_dn.run import deploying
+from prune_dn.run import deploying, samples
 from prune_dn.run.figures import asked_latency, latency_rows, stage_figures
+from prune_dn.run.files import PAGE, SAMPLES
 from prune_dn.run.folder import RunFolder
+from prune_dn.run.pages import Nets, plan_facts, run_page
 from prune_dn.run.pixels import warn_of_other_pixels
-from prune_dn.run.recipe import PruneSection, Recipe
+from prune_dn.run.recipe import PruneSection, Recipe, to_yaml
 from prune_dn.run.report import write_report
 from prune_dn.run.rounds import calibration, plan_round, plan_within
 from prune_dn.training import fit
@@ -96,7 +98,7 @@ class Phases:
     ) -> tuple[dict[str, Any], nn.Module]:
         """One round, and what the report tells of the cut. The budget is against `dense`."""
         plan, small = self._prune(model, dense, section, number)
-        return {"layers": plan.layers, **json.loads(plan.to_json())}, small
+        return plan_facts(plan), small
 
     def _prune(
         self, model: nn.Module, dense: nn.Module, section: PruneSection, number: int
@@ -215,12 +217,24 @@ class Phases:
             model, self._path(name), *kind, self.data, info, images, seed=seed
         )
 
-    def report(self, plans: list[dict[str, Any]]) -> None:
-        """report.md with its plots; what `fit` keeps for going on is no longer needed."""
-        if self.folder.is_main:
-            for file in self.folder.path.glob("*.state.pt"):
-                file.unlink()
-            write_report(self.folder.path, self.folder.metrics, self.environment, plans)
+    def report(
+        self, plans: list[dict[str, Any]], dense: nn.Module, pruned: nn.Module | None = None
+    ) -> None:
+        """report.md with its plots, and report.html; what `fit` keeps for going on is no longer needed."""
+        if not self.folder.is_main:
+            return
+        for file in self.folder.path.glob("*.state.pt"):
+            file.unlink()
+        metrics = self.folder.metrics
+        write_report(self.folder.path, metrics, self.environment, plans)
+        found = None
+        if pruned is not None:
+            found = samples.collect(dense, pruned, self.data.test)
+            self.folder.write_json(SAMPLES, found)
+        nets = Nets.of(dense, pruned, image_size=self.data.spec.image_size)
+        recipe = to_yaml(self.recipe)
+        page = run_page(metrics, self.environment, plans, nets, recipe=recipe, samples=found)
+        write_page(page, self._path(PAGE))
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[list[str]]:

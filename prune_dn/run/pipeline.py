@@ -69,7 +69,7 @@ def run(
             phases.measure(
                 {"dense": dense} if model is dense else {"dense": dense, "pruned": model}
             )
-        phases.report(plans)
+        phases.report(plans, dense, None if model is dense else model)
         return RunResult(folder.path, folder.metrics, model)
     except KeyboardInterrupt as stop:
         again = "the same command" + (", without --overwrite," if overwrite else "")

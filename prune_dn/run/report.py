@@ -20,7 +20,7 @@ def write_report(
     """Write report.md and its plots into `folder`; `plans` are plans' JSON plus their `layers`."""
     plot_training(metrics.get("history", {}), folder / "training.png")
     if plans:
-        plot_widths(_widths(plans), folder / "widths.png")
+        plot_widths(widths(plans), folder / "widths.png")
     path = folder / "report.md"
     write_text(path, render(metrics, environment, plans))
     return path
@@ -96,7 +96,7 @@ def below_table(metrics: Metrics) -> dict[str, str]:
 def gains(metrics: Metrics, stage: str) -> list[str]:
     """What `stage` has against dense, in words."""
     dense, small = metrics["stages"]["dense"], metrics["stages"][stage]
-    lines = [_asked(r) for r in metrics.get("rounds", [])[-1:]]
+    lines = [asked(r) for r in metrics.get("rounds", [])[-1:]]
     for key, name in (("params", "params"), ("macs", "MACs"), ("file_bytes", "bytes on disk")):
         lines.append(f"{name}: {100 * (1 - small[key] / dense[key]):.1f} % fewer")
     for before, after in _pairs(metrics):
@@ -110,7 +110,7 @@ def gains(metrics: Metrics, stage: str) -> list[str]:
     return lines
 
 
-def _asked(done: Metrics) -> str:
+def asked(done: Metrics) -> str:
     asked = f"asked: {100 * done['requested']:g} % fewer {_UNITS[done['unit']]}"
     achieved = f"achieved: {100 * done['achieved']:.2f} %"
     if "runtime" in done:
@@ -264,7 +264,7 @@ def _environment(metrics: Metrics, environment: Metrics) -> str:
     return "\n".join(lines)
 
 
-def _widths(plans: Sequence[Metrics]) -> list[dict[str, Any]]:
+def widths(plans: Sequence[Metrics]) -> list[dict[str, Any]]:
     """Rows of the first plan with what the last one leaves (a group that is gone has 0)."""
     last = {row["name"]: row["after"] for row in plans[-1]["layers"]}
     return [{**row, "after": last.get(row["name"], 0)} for row in plans[0]["layers"]]

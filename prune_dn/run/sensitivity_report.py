@@ -12,6 +12,9 @@ from prune_dn.base.console import finite
 from prune_dn.base.files import atomic_path, write_text
 from prune_dn.base.intervals import percent
 from prune_dn.base.markdown import in_markdown, markdown_table
+from prune_dn.page.document import HeatMap, HeatMaps, Page, Section, Table
+from prune_dn.page.document import write as write_page
+from prune_dn.run.files import PAGE
 
 # Metric: unit of its values, whether higher is better, and the drop that is borne unless given.
 METRICS = {"accuracy": ("%", True, 0.5), "loss": ("nats", False, 0.05)}
@@ -19,11 +22,12 @@ Facts = Mapping[str, Any]
 
 
 def write(facts: Facts, folder: Path) -> None:
-    """sensitivity.json, sensitivity.md and sensitivity.png, each whole or not at all."""
+    """sensitivity.json, sensitivity.md, sensitivity.png and report.html, each whole or not at all."""
     text = json.dumps(finite(facts), indent=1, allow_nan=False) + "\n"
     write_text(folder / "sensitivity.json", text)
     write_text(folder / "sensitivity.md", render(facts))
     plot(facts, folder / "sensitivity.png")
+    write_page(page(facts), folder / PAGE)
 
 
 def table(facts: Facts) -> tuple[list[str], list[list[str]]]:
@@ -73,6 +77,42 @@ def render(facts: Facts) -> str:
         f"{facts['image_size']} pixels. Machine: {facts['machine']}.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def page(facts: Facts) -> Page:
+    """The findings as a page: a map of the drops for each kind of unit, and the table."""
+    ratios = {f"{ratio:g}": f"{ratio:g}" for ratio in _ratios(facts)}
+    finite_drops = [r["drop"] for r in facts["rows"] if r["drop"] is not None and r["drop"] > 0]
+    worst = max((d for d in finite_drops if math.isfinite(d)), default=1.0)
+    maps = []
+    for kind in dict.fromkeys(r["kind"] for r in facts["rows"]):
+        rows = [r for r in facts["rows"] if r["kind"] == kind]
+        cells = {
+            (r["name"], f"{r['ratio']:g}"): (
+                f"{_drop(facts, r['drop'])} {_drop_unit(facts)}",
+                max(min(math.sqrt(max(r["drop"], 0.0) / worst), 1.0), 0.001),
+            )
+            for r in rows
+            if r["drop"] is not None and math.isfinite(r["drop"])
+        }
+        names = {r["name"]: r["name"].removeprefix("features.") for r in rows}
+        maps.append(HeatMap(f"{kind} units: drop by ratio", names, ratios, cells))
+    header, rows_ = table(facts)
+    shown = Table("sensitivity", header, rows_, "Drops, the group that loses most first")
+    groups = [HeatMaps(f"map-{i}", "", "group, by ratio", [m]) for i, m in enumerate(maps, start=1)]
+    text = [
+        f"Each group of units is cut alone, its least important by {facts['criterion']} first; nothing is "
+        f"fine-tuned. A drop is what that costs in {facts['metric']} against the dense net's {_dense(facts)}, on "
+        f"{facts['n']:,} images of {facts['data']}, split {facts['split']}. No test image was looked at. "
+        "The shades follow the square root of the drop."
+    ]
+    headline = (
+        f"{len(facts['ratios'])} of {len(_names(facts))} groups lose at most {facts['max_drop']:g} "
+        f"{_drop_unit(facts)} when one of the measured ratios of them is cut alone."
+    )
+    section = Section("sensitivity", "What each group loses", text, maps=groups, tables=[shown])
+    title = f"Sensitivity of {Path(facts['checkpoint']).name}"
+    return Page(title, headline, [section], {"format": "prune_dn.page/1", "sensitivity": facts})
 
 
 def plot(facts: Facts, path: Path) -> None:
@@ -130,7 +170,8 @@ def summary(facts: Facts, out: Path) -> dict[str, str]:
         "images": f"{facts['n']:,}, split {facts['split']}",
         "groups that bear a ratio": f"{len(facts['ratios'])} of {len(names)}, at a drop of at most "
         f"{facts['max_drop']:g} {_drop_unit(facts)} each, alone",
-        "written": ", ".join(str(out / f"sensitivity.{end}") for end in ("json", "md", "png")),
+        "written": ", ".join(str(out / f"sensitivity.{end}") for end in ("json", "md", "png"))
+        + f", {out / PAGE}",
     }
     if one is not None and one > facts["max_drop"]:
         lines["coarse"] = f"one image is {one:.2f} points; use more images or a larger --max-drop"

@@ -64,9 +64,10 @@ def fit(
     with in_float32(model, teacher):
         run = Run(model, datasets, config, seed, teacher, name)
         folder = None if output_dir is None else Path(output_dir)
-        accelerator, start = run.accelerator, time.perf_counter()
+        accelerator, start, went_on = run.accelerator, time.perf_counter(), 0
         if folder is not None and resume:
             run.restore(load_state(state_path(folder, name), run.fingerprint))
+            went_on = run.epoch
             if accelerator.is_main_process and run.history:
                 _write_log(folder / f"{name}.jsonl", run.history)  # a kill can have come before it
         if config.tensorboard:
@@ -77,6 +78,8 @@ def fit(
         ):
             while run.epoch < config.epochs and run.step < run.steps:
                 row = run.train_epoch(shown)
+                if went_on:
+                    row["resumed"], went_on = True, 0
                 run.history.append(row)
                 shown.epoch(row, config.epochs)
                 accelerator.log(

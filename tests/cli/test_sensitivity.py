@@ -69,6 +69,7 @@ def test_end_to_end(run: Run, net: Path) -> None:
     code, out, err = run(net, "--out", "sens", *QUICK)
     assert code == 0, err
     assert sorted(p.name for p in Path("sens").iterdir()) == [
+        "report.html",
         "sensitivity.json",
         "sensitivity.md",
         "sensitivity.png",

@@ -50,6 +50,8 @@ LEFT = {
     "metrics.json",
     "model.onnx",
     "report.md",
+    "report.html",
+    "samples.json",
     "widths.png",
     "training.png",
     "train.jsonl",

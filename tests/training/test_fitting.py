@@ -300,10 +300,15 @@ def test_resumed_equals_uninterrupted(
     found = go(resumed, data, output_dir=tmp_path / "parts", **how)
     assert same(whole, resumed)
     untimed = [
-        [{k: v for k, v in row.items() if "second" not in k} for row in result.history]
+        [
+            {k: v for k, v in row.items() if "second" not in k and k != "resumed"}
+            for row in result.history
+        ]
         for result in (want, found)
     ]
     assert untimed[0] == untimed[1] and len(untimed[0]) == 3
+    marks = [["resumed" in row for row in result.history] for result in (want, found)]
+    assert marks == [[False] * 3, [False, True, True]]
     log = (tmp_path / "parts" / "train.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in log] == [1, 2, 3]
 
