@@ -14,6 +14,7 @@ WORKERS ?= auto
 
 demo: $(VENV)/.installed
 	$(BIN)/prune-dn run recipes/quickstart.yaml --output-dir $(DEMO_DIR) --overwrite
+	@if [ -n "$$DISPLAY$$WAYLAND_DISPLAY" ] && command -v xdg-open >/dev/null; then xdg-open $(DEMO_DIR)/report.html; fi
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal

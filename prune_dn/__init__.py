@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prune_dn.checkpoints.checkpoint import load, read_info, read_plan, save, save_state_dict
+    from prune_dn.data.datasets import load_datasets
     from prune_dn.deploy.deployed import Deployed
     from prune_dn.deploy.onnx_files import export_onnx
     from prune_dn.deploy.openvino_files import export_openvino
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     )
     from prune_dn.run.rivals import compare_pruners
     from prune_dn.run.within import prune_within
+    from prune_dn.training import evaluate, fit
+
+    __version__: str
 
 __all__ = [
     "DenseNet",
@@ -48,11 +52,14 @@ __all__ = [
     "convert",
     "count",
     "count_per_layer",
+    "evaluate",
     "export_onnx",
     "export_openvino",
     "export_torch",
+    "fit",
     "fit_latency_model",
     "load",
+    "load_datasets",
     "make_plan",
     "measure_latency",
     "prune",
@@ -70,6 +77,7 @@ __all__ = [
 
 _HOMES = {
     "checkpoints.checkpoint": ("load", "read_info", "read_plan", "save", "save_state_dict"),
+    "data.datasets": ("load_datasets",),
     "deploy.deployed": ("Deployed",),
     "deploy.onnx_files": ("export_onnx",),
     "deploy.openvino_files": ("export_openvino",),
@@ -94,21 +102,24 @@ _HOMES = {
     ),
     "run.rivals": ("compare_pruners",),
     "run.within": ("prune_within",),
+    "training": ("evaluate", "fit"),
 }
 
 
 _MODULES = {module.name for module in pkgutil.iter_modules(__path__)} - {"__main__"}
 
 
-def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        return metadata.version("prune_dn")
-    if name in _MODULES:
-        return import_module(f"prune_dn.{name}")
-    for home, names in _HOMES.items():
-        if name in names:
-            return getattr(import_module(f"prune_dn.{home}"), name)
-    raise AttributeError(f"module 'prune_dn' has no attribute {name!r}")
+if not TYPE_CHECKING:  # type checkers know the names above, and reject all others
+
+    def __getattr__(name: str) -> Any:
+        if name == "__version__":
+            return metadata.version("prune_dn")
+        if name in _MODULES:
+            return import_module(f"prune_dn.{name}")
+        for home, names in _HOMES.items():
+            if name in names:
+                return getattr(import_module(f"prune_dn.{home}"), name)
+        raise AttributeError(f"module 'prune_dn' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -110,6 +110,17 @@ def test_the_public_names_are_listed_once_and_resolve() -> None:
         _ = prune_dn.plan
 
 
+def test_type_checkers_reject_unknown_names(tmp_path: Path) -> None:
+    api = pytest.importorskip("mypy.api", reason="mypy is not installed")
+    code = "import prune_dn\nprune_dn.no_such_thing\nprune_dn.fit\nprune_dn.__version__\n"
+    (tmp_path / "mine.py").write_text(code)
+    config = str(PACKAGE.parent / "setup.cfg")
+    out, _, status = api.run(["--config-file", config, str(tmp_path / "mine.py")])
+    assert status == 1, out
+    wrong = [line for line in out.splitlines() if ": error: " in line]
+    assert len(wrong) == 1 and 'has no attribute "no_such_thing"' in wrong[0], out
+
+
 @pytest.mark.parametrize("package", ["models", "pruning", "training"])
 def test_every_name_of_a_subpackage_resolves(package: str) -> None:
     module = getattr(prune_dn, package)

@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from importlib import metadata
 from typing import Annotated
 
 import typer
@@ -20,9 +21,18 @@ from prune_dn.cli.options import app, example, read_recipe
 from prune_dn.errors import PruneDNError, RecipeError, WriteError
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        say(f"prune-dn {metadata.version('prune_dn')}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     """Train, prune, fine-tune and export DenseNets."""
 
@@ -42,6 +52,8 @@ def run(
 ) -> None:
     """Carry out a recipe: train, prune, fine-tune, export, report. A stopped run goes on."""
     from prune_dn.run import pipeline
+    from prune_dn.run.files import PAGE
+    from prune_dn.run.pages import run_headline
     from prune_dn.run.report import below_table, stage_table
 
     read = read_recipe(recipe, sets, output_dir)
@@ -58,7 +70,8 @@ def run(
         table, lines = stage_table(result.metrics), below_table(result.metrics)
         _show(result.metrics, as_json, table=table, lines=lines)
         _say(as_json, f"report: {result.output_dir / 'report.md'}")
-        _say(as_json, f"page: {result.output_dir / 'report.html'}")
+        _say(as_json, f"page: {result.output_dir / PAGE}")
+        _say(as_json, run_headline(result.metrics))
     _part()
 
 
@@ -115,6 +128,7 @@ from prune_dn.cli import (  # noqa: E402
     checkpoints,  # noqa: F401
     compare,  # noqa: F401
     deploying,  # noqa: F401
+    recipes,  # noqa: F401
     report,  # noqa: F401
     sensitivity,  # noqa: F401
     sweep,  # noqa: F401

@@ -40,7 +40,7 @@ def scatter(title: str, points: Sequence[Point], cost: str) -> Chart:
     figure, axes = _axes(cost, "accuracy, %")
     for i, point in enumerate(points):
         colour = BEFORE if i == 0 else AFTER
-        errors = [[point.accuracy - point.low], [point.high - point.accuracy]]
+        errors = [[max(point.accuracy - point.low, 0.0)], [max(point.high - point.accuracy, 0.0)]]
         axes.errorbar(
             point.cost,
             point.accuracy,

@@ -30,7 +30,7 @@ from prune_dn.pruning.units import Units
 FORMAT = "prune_dn.plan/1"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """What `make_plan` decided, JSON-able.
 
@@ -56,6 +56,18 @@ class Plan:
         for name in ("requested", "achieved", "protected"):
             object.__setattr__(self, name, _as_json(name, getattr(self, name)))
         _check_records(self.achieved, self.protected)
+
+    def __repr__(self) -> str:
+        rows = self.layers
+        cut = sum(row["after"] < row["before"] for row in rows)
+        told = f"{cut} of {len(rows)} groups of units cut"
+        if self.achieved:
+            unit, (before, after) = (
+                self.achieved["unit"],
+                (self.achieved[x] for x in ("before", "after")),
+            )
+            told = f"{self.achieved['ratio']:.1%} of {unit} removed, {before['macs']:,} -> {after['macs']:,} MACs, {told}"
+        return f"<Plan: {told}>"
 
     @property
     def layers(self) -> list[dict[str, Any]]:

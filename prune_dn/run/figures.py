@@ -41,11 +41,15 @@ def asked_latency(recipe: Recipe) -> Timing | None:
 def latency_rows(
     recipe: Recipe, nets: Mapping[str, nn.Module], image_size: int, folder: Path
 ) -> dict[str, list[dict[str, Any]]]:
-    """Rows of each net, all nets timed in turns: eager, and in the runtime that the recipe asks for.
+    """Rows of each net, all nets timed in turns: in the runtimes of the report, and in that of a latency budget.
 
     There the pruned net is the exported file in `folder`, where there is one.
     """
-    wishes = [Timing("eager", size, "fp32") for size in recipe.report.batch_sizes]
+    wishes = [
+        Timing(name, size, "fp32")
+        for name in recipe.report.runtimes
+        for size in recipe.report.batch_sizes
+    ]
     asked = asked_latency(recipe)
     if asked is not None and asked not in wishes:
         wishes.append(asked)

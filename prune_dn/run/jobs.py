@@ -166,6 +166,11 @@ def prune_checkpoint(
     figures = _cut_figures(output, plan)
     warned = list(done.get("warnings", []))
     exported = _exported(small, export, inputs, saved)
+    if method == "none" and not recalibrate:
+        told["next"] = (
+            f"the cut net is not refitted: `prune-dn finetune {output}` trains it; or cut again with "
+            "--data NAME --compensate least_squares, which refits it without training"
+        )
     if page:
         path = page_path(output)
         shown = cut_page(output.stem, plan, Nets.of(model, small, **inputs), {**figures, **told})

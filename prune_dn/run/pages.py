@@ -102,7 +102,7 @@ def run_page(
         "samples": {} if samples is None else {k: v for k, v in samples.items() if k != "samples"},
     }
     title = f"{metrics['name']}: what was cut"
-    return Page(title, _run_headline(metrics, samples), sections, data)
+    return Page(title, run_headline(metrics, samples), sections, data)
 
 
 def cut_page(name: str, plan: Plan, nets: Nets | None, figures: Facts | None = None) -> Page:
@@ -174,7 +174,8 @@ def _cut_headline(plan: Plan) -> str:
     )
 
 
-def _run_headline(metrics: Facts, samples: Facts | None) -> str:
+def run_headline(metrics: Facts, samples: Facts | None = None) -> str:
+    """What a run brought, in one sentence: the last net against the dense one."""
     stages = metrics["stages"]
     dense, name = stages["dense"], list(stages)[-1]
     last = stages[name]

@@ -235,8 +235,9 @@ class ExportSection(Strict):
 
 
 class ReportSection(Strict):
-    """How the report measures latency."""
+    """How the report measures latency: each of `runtimes` with each of `batch_sizes`."""
 
+    runtimes: Annotated[tuple[Runtime, ...], Field(min_length=1)] = ("eager",)
     batch_sizes: tuple[BatchSize, ...] = (1, 32)
     repeats: Annotated[int, Field(ge=1, le=limits.REPEATS)] = 30
     max_seconds: Annotated[float, Field(gt=0)] | None = 60.0

@@ -260,3 +260,13 @@ def test_other_models_are_refused() -> None:
         make_plan(nn.Sequential(nn.Conv2d(3, 4, 3)), 0.5, input_size=8)
     with pytest.raises(ConversionError, match=r"model\.module"):
         make_plan(nn.DataParallel(densenet40()), 0.5)
+
+
+def test_a_plan_is_shown_in_one_line() -> None:
+    plan = make_plan(densenet([2, 2], 8, stem="cifar", num_classes=10), 0.5, unit="macs")
+    before, after = (plan.achieved[x]["macs"] for x in ("before", "after"))
+    cut = sum(row["after"] < row["before"] for row in plan.layers)
+    assert repr(plan) == (
+        f"<Plan: {plan.achieved['ratio']:.1%} of macs removed, {before:,} -> {after:,} MACs, {cut} of "
+        f"{len(plan.layers)} groups of units cut>"
+    )
