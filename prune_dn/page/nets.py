@@ -11,7 +11,7 @@ from torch import nn
 
 from prune_dn.graph.types import Graph
 from prune_dn.measure.profiling import LayerCost, count_per_layer
-from prune_dn.models import Net
+from prune_dn.models.families import config_of
 from prune_dn.page.charts import before_after
 from prune_dn.page.connections import Connections, Stream, connections, streams
 from prune_dn.page.document import MOST_CELLS, HeatMap, HeatMaps, Section, Table
@@ -41,8 +41,8 @@ class View:
     @staticmethod
     def of(model: nn.Module, **inputs: Any) -> View:
         """A net, run on `image_size` or `example_inputs`; what `trace` raises of others than ours."""
-        if isinstance(model, Net):
-            graph = model.config.graph(inputs.get("image_size"))
+        if (config := config_of(model)) is not None:
+            graph = config.graph(inputs.get("image_size"))
         else:
             graph = subject(model, inputs.get("image_size"), inputs.get("example_inputs")).graph
         found = connections(graph, model)

@@ -13,10 +13,11 @@ from torch import nn
 
 from prune_dn.base.files import parse_json, read_text
 from prune_dn.checkpoints.checkpoint import load
-from prune_dn.checkpoints.opened import as_ours, open_checkpoint
+from prune_dn.checkpoints.opened import open_checkpoint
 from prune_dn.errors import PruneDNError, PruningError, RecipeError
 from prune_dn.measure.profiling import count
-from prune_dn.models import Net
+from prune_dn.models.convert import as_ours
+from prune_dn.models.families import config_of
 from prune_dn.page.document import Page
 from prune_dn.pruning import Plan, apply_plan
 from prune_dn.run import sensitivity_report
@@ -77,7 +78,11 @@ def _of_run(folder: Path) -> Page:
     first = second = None
     try:
         first = load(folder / "dense.safetensors")
-        second = None if cut is None else load(cut, model=None if isinstance(first, Net) else first)
+        second = (
+            None
+            if cut is None
+            else load(cut, model=None if config_of(first) is not None else first)
+        )
     except PruneDNError as error:
         logger.warning("the page shows no layers of the nets: %s", error)
     nets = Nets.of(first, second, image_size=metrics["data"]["image_size"])
@@ -89,7 +94,7 @@ def _of_plan(file: Path, against: Path | None) -> Page:
     if against is None:
         return cut_page(file.stem, plan, None)
     dense, info = open_checkpoint(against)
-    dense = as_ours(dense)
+    dense = as_ours(dense) or dense
     inputs, _ = inputs_for(dense, info, None, against)
     nets = Nets.of(dense, apply_plan(dense, plan), **inputs)
     return cut_page(file.stem, plan, nets)
@@ -104,7 +109,7 @@ def _of_checkpoint(file: Path, against: Path | None) -> Page:
             nets.append(None)
             continue
         model, info = open_checkpoint(path)
-        model = as_ours(model)
+        model = as_ours(model) or model
         if key == "net":
             inputs, _ = inputs_for(model, info, None, path)
         facts[key] = dataclasses.asdict(count(model, **inputs))
