@@ -36,6 +36,6 @@ def report(
     as_json: options.AsJson = False,
 ) -> None:
     """Write the page of what is there: tables, charts and the map of the connections in one HTML file."""
-    from prune_dn.run import jobs
+    from prune_dn.run.page_files import write_page_of
 
-    _show(jobs.report_page(source, against, output), as_json)
+    _show(write_page_of(source, against, output), as_json)

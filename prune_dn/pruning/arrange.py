@@ -57,7 +57,7 @@ def fewest_ranges(reads: npt.NDArray[np.bool_]) -> Positions:
     improved by turning parts of it round (2-opt). The order as it is stays where nothing is gained.
 
     >>> fewest_ranges(np.array([[True, False, True, False], [False, False, True, True]])).tolist()
-    [0, 2, 3, 1]
+    [1, 0, 2, 3]
     """
     count = reads.shape[1]
     columns = np.concatenate([np.zeros((1, len(reads))), reads.T]).astype(np.float32)

@@ -44,7 +44,7 @@ from prune_dn.pruning.criteria import follows_loss, reads_images
 from prune_dn.run.building import load_data
 from prune_dn.run.data_options import DataOptions, refuse_calibration
 from prune_dn.run.deploying import digest_of, open_any, write_deployed
-from prune_dn.run.page_files import page_of, page_path
+from prune_dn.run.page_files import page_path
 from prune_dn.run.pages import Nets, cut_page
 from prune_dn.run.pixels import (
     GUESSED,
@@ -56,11 +56,11 @@ from prune_dn.run.pixels import (
     warn_of_other_pixels,
 )
 from prune_dn.run.recipe import Recipe
-from prune_dn.run.within import prune_within
+from prune_dn.run.rounds import largest_cut
+from prune_dn.run.trials import Trial
 from prune_dn.training import FitConfig, fit
 from prune_dn.training import evaluate as score
 from prune_dn.training.config import Distillation
-from prune_dn.training.evaluation import accuracy_per_image
 
 
 def prune_checkpoint(
@@ -82,8 +82,8 @@ def prune_checkpoint(
     """Cut a checkpoint as `request` says.
 
     `ratios` is the file of a sensitivity, `named` what net a training script's weights are of; with `export`
-    the result is written there too, in the format of its ending; with `page` a page (HTML) beside it. `calibration` is how many training images the
-    criterion and the compensation see (None = 512; see `PruneConfig.counting`); a loss of None is
+    the result is written there too, in the format of its ending; with `page` a page (HTML) beside it.
+    `calibration` is how many training images criterion and compensation see (None = 512; see `PruneConfig.counting`); a loss of None is
     `softmax`: the data have classes. With `max_drop`, points of accuracy, the ratio is found on the
     validation images (`prune_within`), the trials are kept beside the output, and where neither criterion nor
     compensation is said they are those with calibration images.
@@ -131,15 +131,8 @@ def prune_checkpoint(
     told: dict[str, Any] = {}
     if max_drop is not None:
         trials = output.with_suffix(".search.json")
-        found = prune_within(
-            model,
-            lambda net: accuracy_per_image(net, sets.val, loss=asked.loss),
-            max_drop / 100,
-            calibration=images or None,
-            example_inputs=example,
-            path=trials,
-            progress=lambda trial: say(str(trial), error=True),
-            request=asked,
+        found = largest_cut(
+            model, asked, max_drop, sets, images or None, trials, _say_trial, example
         )
         assert found.plan is not None
         plan, small = found.plan, found.model
@@ -177,6 +170,10 @@ def prune_checkpoint(
         write_page(shown, path)
         told["page"] = str(path)
     return {**figures, **told, **exported, "warnings": warned, "images": pixels}
+
+
+def _say_trial(trial: Trial) -> None:
+    say(str(trial), error=True)
 
 
 def _kind(model: nn.Module) -> str:
@@ -371,16 +368,6 @@ def export_checkpoint(
         facts = {**describe_inputs(inputs), "image_size_from": inputs_from}
     _exported(net, output, inputs, {**info, **digest_of(read_plan(checkpoint))})
     return {"output": str(output), **facts, "file_bytes": output.stat().st_size}
-
-
-def report_page(source: Path, against: Path | None, output: Path | None) -> dict[str, Any]:
-    """Write the page of a folder, a plan or a checkpoint; without `output` in the folder or beside the file."""
-    path = page_path(source) if output is None else output
-    if path.suffix not in (".html", ".htm"):
-        raise ExportError(f"{path}: a page is an .html file; name it {path.stem}.html")
-    _apart("--output", path, **{"the file": source, "the dense checkpoint": against})
-    write_page(page_of(source, against), path)
-    return {"page": str(path), "file_bytes": path.stat().st_size}
 
 
 def check_exported(output: Path) -> None:

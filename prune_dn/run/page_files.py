@@ -14,11 +14,12 @@ from torch import nn
 from prune_dn.base.files import parse_json, read_text
 from prune_dn.checkpoints.checkpoint import load
 from prune_dn.checkpoints.opened import open_checkpoint
-from prune_dn.errors import PruneDNError, PruningError, RecipeError
+from prune_dn.errors import ExportError, PruneDNError, PruningError, RecipeError
 from prune_dn.measure.profiling import count
 from prune_dn.models.convert import as_ours
 from prune_dn.models.families import config_of
 from prune_dn.page.document import Page
+from prune_dn.page.document import write as write_page
 from prune_dn.pruning import Plan, apply_plan
 from prune_dn.run import sensitivity_report
 from prune_dn.run.files import PAGE, RECIPE, SAMPLES
@@ -51,6 +52,15 @@ def page_of(path: Path, against: Path | None = None) -> Page:
     if path.suffix == ".json":
         return _of_plan(path, against)
     return _of_checkpoint(path, against)
+
+
+def write_page_of(source: Path, against: Path | None, output: Path | None) -> dict[str, Any]:
+    """Write the page of a folder, a plan or a checkpoint; without `output` in the folder or beside the file."""
+    path = page_path(source) if output is None else output
+    if path.suffix not in (".html", ".htm"):
+        raise ExportError(f"{path}: a page is an .html file; name it {path.stem}.html")
+    write_page(page_of(source, against), path)
+    return {"page": str(path), "file_bytes": path.stat().st_size}
 
 
 def page_path(path: Path) -> Path:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from torch import nn
 from prune_dn.data.datasets import Datasets, calibration_batches
 from prune_dn.models.families import config_of
 from prune_dn.pruning import Plan, make_plan
+from prune_dn.pruning.config import PruneConfig
 from prune_dn.pruning.criteria import reads_images
 from prune_dn.run.recipe import Recipe
 from prune_dn.run.trials import Trial
@@ -48,12 +50,28 @@ def plan_within(
 ) -> Found:
     """The largest cut that loses at most `max_drop` points on the validation images; trials in `path`."""
     assert recipe.prune is not None and recipe.prune.max_drop is not None
+    images = calibration(recipe, data) if recipe.prune.reads_images else None
     asked = recipe.request(data.spec.image_size)
+    return largest_cut(dense, asked, recipe.prune.max_drop, data, images, path, progress)
+
+
+def largest_cut(
+    dense: nn.Module,
+    asked: PruneConfig,
+    points: float,
+    data: Datasets,
+    calibration: Iterable[object] | None,
+    path: Path,
+    progress: Callable[[Trial], object] | None,
+    example_inputs: Any = None,
+) -> Found:
+    """`prune_within` by the accuracy on the validation images, in points."""
     return prune_within(
         dense,
         lambda net: accuracy_per_image(net, data.val, loss=asked.loss),
-        recipe.prune.max_drop / 100,
-        calibration=calibration(recipe, data) if recipe.prune.reads_images else None,
+        points / 100,
+        calibration=calibration,
+        example_inputs=example_inputs,
         path=path,
         progress=progress,
         request=asked,

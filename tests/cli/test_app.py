@@ -365,7 +365,7 @@ def test_export(run: Run, net: Path, ending: str) -> None:
 
 
 def test_export_to_an_unknown_format(run: Run, net: Path) -> None:
-    bad(run("export", net, "-o", "out.tflite"), r"use \.onnx, \.pt2 or \.pt")
+    bad(run("export", net, "-o", "out.tflite"), r"use \.onnx, \.xml, \.pt2, \.pt, \.pth")
 
 
 def test_profile(run: Run, net: Path) -> None:

@@ -178,7 +178,10 @@ def test_a_densenet_of_a_script_becomes_ours_and_has_a_plan(run: Run) -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (["--export", "a.tflite"], "a.tflite: the ending says the format; use .onnx, .pt2 or .pt"),
+        (
+            ["--export", "a.tflite"],
+            "a.tflite: the ending says the format; use .onnx, .xml, .pt2, .pt, .pth",
+        ),
         (["--export", "o.safetensors"], "the ending says the format|is --output itself"),
         (["--model", "timm/resnet18"], "does not fit: "),
         (["--data", "nowhere"], "no images are read"),

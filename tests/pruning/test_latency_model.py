@@ -216,7 +216,7 @@ def traced() -> tuple[Grouped, LatencyModel]:
 
 
 def pretend_of(monkeypatch: pytest.MonkeyPatch, known: LatencyModel, factor: float = 1.0) -> None:
-    def measure(nets, runtime, batch_size, where, repeats):
+    def measure(nets, timing, where, repeats):
         assert where == known.inputs
         first = known.predict(nets[0])
         times = [known.predict(net) for net in nets]

@@ -17,6 +17,7 @@ from prune_dn.errors import PruningError
 from prune_dn.measure.profiling import count
 from prune_dn.models import DenseNet, DenseNetConfig, densenet
 from prune_dn.pruning import Plan, make_plan, prune
+from prune_dn.pruning.arrange import arranged
 from prune_dn.pruning.config import KINDS
 from prune_dn.pruning.importance import importance
 from prune_dn.pruning.kept import indices_of
@@ -73,7 +74,8 @@ def by_hand(net: DenseNet, rows: list[SensitivityRow], kinds, target: float) -> 
         for group, costs in zip(table.groups, counts, strict=True):
             least = np.argsort(scores[group.units])[: sum(c <= tolerance for c in costs)]
             keep[group.start + least] = False
-        after = net.config.after(indices_of(table, table.close(keep)))
+        keep = table.close(keep)
+        after = net.config.after(indices_of(arranged(table, keep), keep))
         if count(after, 32).macs <= target:
             return after
     raise AssertionError("out of reach")

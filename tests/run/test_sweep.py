@@ -10,6 +10,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -144,7 +145,7 @@ def test_a_killed_process_loses_no_trial(recipe: Path) -> None:
 
 
 @pytest.fixture
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres() -> Iterator[str]:
     """A PostgreSQL server of its own."""
     pytest.importorskip("psycopg", reason="psycopg is not installed")
     found = [p for p in Path("/usr/lib/postgresql").glob("*/bin") if (p / "initdb").exists()]
@@ -152,14 +153,12 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         pytest.skip("PostgreSQL is not installed (apt-get install postgresql)")
     bin_ = found[-1] if found else Path(shutil.which("initdb") or "").parent
     user: dict[str, Any] = {}
-    folder = tmp_path_factory.mktemp("postgres")
+    folder = Path(tempfile.mkdtemp(prefix="postgres-"))
     if os.geteuid() == 0:  # it does not run as root
         try:
             shutil.chown(folder, "postgres")
         except LookupError:
             pytest.skip("PostgreSQL does not run as root, and there is no user postgres")
-        for parent in folder.parents[:2]:
-            parent.chmod(0o755)
         user["user"] = "postgres"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -175,6 +174,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield f"postgresql://me@127.0.0.1:{port}/postgres"
     finally:
         subprocess.run([*ctl, "-m", "immediate", "stop"], **run)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def test_a_killed_process_loses_no_trial_in_postgres(recipe: Path, postgres: str) -> None:
