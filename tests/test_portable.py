@@ -28,7 +28,7 @@ def test_each_setting_reaches_the_tests(tmp_path: Path) -> None:
     python.write_text(SAYS)
     python.chmod(0o755)
     (tmp_path / ".installed").touch()
-    clean = {k: v for k, v in os.environ.items() if k not in (*SETTINGS, "MAKEFLAGS")}
+    clean = {k: v for k, v in os.environ.items() if k not in (*SETTINGS, "MAKEFLAGS", "WORKERS")}
     done = subprocess.run(
         ["make", "-s", "test-portable", f"VENV={tmp_path}", "PORTABLE_TESTS=some"],
         cwd=ROOT, env=clean, capture_output=True, text=True, check=False,
