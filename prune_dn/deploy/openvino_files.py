@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -64,6 +65,12 @@ def openvino() -> Any:
     return extra("openvino", "openvino")
 
 
+@functools.cache
+def core() -> Any:
+    """OpenVINO's core, one for the process: compiled nets run in its plug-ins."""
+    return openvino().Core()
+
+
 def check_ending(path: str | os.PathLike[str]) -> None:
     """Raise ExportError unless a path ends in .xml."""
     if Path(path).suffix != ".xml":
@@ -82,7 +89,7 @@ def read_openvino(parts: Sequence[Path]) -> Any:
                 f"there is no {part}; OpenVINO's nets are an .xml and a .bin beside it"
             )
     try:
-        return openvino().Core().read_model(str(parts[0]), **given)
+        return core().read_model(str(parts[0]), **given)
     except Exception as error:
         raise ExportError(f"OpenVINO cannot read {parts[0]}: {str(error)[:LONGEST]}") from error
 
@@ -129,7 +136,7 @@ def running(
     }
     if threads is not None:
         options["INFERENCE_NUM_THREADS"] = threads
-    return running_compiled(openvino().Core().compile_model(net, "CPU", options))
+    return running_compiled(core().compile_model(net, "CPU", options))
 
 
 def running_compiled(compiled: Any) -> Running:
@@ -138,8 +145,8 @@ def running_compiled(compiled: Any) -> Running:
     ports = list(compiled.outputs)
 
     def run(inputs: Sequence[Array]) -> list[Array]:
-        request.infer(list(inputs), share_inputs=True)
-        return [request.get_tensor(port).data for port in ports]
+        request.infer(list(inputs))
+        return [request.get_tensor(port).data.copy() for port in ports]  # they outlive the request
 
     names = tuple(port.get_any_name() for port in compiled.inputs)
     sizes = tuple(
