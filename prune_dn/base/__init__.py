@@ -1,1 +1,1 @@
-"""What every room uses: files, limits, defaults, the console, signals."""
+"""Helpers of every room: files, limits, defaults, the console, signals."""

@@ -1,4 +1,4 @@
-"""What runs a net when it is timed or deployed, and in which precision."""
+"""Runtimes in which a net is timed or deployed, and their precisions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a deployed file says of itself, so that nobody has to guess its preprocessing."""
+"""The metadata of a deployed file, so that nobody has to guess its preprocessing."""
 
 from __future__ import annotations
 

@@ -173,7 +173,7 @@ def open_onnx(
 
 
 def onnx_info(parts: Sequence[Path]) -> dict[str, Any]:
-    """What an ONNX file says of itself."""
+    """The metadata of an ONNX file."""
     import onnx
 
     try:

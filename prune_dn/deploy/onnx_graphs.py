@@ -1,4 +1,4 @@
-"""What is done to an ONNX graph after PyTorch wrote it; its answers stay the same."""
+"""Changes to an ONNX graph after PyTorch wrote it; its answers stay the same."""
 
 from __future__ import annotations
 

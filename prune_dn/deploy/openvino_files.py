@@ -88,8 +88,9 @@ def read_openvino(parts: Sequence[Path]) -> Any:
             raise ExportError(
                 f"there is no {part}; OpenVINO's nets are an .xml and a .bin beside it"
             )
+    reader = core()
     try:
-        return core().read_model(str(parts[0]), **given)
+        return reader.read_model(str(parts[0]), **given)
     except Exception as error:
         raise ExportError(f"OpenVINO cannot read {parts[0]}: {str(error)[:LONGEST]}") from error
 
@@ -157,7 +158,7 @@ def running_compiled(compiled: Any) -> Running:
 
 
 def openvino_info(parts: Sequence[Path]) -> dict[str, Any]:
-    """What a net says of itself."""
+    """The metadata of a net."""
     net = read_openvino(parts)
     text = net.get_rt_info(about.KEY).value if net.has_rt_info(about.KEY) else None
     return about.parse(text, parts[0])

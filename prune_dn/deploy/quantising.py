@@ -1,4 +1,4 @@
-"""What both quantisers share: the float net with its calibration images, and the control of a metric."""
+"""The parts that both quantisers share: the float net with its calibration images, and the control of a metric."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Source:
         return [np.concatenate([x[:_FEW] for x in self.images])[:_FEW]]
 
     def told(self, float_layers: list[str]) -> str:
-        """What the int8 file says of itself."""
+        """The metadata of the int8 file."""
         return about.describe(self.info, precision="int8", float_layers=float_layers)
 
 

@@ -111,7 +111,7 @@ def open_torch(
 
 
 def torch_info(parts: Sequence[Path]) -> dict[str, Any]:
-    """What a program says of itself."""
+    """The metadata of a program."""
     _, text = _load(parts[0])
     return about.parse(text or None, parts[0])
 
